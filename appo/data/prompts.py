@@ -1,0 +1,76 @@
+"""From a task to prompt token ids: system prompt with the tool protocol, one worked example, the question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+from appo.errors import ConfigError
+from appo.types import Task
+
+SYSTEM = (
+    "You answer questions.{tools} Write the final answer between <answer> and </answer>."
+)  # fmt: skip
+TOOL_LINE = {
+    "python": (
+        " You may run Python code: write it between <python> and </python>, and what it prints comes back between "
+        "<result> and </result>."
+    ),
+}
+EXAMPLE = {
+    "python": [
+        {"role": "user", "content": "What is 17*24-9?"},
+        {"role": "assistant", "content": "<python>print(17*24-9)</python><result>399</result><answer>399</answer>"},
+    ],
+}
+
+
+@dataclass(frozen=True)
+class PromptBuilder:
+    """Renders tasks with the model's chat template.
+
+    system: None for the protocol's own text, "" for no system prompt at all. example: show one worked call per tool.
+    """
+
+    tokenizer: Any
+    system: str | None = None
+    example: bool = True
+    max_prompt_tokens: int | None = None
+
+    def messages(self, task: Task) -> list[dict[str, str]]:
+        """The task's own messages behind the protocol's system prompt, unless the task brings a system prompt."""
+        if any(m["role"] == "system" for m in task.messages):
+            return task.messages
+        tools = "".join(TOOL_LINE.get(t, "") for t in task.tools)
+        system = self.system if self.system is not None else SYSTEM.format(tools=tools)
+        shots = [m for t in task.tools for m in EXAMPLE.get(t, [])] if self.example else []
+        head = [{"role": "system", "content": system}] if system else []
+        return [*head, *shots, *task.messages]
+
+    def ids(self, task: Task) -> list[int]:
+        """Prompt ids ending where the assistant's turn begins. Raises ConfigError when longer than allowed."""
+        out = self.tokenizer.apply_chat_template(
+            self.messages(task), tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        ids = list(out)
+        if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
+            raise ConfigError(
+                f"prompt of task {task.task_id!r} has {len(ids)} tokens, but only {self.max_prompt_tokens} fit in the "
+                "model's context beside rollout.max_new_tokens; shorten the prompt, lower rollout.max_new_tokens or "
+                "use a model with a longer context"
+            )
+        return ids
+
+
+def result_text(output: str) -> str:
+    """How a tool's (already escaped) output is written into the context."""
+    return f"<result>{output.strip()}</result>"
+
+
+def budget_text() -> str:
+    return result_text("error: no tool calls left; answer now")
+
+
+def encode_plain(tokenizer: Any, text: str) -> Sequence[int]:
+    """Ids of text that is inserted mid-sequence: no BOS, no template."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,158 @@
+"""One growing leaf: a state machine from sampled tokens to tool calls to an answer.
+
+    SAMPLING → (closing tag) → TOOL → (result) → SAMPLING → … → DONE
+
+A `Line` owns the engine handle of its leaf and knows what it may still spend. It never waits: the loop in `grow` moves
+it on when the engine or the tool pool has something for it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Sequence
+
+from appo.data.prompts import budget_text, encode_plain, result_text
+from appo.rollout.engine import RolloutEngine, SamplingParams, Stopped
+from appo.rollout.protocol import ANSWER, TagEvent, TagParser, TokenText
+from appo.tools.base import ToolResult
+from appo.types import Finish, Leaf, Node, RolloutTree, ToolCall
+
+
+class State(Enum):
+    SAMPLING = "sampling"
+    TOOL = "tool"
+    DONE = "done"
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """Limits per trajectory; all are counted from the tree's own record, never from text."""
+
+    max_new_tokens: int
+    max_tool_calls: int
+    temperature: float = 1.0
+    tools: tuple[str, ...] = ()
+
+
+@dataclass
+class Line:
+    """A leaf being grown. `tree.leaves[leaf]` is its record, `seq` its handle in the engine."""
+
+    tree: RolloutTree
+    leaf: int
+    seq: int
+    seed: int
+    sampled: int = 0  # tokens the policy drew, inherited ones included
+    state: State = State.SAMPLING
+    closed: list[TagEvent] = field(default_factory=list)  # blocks closed by the tokens sampled since `resume`
+    queue: list[TagEvent] = field(default_factory=list)  # calls of this turn that still wait
+    called_at: float = 0.0
+
+    @property
+    def record(self) -> Leaf:
+        return self.tree.leaves[self.leaf]
+
+
+class Agent:
+    """Turn logic shared by all lines of a run; holds no state of any of them."""
+
+    def __init__(self, engine: RolloutEngine, text: TokenText, settings: AgentSettings):
+        self.engine = engine
+        self.text = text
+        self.settings = settings
+
+    def resume(self, line: Line, prefix: Sequence[int] = ()) -> None:
+        """Start (or go on) sampling. `prefix`: ids of the current turn that a branch inherited, for the parser."""
+        room = self.settings.max_new_tokens - line.sampled
+        if room <= 0 or self.engine.length(line.seq) >= self.engine.max_context:
+            return self._finish(line, Finish.LENGTH)
+        parser = TagParser([*self.settings.tools, ANSWER])
+        parser.feed(self.text.join(prefix))
+        line.closed = []
+
+        def closes_block(token: int) -> bool:
+            line.closed += parser.feed(self.text.join([token]))
+            return bool(line.closed)
+
+        params = SamplingParams(
+            max_new_tokens=room,
+            temperature=self.settings.temperature,
+            stop_token_ids=self.text.eos_ids,
+            stop=closes_block,
+        )
+        line.state = State.SAMPLING
+        self.engine.submit(line.seq, params, line.seed)
+
+    def on_stopped(self, line: Line, event: Stopped) -> TagEvent | None:
+        """Record what was sampled; return the tool call to make, if any."""
+        node = line.tree.nodes[line.record.node]
+        if node.role != "model":
+            node = self._add_node(line, "model")
+        assert node.logprobs is not None and node.entropy is not None
+        node.token_ids += event.token_ids
+        node.logprobs += event.logprobs
+        node.entropy += event.entropy
+        node.policy_version = event.policy_version
+        line.sampled += len(event.token_ids)
+        if event.reason == "stop_token" or any(e.tag == ANSWER for e in line.closed):
+            # Calls before the answer in the same token would have no reader.
+            self._finish(line, Finish.ANSWER)
+            return None
+        if event.reason == "length":
+            self._finish(line, Finish.LENGTH)
+            return None
+        line.queue += line.closed
+        return self.next_call(line)
+
+    def next_call(self, line: Line) -> TagEvent | None:
+        """The next call in the queue, or None and sampling goes on. Calls beyond the budget are answered at once."""
+        while line.queue:
+            call = line.queue.pop(0)
+            if len(line.record.tool_calls) < self.settings.max_tool_calls:
+                line.state, line.called_at = State.TOOL, time.perf_counter()
+                return call
+            if not self._append_result(line, budget_text(), policy_error=True):
+                return None
+        self.resume(line)
+        return None
+
+    def on_tool(self, line: Line, call: TagEvent, result: ToolResult) -> TagEvent | None:
+        """Write the result into the context; return the next call of the same turn, if any."""
+        record = ToolCall(call.tag, call.argument, result.output, result.ok, result.wall_s, result.error_kind)
+        line.record.tool_calls.append(record)
+        if not self._append_result(line, result_text(result.output), call=record):
+            return None
+        return self.next_call(line)
+
+    def _append_result(
+        self, line: Line, text: str, call: ToolCall | None = None, policy_error: bool = False
+    ) -> bool:
+        ids = list(encode_plain(self.text.tokenizer, text))
+        if self.engine.length(line.seq) + len(ids) >= self.engine.max_context:
+            self._finish(line, Finish.LENGTH)
+            return False
+        if call is not None:
+            call.tokens = len(ids)
+        if policy_error:
+            line.tree.stats["over_budget_calls"] = line.tree.stats.get("over_budget_calls", 0) + 1
+        self.engine.append(line.seq, ids)
+        self._add_node(line, "tool").token_ids = ids
+        return True
+
+    def _add_node(self, line: Line, role: Any) -> Node:
+        """A node that continues the leaf."""
+        tree, leaf = line.tree, line.record
+        last = tree.nodes[leaf.node]
+        node = Node(leaf.node, role, len(last.token_ids), path=last.path)
+        if role == "model":
+            node.logprobs, node.entropy = [], []
+        tree.nodes.append(node)
+        leaf.node = len(tree.nodes) - 1
+        return node
+
+    def _finish(self, line: Line, why: Finish) -> None:
+        line.state = State.DONE
+        line.queue.clear()
+        line.record.finish = why

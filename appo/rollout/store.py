@@ -1,0 +1,76 @@
+"""Trees on disk: one tree per line of a JSON-lines file, complete enough to learn from again.
+
+Text is written next to the ids (`text` of a node, `token` of a branch point) for people and for the report; it is
+never read back into a tree. The format itself is `appo.obs.codec`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from appo.errors import DataError
+from appo.obs.codec import tree_from_json, tree_to_json
+from appo.obs.metrics import append_lines, cut_after, read_lines
+from appo.types import RolloutTree
+
+__all__ = ["TREES", "append_trees", "cut_after", "read_trees", "tree_from_json", "tree_to_json"]
+
+TREES = "trees.jsonl"
+
+Text = Callable[[Sequence[int]], str]
+
+
+def append_trees(path: Path | str, trees: Sequence[RolloutTree], text: Text | None = None) -> None:
+    """Append trees, after removing what a kill may have left of the last line. `text`: ids to readable text.
+
+    A run that resumes calls `cut_after(path, step)` first.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not _ends_whole(path):
+        cut_after(path, None)
+    lines = [json.dumps(_with_text(t, text), ensure_ascii=False, allow_nan=False) for t in trees]
+    append_lines(path, lines)
+
+
+def read_trees(path: Path | str) -> Iterator[RolloutTree]:
+    """The trees of a file in order; a torn last line is left out.
+
+    Raises DataError if there is no such file or a line before the last is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; trees are saved in the run folder as {TREES}")
+    for data in read_lines(path):
+        yield tree_from_json(data)
+
+
+def _ends_whole(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    with open(path, "rb") as f:
+        f.seek(-1, 2)
+        return f.read(1) == b"\n"
+
+
+def _with_text(tree: RolloutTree, text: Text | None) -> dict[str, Any]:
+    data = tree_to_json(tree)
+    if text is None:
+        return data
+    for node, out in zip(tree.nodes, data["nodes"], strict=True):
+        out["text"] = _readable(text, node.token_ids)
+    for leaf, out in zip(tree.leaves, data["leaves"], strict=True):
+        if leaf.parent_leaf is None or leaf.split is None:
+            continue
+        ids = tree.trajectory(leaf.parent_leaf).response_ids[leaf.split : leaf.split + 1]
+        out["token_id"] = [int(t) for t in ids]
+        out["token"] = _readable(text, out["token_id"])
+    return data
+
+
+def _readable(text: Text, ids: Sequence[int]) -> str:
+    # A lone surrogate cannot be written as UTF-8.
+    return text(ids).encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,91 @@
+"""Configuration: every mistake is one paragraph that names field, value and fix."""
+
+import pytest
+
+from appo.algo.presets import resolve
+from appo.config import dump, load_config, recipe_names
+from appo.errors import ConfigError
+
+
+def test_dump_reads_back_to_the_same_configuration(tmp_path):
+    cfg = load_config("quickstart", ["steps=3", "learner.lr=1e-5", "data.params={digits: 3}"])
+    (tmp_path / "quickstart.yaml").write_text(dump(cfg))
+    assert load_config(str(tmp_path / "quickstart.yaml")) == cfg
+    assert cfg.learner.lr == 1e-5  # YAML 1.1 alone would read a string
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_resolves(name):
+    algo = resolve(load_config(name).algo)
+    assert algo.rollouts == algo.roots * (algo.branches + 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("learner.lrr=1", ["learner.lrr", "command line", "did you mean learner.lr"]),
+        ("steps=many", ["steps='many'", "expected int"]),
+        ("steps=0", ["steps is 0", "greater than 0"]),
+        ("steps=2.5", ["steps=2.5", "expected int"]),
+        ("algo.variant=papr", ["papr", "paper, released", "did you mean 'paper'"]),
+        ("algo.rollouts=9", ["9", "algo.roots"]),
+        ("rollout=3", ["rollout", "group of keys"]),
+        ("rollout.temperature=0", ["rollout.temperature is 0", "greedy"]),
+        ("rollout.top_p=0.9", ["rollout.top_p=0.9", "full distribution"]),
+        ("minibatches=3", ["prompts_per_step", "minibatches=3"]),
+        ("tools.enabled=python", ["tools.enabled", "expected a list"]),
+        ("=3", ["key=value"]),
+    ],
+)
+def test_bad_overrides_name_field_value_and_fix(override, words):
+    with pytest.raises(ConfigError) as e:
+        load_config("quickstart", [override])
+    for word in words:
+        assert word in str(e.value)
+    assert e.value.exit_code == 2
+
+
+def test_unknown_key_in_a_file_names_its_line(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("steps: 3\nlearner:\n  lr: 1e-5\n  warmup: 3\n")
+    with pytest.raises(ConfigError, match=rf"learner.warmup.*{path}:4.*warmup_steps"):
+        load_config(str(path))
+
+
+def test_unknown_recipe_suggests_a_name():
+    with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
+        load_config("quikstart")
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config("no/such.yaml")
+
+
+def test_switching_the_algorithm_keeps_the_rollouts_of_the_recipe():
+    appo = resolve(load_config("quickstart").algo)
+    grpo = resolve(load_config("quickstart", ["algo=grpo"]).algo)
+    assert appo.rollouts == grpo.rollouts and grpo.flat and grpo.roots == grpo.rollouts
+
+
+@pytest.mark.parametrize(
+    ("given", "roots", "branches"),
+    [({"rollouts": 16}, 4, 3), ({"rollouts": 16, "roots": 8}, 8, 1), ({"roots": 2, "branches": 7}, 2, 7)],
+)
+def test_batch_arithmetic(given, roots, branches):
+    overrides = [f"algo.{k}={v}" for k, v in given.items()]
+    cfg = load_config("quickstart", ["algo=grpo", "algo=appo", "algo.rollouts=null", *overrides])
+    algo = resolve(cfg.algo)
+    assert (algo.roots, algo.branches) == (roots, branches)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["algo.name=gropo"], "did you mean 'grpo'"),
+        (["algo=grpo", "algo.branches=2"], "flat rollouts"),
+        (["algo.variant=released"], "no training preset"),
+        (["algo.dual_clip=0.5"], "greater than 1"),
+        (["algo=appo", "algo.roots=1", "algo.branches=7", "algo.rollouts=8"], "at least 2 roots"),
+    ],
+)
+def test_bad_algorithms(given, words):
+    with pytest.raises(ConfigError, match=words):
+        resolve(load_config("quickstart", given).algo)

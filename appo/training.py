@@ -13,7 +13,8 @@ import numpy as np
 from appo.algo.branching import BranchPlan
 from appo.config import Config, dump
 from appo.errors import CheckpointError, LearnerError
-from appo.obs.metrics import BranchLog, MetricsWriter
+from appo.obs.branches import BranchLog
+from appo.obs.metrics import MetricsWriter
 from appo.obs.progress import Console
 from appo.obs.report import write_report
 from appo.run import Plan, Session, card_rows, card_warnings, plan, tasks_of
@@ -42,7 +43,7 @@ class TrainingRun:
     def __init__(self, session: Session):
         from appo.algo.objective import make_objective
         from appo.learner.trainer import Trainer
-        from appo.learner.zero import Learner
+        from appo.learner.backend import Learner
 
         p = session.plan
         self.session, self.plan, self.cfg, self.console = session, p, p.cfg, session.console
@@ -170,7 +171,7 @@ class TrainingRun:
         for tree, found, k in zip(trees, plans, part, strict=True):
             if found is not None:
                 rows = branch_rows(tree, found, self.session.text.text)
-                self.branches.write(step, k, tree.task.task_id, rows)
+                self.branches.write(step, k, tree.task.task_id, rows, found.flat, found.shortfall)
 
 
 def branch_rows(tree: RolloutTree, found: BranchPlan, text: Any) -> list[dict[str, Any]]:
@@ -195,7 +196,7 @@ def branch_rows(tree: RolloutTree, found: BranchPlan, text: Any) -> list[dict[st
 
 def _cut_trees(path: Path, keep: int | None) -> None:
     """A resumed run draws the trees after its checkpoint again: drop the old ones."""
-    from appo.rollout.store import cut_after
+    from appo.obs.metrics import cut_after
 
     if keep is not None and path.exists():
         cut_after(path, keep)
@@ -238,3 +239,48 @@ def _learner_settings(p: Plan) -> Any:
     )  # fmt: skip
 
 
+
+
+def evaluate(cfg: Config, run: Path | None = None, console: Console | None = None) -> dict[str, Any]:
+    """Accuracy and tool use of the recipe's base model, or of the newest checkpoint of `run`. → metrics record."""
+    console = console or Console()
+    p = plan(cfg, console, need_output=False)
+    with Session(p, console) as session:
+        if run is not None:
+            _load_checkpoint(session, run)
+        return session.evaluate(0)
+
+
+def _load_checkpoint(session: Session, run: Path) -> None:
+    """The engine takes over the weights of a run's newest checkpoint."""
+    from appo.learner.checkpoint import load_latest
+    from appo.learner.weights import push
+    from appo.learner.backend import Learner
+
+    path, state = load_latest(run)
+    with Learner(session.plan.source.path, _learner_settings(session.plan), seed=session.plan.cfg.seed) as learner:
+        learner.load(path)
+        probe = session.prompts(list(tasks_of(session.plan.cfg, "train").take(1)))
+        push(learner, session.engine, int(state["version"]), probe)
+    session.console.note(f"weights of {path} (policy version {state['version']})")
+
+
+def sample_trees(cfg: Config, prompts: int, console: Console) -> tuple[list[RolloutTree], Any]:
+    """Trees of the first training prompts, graded. → (trees, ids → text)."""
+    p = plan(cfg, console, need_output=False)
+    console.card(f"appo rollout {cfg.recipe}", card_rows(p), card_warnings(p))
+    with Session(p, console) as session:
+        tasks = tasks_of(cfg, "train").take(prompts)
+        rollouts, growths = session.rollouts, []
+        with console.phase("sampling", len(tasks) * p.algo.roots) as bar:
+            growths = [rollouts.plant(t, i, p.algo.roots, 0) for t, i in zip(tasks, session.prompts(tasks), strict=True)]
+            rollouts.run(on_progress=lambda left: bar.update(len(tasks) * p.algo.roots - left))
+            if p.algo.flat:
+                for g in growths:
+                    rollouts.release(g)
+            else:
+                rollouts.grow_branches(growths, p.algo)
+                rollouts.run()
+        trees = rollouts.finish(growths)
+        session.grade(trees)
+        return trees, session.text.text

@@ -149,7 +149,7 @@ class Trainer:
         sums["group/ungraded_leaves"] += credit.ungraded
         for key, value in out.items():
             learned[key].append(value)
-        if out.get("learn/stepped", 0.0):
+        if not (out["learner/empty"] or out["learner/nonfinite"]):
             self.version += 1
             with clock("push"):
                 for key, value in self.push(self.version).items():

@@ -1,0 +1,174 @@
+"""The command line: thin commands over `appo.training`, `appo.run` and `appo.doctor`. Heavy imports happen inside."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Callable, NoReturn
+
+import typer
+
+from appo.errors import AppoError
+
+app = typer.Typer(
+    name="appo",
+    help="Train tool-using LLM agents with branching rollouts and future-aware advantages.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. steps=3 learner.lr=1e-4 algo=grpo")]
+Recipe = Annotated[str, typer.Argument(help="name of a built-in recipe, or the path of a YAML file")]
+Plain = Annotated[bool, typer.Option("--plain", help="plain lines instead of live progress")]
+
+
+def main() -> None:
+    """Entry point: an AppoError becomes one paragraph and its exit code (2 for what the user can mend)."""
+    # DeepSpeed and tokenizers read these at import.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not _cuda_device_files():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        app()
+    except AppoError as e:
+        _fail(e)
+    except KeyboardInterrupt:
+        print("\ninterrupted; a run can be continued with: appo train RECIPE resume=RUN", file=sys.stderr)
+        sys.exit(130)
+
+
+def _cuda_device_files() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+
+
+def _fail(error: AppoError) -> NoReturn:
+    from appo.obs.progress import Console
+
+    Console(stderr=True).error(type(error).__name__, str(error))
+    sys.exit(error.exit_code)
+
+
+def _console(plain: bool) -> Any:
+    from appo.obs.progress import Console
+
+    return Console(plain=True if plain else None)
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the card, write the config; train nothing")] = False,
+    plain: Plain = False,
+) -> None:
+    """Train a policy: `appo train quickstart`, `appo train tiny algo=grpo`, `appo train quickstart resume=RUN`."""
+    from appo.config import dump, load_config
+
+    cfg = load_config(recipe, overrides or [])
+    console = _console(plain)
+    if dry_run:
+        from appo.run import card_rows, card_warnings, plan
+
+        p = plan(cfg, console)
+        console.card(f"appo train {cfg.recipe} (dry run)", card_rows(p), card_warnings(p))
+        target = p.output / "config.resolved.yaml"
+        target.write_text(dump(cfg))
+        console.note(f"resolved configuration written to {target}; nothing was loaded")
+        return
+    from appo.training import train as run_training
+
+    run_training(cfg, console)
+
+
+@app.command("eval")
+def evaluate(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option("--run", help="evaluate the newest checkpoint of this run instead of the base model")] = None,
+    plain: Plain = False,
+) -> None:
+    """Accuracy and tool use on the held-out questions of a recipe's task."""
+    from appo.config import load_config
+    from appo.training import evaluate as run_evaluation
+
+    console = _console(plain)
+    record = run_evaluation(load_config(recipe, overrides or []), run=run, console=console)
+    console.card(
+        f"appo eval {recipe}",
+        [("accuracy", f"{record['eval/accuracy']:.3f} [{record['eval/accuracy_low']:.3f}, "
+                      f"{record['eval/accuracy_high']:.3f}] (95 % Wilson)"),
+         ("tool use", f"{record['eval/tool_use']:.3f}"),
+         ("questions", f"{record['eval/questions']:.0f} graded, {record['eval/errors']:.0f} grading errors"),
+         ("truncated", f"{record['eval/truncated']:.3f}"), ("seconds", f"{record['time/eval']:.1f}")],
+    )  # fmt: skip
+
+
+@app.command()
+def rollout(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    prompts: Annotated[int, typer.Option("--prompts", "-n", help="how many prompts to sample trees for")] = 1,
+    save: Annotated[Path | None, typer.Option("--save", help="append the trees to this JSONL file")] = None,
+    plain: Plain = False,
+) -> None:
+    """Sample rollout trees with the recipe's model and show them; nothing is learned."""
+    from appo.config import load_config
+    from appo.obs.trees import render_tree
+    from appo.rollout.store import append_trees
+    from appo.training import sample_trees
+
+    console = _console(plain)
+    trees, text = sample_trees(load_config(recipe, overrides or []), prompts, console)
+    for tree in trees:
+        typer.echo(render_tree(tree, text))
+    if save is not None:
+        append_trees(save, trees, text)
+        console.note(f"{len(trees)} trees appended to {save}")
+
+
+sft_app = typer.Typer(help="Supervised cold starts.", no_args_is_help=True)
+app.add_typer(sft_app, name="sft")
+
+
+@sft_app.command("tiny")
+def sft_tiny(
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the checkpoint")] = Path("tiny_qwen3"),
+    steps: Annotated[int, typer.Option(help="optimiser steps")] = 1000,
+    batch: Annotated[int, typer.Option(help="traces per step")] = 64,
+    lr: Annotated[float, typer.Option(help="peak learning rate")] = 3e-3,
+    seed: Annotated[int, typer.Option()] = 0,
+    threads: Annotated[int | None, typer.Option(help="default: the cores this process may use")] = None,
+    plain: Plain = False,
+) -> None:
+    """Train the tiny Qwen3 (0.66M parameters, BPE-512) from scratch on synthetic tool-use traces."""
+    import torch
+
+    from appo.config import load_config
+    from appo.errors import ConfigError
+    from appo.learner.sft import SftSettings, run_sft
+
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"--output={output}: the folder is not empty; choose another one")
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    console = _console(plain)
+    settings = SftSettings(steps=steps, batch=batch, lr=lr, seed=seed)
+    with console.phase(f"cold start, {steps} steps", steps) as bar:
+        report: Callable[[int, float, float], None] = lambda i, loss, speed: bar.update(
+            i, loss=round(loss, 4), tokens_per_s=int(speed)
+        )
+        done = run_sft(output, settings, load_config("tiny").data.params, report=report)
+    console.note(f"{output}: loss {done['loss']:.4f} after {done['tokens']:.0f} learned tokens, {done['seconds']:.0f} s")
+
+
+@app.command()
+def doctor(plain: Plain = False) -> None:
+    """What this machine can run: versions, native library, sandbox levels, model cache. Exit code 1 if training can't."""
+    from appo.doctor import run_doctor
+
+    ok = run_doctor(_console(plain))
+    raise typer.Exit(0 if ok else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Config": "appo.config",
     "load_config": "appo.config",
-    "train": "appo.learner.trainer",
-    "evaluate": "appo.evals.runner",
+    "train": "appo.training",
+    "evaluate_policy": "appo.evals.runner",
     "RolloutEngine": "appo.rollout.engine",
     "SamplingParams": "appo.rollout.engine",
     "Task": "appo.types",

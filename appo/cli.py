@@ -134,7 +134,7 @@ app.add_typer(sft_app, name="sft")
 @sft_app.command("tiny")
 def sft_tiny(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the checkpoint")] = Path("tiny_qwen3"),
-    steps: Annotated[int, typer.Option(help="optimiser steps")] = 1000,
+    steps: Annotated[int, typer.Option(help="optimiser steps")] = 800,
     batch: Annotated[int, typer.Option(help="traces per step")] = 64,
     lr: Annotated[float, typer.Option(help="peak learning rate")] = 3e-3,
     seed: Annotated[int, typer.Option()] = 0,

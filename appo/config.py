@@ -99,9 +99,9 @@ class ToolsConfig:
 class RewardSettings:
     correct: float = 1.0
     tool_bonus: float = 0.0  # added when the answer is right and a tool call succeeded
-    tool_use: float = 0.0  # added when a tool call succeeded, right or wrong
+    tool_use: float = 0.0  # added when a tool call succeeded, whatever the answer, if any
     format_bonus: float = 0.0  # added when the format gate passes
-    bad_format: float = 0.0  # the whole reward when it does not
+    bad_format: float = 0.0  # in place of correct + format_bonus when it does not
     strictness: Literal["none", "answer", "full"] = "answer"
     workers: int = 1
     timeout_s: float = 5.0

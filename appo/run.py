@@ -6,6 +6,7 @@ adds the learner and runs the loop of `appo.learner.trainer`.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from contextlib import ExitStack
@@ -104,7 +105,7 @@ def memory_estimate(p: Plan) -> dict[str, float]:
         # 7 matrices a layer, (in + out)·r each; in + out ≈ 2.6 hidden on average for this family.
         trained = int(layers * 7 * 2.6 * p.model.hidden * p.cfg.learner.lora.r)
     master = 4 if width == 2 else 0
-    kv_bytes = 2 * p.model.layers * p.model.kv_dim * width
+    kv_bytes = 2 * p.model.layers * _kv_width(p.source.path) * width
     tokens = min(p.cfg.rollout.max_new_tokens * 2, p.model.context) * p.algo.rollouts * p.cfg.prompts_per_step
     return {
         "engine weights (packed copy included)": 2 * weights,
@@ -112,6 +113,13 @@ def memory_estimate(p: Plan) -> dict[str, float]:
         "gradients and AdamW state": trained * (width + 8 + master),
         "KV cache (if every rollout runs to the limit)": min(tokens, p.cfg.rollout.kv_tokens or tokens) * kv_bytes,
     }
+
+
+def _kv_width(folder: Path) -> int:
+    """Numbers in the key of one token in one layer."""
+    c = json.loads((folder / "config.json").read_text())
+    head = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    return head * (c.get("num_key_value_heads") or c["num_attention_heads"])
 
 
 def card_rows(p: Plan) -> list[tuple[str, str]]:
@@ -169,7 +177,7 @@ class Session:
         cfg = p.cfg
         self.plan, self.console, self._stack = p, console, ExitStack()
         self.tokenizer = load_tokenizer(p.source.path)
-        self.text = TokenText(self.tokenizer)
+        self.text = TokenText(self.tokenizer, p.model.vocab)
         self.engine = NativeEngine(
             p.source.path,
             dtype=cfg.model.dtype,

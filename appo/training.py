@@ -12,11 +12,11 @@ import numpy as np
 
 from appo.algo.branching import BranchPlan
 from appo.config import Config, dump
+from appo.data.datasets import Cursor
 from appo.errors import CheckpointError, LearnerError
 from appo.obs.branches import BranchLog
 from appo.obs.metrics import MetricsWriter
 from appo.obs.progress import Console
-from appo.obs.report import write_report
 from appo.run import Plan, Session, card_rows, card_warnings, plan, tasks_of
 from appo.types import RolloutTree
 
@@ -49,7 +49,7 @@ class TrainingRun:
         self.session, self.plan, self.cfg, self.console = session, p, p.cfg, session.console
         _seed_everything(self.cfg.seed)
         self.learner = Learner(p.source.path, _learner_settings(p), seed=self.cfg.seed)
-        self.tasks = tasks_of(self.cfg, "train")
+        self.cursor = Cursor(tasks_of(self.cfg, "train"))
         self.done = 0
         self.trainer = Trainer(
             algo=p.algo,
@@ -61,12 +61,14 @@ class TrainingRun:
             token_budget=self.cfg.learner.token_budget,
             minibatches=self.cfg.minibatches,
         )
-        self._probe = [session.builder.ids(self.tasks[i]) for i in range(2)]
+        self._probe = [session.builder.ids(self.cursor.tasks[i]) for i in range(2)]
 
     # -- the run -------------------------------------------------------------------------------------------------
 
     def go(self) -> None:
         """From the newest checkpoint (if resumed) to the last step, then the report."""
+        from appo.obs.report import write_report
+
         cfg, out = self.cfg, self.plan.output
         if self.plan.resume:
             self._restore()
@@ -91,7 +93,7 @@ class TrainingRun:
 
     def _one_step(self, number: int) -> None:
         cfg, begin = self.cfg, time.perf_counter()
-        tasks = self.tasks.take(cfg.prompts_per_step)
+        tasks = self.cursor.take(cfg.prompts_per_step)
         total = cfg.prompts_per_step * self.plan.algo.roots
         with self.console.phase(f"step {number}/{cfg.steps}", total) as bar:
             self.trainer.on_phase = lambda name, done, left: bar.update(done or total, phase=name)
@@ -134,7 +136,7 @@ class TrainingRun:
         return {
             "step": self.done,
             "version": self.trainer.version,
-            "data": self.tasks.state_dict(),
+            "data": self.cursor.state_dict(),
             "config_sha256": _fingerprint(self.cfg),
         }
 
@@ -153,7 +155,7 @@ class TrainingRun:
                 "with the same recipe and overrides (steps, save_every, keep_last, threads and eval.* may change)"
             )
         self.learner.load(path)
-        self.tasks.load_state_dict(state["data"])
+        self.cursor.load_state_dict(state["data"])
         self.done, self.trainer.version = int(state["step"]), int(state["version"])
         self._push(self.trainer.version)
         self.console.note(f"resumed {self.plan.output} after step {self.done} (policy version {self.trainer.version})")
@@ -196,7 +198,7 @@ def branch_rows(tree: RolloutTree, found: BranchPlan, text: Any) -> list[dict[st
 
 def _cut_trees(path: Path, keep: int | None) -> None:
     """A resumed run draws the trees after its checkpoint again: drop the old ones."""
-    from appo.obs.metrics import cut_after
+    from appo.obs.lines import cut_after
 
     if keep is not None and path.exists():
         cut_after(path, keep)
@@ -260,7 +262,7 @@ def _load_checkpoint(session: Session, run: Path) -> None:
     path, state = load_latest(run)
     with Learner(session.plan.source.path, _learner_settings(session.plan), seed=session.plan.cfg.seed) as learner:
         learner.load(path)
-        probe = session.prompts(list(tasks_of(session.plan.cfg, "train").take(1)))
+        probe = session.prompts([tasks_of(session.plan.cfg, "train")[0]])
         push(learner, session.engine, int(state["version"]), probe)
     session.console.note(f"weights of {path} (policy version {state['version']})")
 
@@ -270,7 +272,7 @@ def sample_trees(cfg: Config, prompts: int, console: Console) -> tuple[list[Roll
     p = plan(cfg, console, need_output=False)
     console.card(f"appo rollout {cfg.recipe}", card_rows(p), card_warnings(p))
     with Session(p, console) as session:
-        tasks = tasks_of(cfg, "train").take(prompts)
+        tasks = Cursor(tasks_of(cfg, "train")).take(prompts)
         rollouts, growths = session.rollouts, []
         with console.phase("sampling", len(tasks) * p.algo.roots) as bar:
             growths = [rollouts.plant(t, i, p.algo.roots, 0) for t, i in zip(tasks, session.prompts(tasks), strict=True)]

@@ -8,9 +8,7 @@ from typing import Any, Sequence
 from appo.errors import ConfigError
 from appo.types import Task
 
-SYSTEM = (
-    "You answer questions.{tools} Write the final answer between <answer> and </answer>."
-)  # fmt: skip
+SYSTEM = "You answer questions.{tools} Write the final answer between <answer> and </answer>."
 TOOL_LINE = {
     "python": (
         " You may run Python code: write it between <python> and </python>, and what it prints comes back between "
@@ -20,7 +18,12 @@ TOOL_LINE = {
 EXAMPLE = {
     "python": [
         {"role": "user", "content": "What is 17*24-9?"},
-        {"role": "assistant", "content": "<python>print(17*24-9)</python><result>399</result><answer>399</answer>"},
+        {
+            "role": "assistant",
+            "content": (
+                "Let me compute that.\n<python>print(17*24-9)</python>\n<result>399</result>\n<answer>399</answer>"
+            ),
+        },
     ],
 }
 
@@ -63,8 +66,8 @@ class PromptBuilder:
 
 
 def result_text(output: str) -> str:
-    """How a tool's (already escaped) output is written into the context."""
-    return f"<result>{output.strip()}</result>"
+    """How a tool's (already escaped) output is written into the context: on a line of its own, as in the example."""
+    return f"\n<result>{output.strip()}</result>\n"
 
 
 def budget_text() -> str:

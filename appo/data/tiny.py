@@ -13,6 +13,8 @@ from typing import Any, Iterator, Sequence
 
 import numpy as np
 
+from appo.data.prompts import result_text
+
 TAGS = [f"<{slash}{t}>" for t in ("think", "python", "search", "result", "answer") for slash in ("", "/")]
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB = 512
@@ -26,7 +28,7 @@ FILLER = [
 ]  # fmt: skip
 SHAPE = dict(
     hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=32, vocab_size=VOCAB, max_position_embeddings=512, tie_word_embeddings=True, rope_theta=10_000.0,
+    head_dim=32, max_position_embeddings=512, tie_word_embeddings=True, rope_theta=10_000.0,
 )  # fmt: skip
 
 
@@ -49,7 +51,7 @@ def trace(question: str, expression: str, answer: int, rng: np.random.Generator,
     result = str(eval(called, {"__builtins__": {}}))  # digits and + - * of our own making
     return [
         (f"{say()} <python>{called}</python>", True),
-        (f"<result>{result}</result>", False),
+        (result_text(result), False),
         (f"{say()} <answer>{result}</answer>", True),
     ]
 
@@ -95,14 +97,14 @@ def encode_trace(tokenizer: Any, prompt_ids: Sequence[int], spans: Sequence[tupl
     return ids, learned
 
 
-def new_model(seed: int) -> Any:
-    """The untrained tiny Qwen3, float32."""
+def new_model(seed: int, vocab: int) -> Any:
+    """The untrained tiny Qwen3 with `vocab` embedding rows, float32."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
     eos, pad = CONTROL.index("<|im_end|>"), CONTROL.index("<|endoftext|>")
-    config = Qwen3Config(**SHAPE, eos_token_id=eos, pad_token_id=pad, bos_token_id=None)
+    config = Qwen3Config(**SHAPE, vocab_size=vocab, eos_token_id=eos, pad_token_id=pad, bos_token_id=None)
     return Qwen3ForCausalLM(config).float()
 
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from appo.data import tiny
 from appo.data.datasets import build_tasks
 from appo.data.prompts import PromptBuilder
+from appo.types import Task
 
 
 @dataclass(frozen=True)
 class SftSettings:
     """steps × batch traces; about 40 tokens a trace."""
 
-    steps: int = 1500
+    steps: int = 800
     batch: int = 64
     lr: float = 3e-3
     warmup: int = 50
@@ -32,11 +33,15 @@ class SftSettings:
     wrong: float = tiny.TraceMix.wrong
 
 
-def traces(settings: SftSettings, params: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, bool]]]]:
-    """Endless (question, spans) of the arithmetic task's training split."""
+def traces(
+    settings: SftSettings, params: dict[str, Any]
+) -> Iterator[tuple[Task, list[tuple[str, bool]]]]:
+    """Endless (task, spans) of the arithmetic task's training split."""
     rng = np.random.Generator(np.random.Philox(settings.seed))
     mix = tiny.TraceMix(settings.right, settings.wrong)
-    tasks = build_tasks("arithmetic", split="train", seed=settings.seed, size=None, params=params, tools=("python",))
+    tasks = build_tasks(
+        "arithmetic", split="train", seed=settings.seed, size=None, params=params, tools=("python",)
+    )
     for i in itertools.count():
         task = tasks[i]
         question = task.messages[-1]["content"]
@@ -56,7 +61,7 @@ def run_sft(
     sample = [f"{t.messages[-1]['content']} {''.join(s for s, _ in spans)}"
               for t, spans in itertools.islice(traces(settings, params), 4000)]  # fmt: skip
     tokenizer = tiny.train_tokenizer(iter(sample))
-    model = tiny.new_model(settings.seed)
+    model = tiny.new_model(settings.seed, len(tokenizer))
     builder = PromptBuilder(tokenizer, system="", example=False)
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.01)
     source, begin, seen, loss_mean = traces(settings, params), time.perf_counter(), 0, math.nan

@@ -72,27 +72,34 @@ class Trainer:
     sampler: Sampler
     learner: Any  # appo.learner.zero.Learner
     objective: Objective
-    grade: Callable[[Sequence[RolloutTree]], dict[str, float]]  # writes rewards on leaves, returns counters
+    grade: Callable[
+        [Sequence[RolloutTree]], dict[str, float]
+    ]  # writes rewards on leaves, returns counters
     push: Callable[[int], dict[str, float]]  # weights → engine under the given version
     token_budget: int
     minibatches: int
     version: int = 0
     on_phase: Callable[[str, int, int], None] = lambda name, done, total: None
 
-    def step(self, number: int, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]) -> StepResult:
+    def step(
+        self, number: int, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]
+    ) -> StepResult:
         """One training step on a batch of prompts."""
         clock = Clock()
         size = len(tasks) // self.minibatches
         plans: dict[int, BranchPlan] = {}
         with clock("rollout"):
             growths = [
-                self.sampler.plant(t, ids, self.algo.roots, number) for t, ids in zip(tasks, prompts, strict=True)
+                self.sampler.plant(t, ids, self.algo.roots, number)
+                for t, ids in zip(tasks, prompts, strict=True)
             ]
             first = {id(g) for g in growths[:size]}
             self.sampler.run(
                 # The first mini-batch is drawn from unmoved weights: its prompts branch as soon as they can.
                 on_roots_done=lambda g: self._branch_early(g, first, plans),
-                on_progress=lambda left: self.on_phase("rollout", len(tasks) * self.algo.roots - left, 0),
+                on_progress=lambda left: self.on_phase(
+                    "rollout", len(tasks) * self.algo.roots - left, 0
+                ),
             )
         result = StepResult([], [], [])
         sums: dict[str, float] = defaultdict(float)
@@ -125,7 +132,9 @@ class Trainer:
                 self.sampler.release(g)
         elif waiting:
             with clock("score"):
-                for g, plan in zip(waiting, self.sampler.grow_branches(waiting, self.algo), strict=True):
+                for g, plan in zip(
+                    waiting, self.sampler.grow_branches(waiting, self.algo), strict=True
+                ):
                     plans[id(g)] = plan
             with clock("branch"):
                 self.sampler.run(on_progress=lambda left: self.on_phase("branch", 0, left))
@@ -167,7 +176,10 @@ class Trainer:
         out |= {k: float(np.mean(v)) for k, v in learned.items()}
         out |= dict(sums)
         out["policy/version"] = self.version
-        out |= {f"time/{k}": clock.seconds[k] for k in ("rollout", "score", "branch", "reward", "learn", "push")}
+        out |= {
+            f"time/{k}": clock.seconds[k]
+            for k in ("rollout", "score", "branch", "reward", "learn", "push")
+        }
         return out
 
 

@@ -74,9 +74,11 @@ class TokenText:
     """What every token id spells, once per tokenizer: bytes for the parser, and which ids are blank.
 
     tokenizer: a Hugging Face fast tokenizer, byte-level BPE (Llama-3, Qwen, SmolLM2) or SentencePiece style.
+    vocab: rows of the model's embedding; ids the tokenizer does not know (padding rows) can be sampled and spell
+    nothing.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, vocab: int = 0):
         self.tokenizer = tokenizer
         size = len(tokenizer)
         special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
@@ -84,6 +86,7 @@ class TokenText:
         self.bytes: list[bytes] = []
         for i, piece in enumerate(tokenizer.convert_ids_to_tokens(list(range(size)))):
             self.bytes.append(_piece_bytes(piece or "", i in special, decode))
+        self.bytes += [b""] * (vocab - size)
         self.eos_ids = frozenset(_eos_ids(tokenizer))
         blank = np.array([not b.decode("utf-8", errors="replace").strip() for b in self.bytes])
         self.drawable = ~blank  # [V] ids at which a branch may start
@@ -91,9 +94,8 @@ class TokenText:
             self.drawable[i] = False
 
     def join(self, ids: Iterable[int]) -> bytes:
-        """Bytes of a run of ids; an id beyond the vocabulary (padded embedding rows) spells nothing."""
-        n = len(self.bytes)
-        return b"".join(self.bytes[i] for i in ids if i < n)
+        """Bytes of a run of ids."""
+        return b"".join(self.bytes[i] for i in ids)
 
     def text(self, ids: Sequence[int]) -> str:
         """For reading only; never encode it again."""

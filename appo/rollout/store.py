@@ -6,14 +6,13 @@ never read back into a tree. The format itself is `appo.obs.codec`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from appo.errors import DataError
 from appo.obs.codec import tree_from_json, tree_to_json
-from appo.obs.metrics import append_lines, cut_after, read_lines
+from appo.obs.lines import append_lines, cut_after, read_lines, to_line
 from appo.types import RolloutTree
 
 __all__ = ["TREES", "append_trees", "cut_after", "read_trees", "tree_from_json", "tree_to_json"]
@@ -32,8 +31,7 @@ def append_trees(path: Path | str, trees: Sequence[RolloutTree], text: Text | No
     path.parent.mkdir(parents=True, exist_ok=True)
     if not _ends_whole(path):
         cut_after(path, None)
-    lines = [json.dumps(_with_text(t, text), ensure_ascii=False, allow_nan=False) for t in trees]
-    append_lines(path, lines)
+    append_lines(path, [to_line(_with_text(t, text)) for t in trees])
 
 
 def read_trees(path: Path | str) -> Iterator[RolloutTree]:
@@ -61,16 +59,11 @@ def _with_text(tree: RolloutTree, text: Text | None) -> dict[str, Any]:
     if text is None:
         return data
     for node, out in zip(tree.nodes, data["nodes"], strict=True):
-        out["text"] = _readable(text, node.token_ids)
+        out["text"] = text(node.token_ids)
     for leaf, out in zip(tree.leaves, data["leaves"], strict=True):
         if leaf.parent_leaf is None or leaf.split is None:
             continue
         ids = tree.trajectory(leaf.parent_leaf).response_ids[leaf.split : leaf.split + 1]
         out["token_id"] = [int(t) for t in ids]
-        out["token"] = _readable(text, out["token_id"])
+        out["token"] = text(out["token_id"])
     return data
-
-
-def _readable(text: Text, ids: Sequence[int]) -> str:
-    # A lone surrogate cannot be written as UTF-8.
-    return text(ids).encode("utf-8", "replace").decode("utf-8")

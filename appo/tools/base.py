@@ -13,7 +13,9 @@ class ToolResult:
     output: str
     ok: bool
     wall_s: float
-    error_kind: str | None = None  # None | "crash" | "timeout" | "unavailable" | "bad_request" | "nonzero_exit"
+    error_kind: str | None = (
+        None  # None | "crash" | "timeout" | "unavailable" | "bad_request" | "nonzero_exit"
+    )
     truncated: bool = False
 
 

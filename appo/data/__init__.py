@@ -1,0 +1,1 @@
+"""Tasks, records, packed batches and models: everything that enters a training run."""

@@ -1,0 +1,87 @@
+"""What keeps NaN out of the weights: finite checks, and the evidence when they fail."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from appo.data.packing import PackedBatch
+from appo.errors import LearnerError
+
+
+class Stats(Protocol):
+    """Per-edge statistics of the current policy."""
+
+    logp: Tensor
+    entropy: Tensor
+
+
+def why_not_finite(loss: Tensor, stats: Stats, batch: PackedBatch) -> str | None:
+    """The first thing that is not finite in a micro-batch, in words, or None."""
+    ratio = (stats.logp.detach() - batch.behaviour)[batch.mask]
+    named = [
+        ("advantage", batch.advantage[batch.mask]),
+        ("behaviour log-prob", batch.behaviour[batch.mask]),
+    ]
+    named += [
+        ("log-prob", stats.logp.detach()[batch.mask]),
+        ("log-ratio", ratio),
+        ("loss", loss.detach()),
+    ]
+    for name, values in named:
+        bad = int((~torch.isfinite(values)).sum())
+        if bad:
+            return f"{name} ({bad} of {values.numel()} values not finite)"
+    return None
+
+
+def poison(stats: Stats) -> Tensor:
+    """A loss whose gradient is NaN wherever there is one: the optimiser then refuses the step on every rank alike."""
+    return stats.logp.sum() * math.nan
+
+
+def dump_batch(folder: Path, step: int, rank: int, batches: list[PackedBatch], reason: str) -> Path:
+    """Write the batches of a refused step for a later look; returns the file. Load it with torch.load."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"nonfinite_step{step}_rank{rank}.pt"
+    rows = [dict(vars(b)) for b in batches]
+    torch.save({"step": step, "reason": reason, "batches": rows}, path)
+    return path
+
+
+def default_dump_dir() -> Path:
+    """A folder of this process in the temporary directory; made only when something is dumped."""
+    return Path(tempfile.gettempdir()) / f"appo-nonfinite-{os.getpid()}"
+
+
+@dataclass
+class NonFiniteGuard:
+    """Counts refused steps and stops the run after `limit` in a row."""
+
+    limit: int
+    dump_dir: Path
+    in_a_row: int = 0
+    total: int = 0
+
+    def passed(self) -> None:
+        self.in_a_row = 0
+
+    def refused(self, step: int, rank: int, batches: list[PackedBatch], reason: str) -> None:
+        """Count one; raise LearnerError naming the dump when there were too many."""
+        self.in_a_row += 1
+        self.total += 1
+        if self.in_a_row < self.limit:
+            return
+        path = dump_batch(self.dump_dir, step, rank, batches, reason)
+        raise LearnerError(
+            f"{self.in_a_row} mini-batches in a row were not finite (learner.max_nonfinite is {self.limit}), at "
+            f"optimiser step {step}: {reason}. No weight was changed. The batch is in {path}. "
+            "Look at rewards and behaviour log-probs there; lower learner.lr or learner.max_grad_norm if they are fine"
+        )

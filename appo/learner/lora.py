@@ -1,0 +1,134 @@
+"""Low-rank adapters: where they go, and what the model is worth with them merged in.
+
+Adapters are made by peft and trained in the model's dtype; under bfloat16 DeepSpeed keeps float32 master copies, so
+small steps are not lost while training. Merging happens in float32 and is cast once, into a new tensor: the base
+weights are never touched, so merging ten thousand times changes nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from appo.errors import ConfigError
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
+
+
+def add_lora(
+    lm: nn.Module,
+    *,
+    r: int,
+    alpha: float,
+    targets: Sequence[str] = TARGETS,
+    layers: int | None = None,
+) -> PeftModel:
+    """Put adapters on the linear layers named `targets` in the last `layers` blocks (None: all); freeze the rest.
+
+    `lm` is changed in place; the PeftModel is only needed to save the adapter. Raises ConfigError for a target that
+    the model does not have and for a number of layers it does not have.
+    """
+    depth = lm.config.num_hidden_layers
+    if layers is not None and not 1 <= layers <= depth:
+        raise ConfigError(
+            f"lora.layers is {layers}, but the model has {depth} layers; use 1 … {depth} or null"
+        )
+    if r < 1:
+        raise ConfigError(f"lora.r is {r}; use a rank of 1 or more, or learner.mode: full")
+    block = {
+        n.rpartition(".")[2]
+        for n, m in lm.model.layers[0].named_modules()
+        if isinstance(m, nn.Linear)
+    }
+    unknown = sorted(set(targets) - block)
+    if unknown or not targets:
+        raise ConfigError(
+            f"lora.targets has {unknown or 'no entry'}; this model offers {sorted(block)}"
+        )
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        target_modules=list(targets),
+        layers_to_transform=None if layers is None else list(range(depth - layers, depth)),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # a name that transformers renames and peft still reads
+        return get_peft_model(lm, config, autocast_adapter_dtype=False)
+
+
+@dataclass
+class MergeError:
+    """How much of the adapters the cast to the weight dtype lost: ‖merged - exact‖ / ‖delta‖ over all layers."""
+
+    lost: float = 0.0  # Σ (merged - exact)²
+    delta: float = 0.0  # Σ delta²
+
+    @property
+    def relative(self) -> float:
+        return (self.lost / self.delta) ** 0.5 if self.delta else 0.0
+
+
+def merged_tensors(
+    lm: nn.Module,
+    *,
+    changed_only: bool = True,
+    gather: Gather | None = None,
+    error: MergeError | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of the model with its adapters merged, one at a time.
+
+    With adapters and `changed_only`, only the adapted weights; else every weight, tied heads once under the name of
+    the embedding. Tensors share memory with the model where nothing was merged: copy what you keep. `gather` opens
+    partitioned parameters (ZeRO-3), in which case tensors are copies.
+    """
+    adapted = {n: m for n, m in lm.named_modules() if isinstance(m, LoraLinear)}
+    inside = tuple(n + "." for n in adapted)
+    if adapted and changed_only:
+        names = [n + ".base_layer.weight" for n in adapted]
+        own = dict(lm.named_parameters())
+        listed = [(n, own[n]) for n in names]
+    else:
+        listed = [(n, p) for n, p in lm.named_parameters() if ".lora_" not in n]
+    for name, p in listed:
+        owner = name.removesuffix(".base_layer.weight")
+        if name.startswith(inside) and owner in adapted:
+            module = adapted[owner]
+            with gather(list(module.parameters())) if gather else nullcontext():
+                yield owner + ".weight", _merge(module, error)
+        else:
+            with gather([p]) if gather else nullcontext():
+                yield (
+                    name.replace(".base_layer.", "."),
+                    p.detach().clone() if gather else p.detach(),
+                )
+
+
+@torch.no_grad()
+def _merge(module: LoraLinear, error: MergeError | None) -> Tensor:
+    """W + scaling · B A, computed in float32 and cast to W's dtype. [out, in]"""
+    base = module.base_layer.weight
+    exact = base.float()
+    exact = exact.clone() if exact is base or exact.data_ptr() == base.data_ptr() else exact
+    delta = torch.zeros_like(exact)
+    for adapter in module.active_adapters:
+        a, b = module.lora_A[adapter].weight.float(), module.lora_B[adapter].weight.float()
+        delta.addmm_(b, a, alpha=module.scaling[adapter])
+    exact += delta
+    merged = exact.to(base.dtype)
+    if error is not None:
+        error.lost += float((merged.float() - exact).square().sum())
+        error.delta += float(delta.square().sum())
+    return merged

@@ -1,0 +1,136 @@
+"""New weights into a rollout engine, and the proof that they arrived.
+
+A rollout engine that kept one old tensor samples from a policy nobody trains, silently. So every push is counted
+and summed on the way, and afterwards engine and learner score the same probe sequences.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from appo.errors import LearnerError
+from appo.learner.lora import MergeError
+
+# dtype → (what is compared, limit). float32: the worst token. bfloat16 rounds each engine's sums differently, so
+# single tokens are noise and the mean is compared.
+TOLERANCE = {"float32": ("max", 1e-3), "bfloat16": ("mean", 5e-2)}
+
+
+class Engine(Protocol):
+    """The part of a rollout engine that a push needs."""
+
+    policy_version: int
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None: ...
+
+    def add_prompt(self, token_ids: Sequence[int]) -> int: ...
+
+    def score(self, seqs: Sequence[int], temperature: float = 1.0) -> Sequence[Any]: ...
+
+    def release(self, seq: int) -> None: ...
+
+
+class Source(Protocol):
+    """The part of a learner that a push needs."""
+
+    cfg: Any  # .dtype, .temperature
+
+    def named_weights(self, error: MergeError | None = None) -> Iterator[tuple[str, Tensor]]: ...
+
+    def logprobs(
+        self, token_ids: Sequence[Sequence[int]], temperature: float | None = None
+    ) -> list[np.ndarray]: ...
+
+
+class Tap:
+    """Passes (name, tensor) pairs on and keeps what went by: number, bytes, CRC-32 over names and values."""
+
+    def __init__(self, source: Iterable[tuple[str, Tensor]]):
+        self.source = source
+        self.tensors = self.bytes = self.crc = 0
+        self.drained = False
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.source:
+            raw = tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy()
+            self.crc = zlib.crc32(raw, zlib.crc32(name.encode(), self.crc))
+            self.tensors += 1
+            self.bytes += raw.size
+            yield name, tensor
+        self.drained = True
+
+
+def push(
+    learner: Source,
+    engine: Engine,
+    version: int,
+    probe_ids: Sequence[Sequence[int]],
+    tolerance: float | None = None,
+) -> dict[str, float]:
+    """Load the learner's weights into `engine` as policy `version` and check them on the probe sequences.
+
+    `tolerance` limits the difference of log-probs at the training temperature: the largest of all tokens in float32,
+    their mean in bfloat16; None takes TOLERANCE. Returns metrics, among them `push/merge_error`: the share of the
+    adapters that the cast of merged weights lost (1: the engine saw nothing of them). Raises LearnerError when
+    weights were left over, when the engine reports another version, or when engine and learner disagree.
+    """
+    error = MergeError()
+    tap = Tap(learner.named_weights(error))
+    engine.load_weights(tap, version)
+    if not tap.drained:
+        raise LearnerError(
+            f"push of policy version {version}: the engine stopped reading after {tap.tensors} tensors; "
+            "load_weights must take all of them"
+        )
+    if engine.policy_version != version:
+        raise LearnerError(
+            f"push of policy version {version}: the engine reports version {engine.policy_version} afterwards"
+        )
+    metrics = {
+        "push/tensors": float(tap.tensors),
+        "push/bytes": float(tap.bytes),
+        "push/crc32": float(tap.crc),
+        "push/merge_error": error.relative,
+    }
+    return metrics | _probe(learner, engine, version, probe_ids, tolerance)
+
+
+def _probe(
+    learner: Source,
+    engine: Engine,
+    version: int,
+    probe_ids: Sequence[Sequence[int]],
+    tolerance: float | None,
+) -> dict[str, float]:
+    theirs = _engine_logprobs(engine, probe_ids, learner.cfg.temperature)
+    mine = learner.logprobs(probe_ids)
+    gap = np.abs(np.concatenate([a - b for a, b in zip(theirs, mine, strict=True)]))
+    worst, mean = float(gap.max()), float(gap.mean())
+    kind, limit = TOLERANCE[learner.cfg.dtype]
+    limit = limit if tolerance is None else tolerance
+    seen = worst if kind == "max" else mean
+    if not seen <= limit:  # NaN disagrees
+        raise LearnerError(
+            f"engine and learner disagree after push of policy version {version}: log-probs of "
+            f"{len(probe_ids)} probe sequences differ by {worst:.3g} at most and {mean:.3g} on average, and the "
+            f"{kind} may be {limit:g} in {learner.cfg.dtype}. A tensor did not arrive or was loaded wrongly"
+        )
+    return {"push/probe_max": worst, "push/probe_mean": mean}
+
+
+def _engine_logprobs(
+    engine: Engine, probe_ids: Sequence[Sequence[int]], temperature: float
+) -> list[np.ndarray]:
+    """Log-probs of tokens 1 … n-1 of each probe, from the engine's own forward; its handles are given back."""
+    seqs = [engine.add_prompt(list(ids)) for ids in probe_ids]
+    try:
+        return [np.asarray(s.logprobs, np.float32) for s in engine.score(seqs, temperature)]
+    finally:
+        for seq in seqs:
+            engine.release(seq)

@@ -1,0 +1,136 @@
+"""DeepSpeed, brought up the same way in one plain process and under torchrun.
+
+Everything that goes wrong by default is decided here: no C++ extension is compiled at first use (a client
+torch.optim.AdamW, no shared-memory collectives), one process needs no port and no launcher, the loss is not scaled
+behind our back, and gradients are accumulated in float32 when weights are bfloat16.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import logging
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+if not torch.cuda.is_available():  # before anything (transformers does) imports DeepSpeed
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+class ZeroSettings(Protocol):
+    """The fields of LearnerSettings that concern the optimiser."""
+
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    warmup_steps: int
+    schedule: str
+    total_steps: int
+    max_grad_norm: float
+    zero_stage: int
+    dtype: str
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed with its CPU collectives off (building them takes two minutes at first use) and its chatter too."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def join_group() -> torch.device:
+    """Join the process group of the launcher, or make a group of one without opening a port. Returns our device.
+
+    The group lives as long as the process: DeepSpeed remembers it and cannot be told of another.
+    """
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not dist.is_initialized():
+        if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            _group_of_one(backend)
+        atexit.register(dist.destroy_process_group)
+    if backend == "gloo":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _group_of_one(backend: str) -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ[name] = value  # DeepSpeed reads them
+    folder = tempfile.mkdtemp(prefix="appo-group-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+
+
+def zero_config(s: ZeroSettings) -> dict[str, Any]:
+    """DeepSpeed's configuration. One micro-batch is one backward; boundaries are set by hand."""
+    bf16 = s.dtype == "bfloat16"
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": s.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": s.zero_stage},
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if bf16 and s.zero_stage:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
+    return config
+
+
+def start_engine(model: nn.Module, s: ZeroSettings) -> Any:
+    """The DeepSpeed engine around `model`, with AdamW on the parameters that require a gradient."""
+    deepspeed = import_deepspeed()
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        params, lr=s.lr, betas=tuple(s.betas), eps=s.eps, weight_decay=s.weight_decay
+    )
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # names that transformers renames and DeepSpeed still reads
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=zero_config(s), dist_init_required=False
+        )
+    return engine
+
+
+def gathered(params: Iterable[nn.Parameter]) -> AbstractContextManager:
+    """ZeRO-3: the whole value of partitioned parameters inside the context."""
+    deepspeed = import_deepspeed()
+    return deepspeed.zero.GatheredParameters(list(params), modifier_rank=None)
+
+
+def learning_rate(s: ZeroSettings, step: int) -> float:
+    """Learning rate of the optimiser step number `step` (0 for the first).
+
+    Linear warm-up over `warmup_steps`, then constant, or to 0 at `total_steps` by a line or half a cosine. Only
+    steps that changed weights count: skipped mini-batches do not advance the schedule.
+    """
+    if step < s.warmup_steps:
+        return s.lr * (step + 1) / s.warmup_steps
+    if s.schedule == "constant":
+        return s.lr
+    done = min(1.0, (step - s.warmup_steps) / max(1, s.total_steps - s.warmup_steps))
+    return s.lr * (1 - done if s.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))

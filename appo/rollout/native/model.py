@@ -1,0 +1,200 @@
+"""The model runner: Llama, Qwen2 and Qwen3 as one straight loop over layers, attention supplied by the caller.
+
+q, k, v are one linear and gate, up another. The residual stream and the norms are float32; the rotary embedding is one
+complex product in float32 because the pairs it turns are made neighbours when weights are loaded (a permutation inside
+each head of q and k leaves q·k unchanged).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from appo.errors import ModelError
+from appo.rollout.native.weights import ModelConfig, inverse_frequencies
+
+# attention(layer, q[M,Hq,D], k[M,Hkv,D], v[M,Hkv,D]) -> [M, Hq*D]
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Linear:
+    """y = x Wᵀ + b with W kept plain and, on a CPU that can, packed once for oneDNN (1.1-2x at 1-32 rows)."""
+
+    def __init__(self, out_features: int, in_features: int, bias: bool, dtype: torch.dtype, device: torch.device):
+        self.weight = torch.zeros(out_features, in_features, dtype=dtype, device=device)
+        self.bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.packed: Tensor | None = None
+
+    def pack(self) -> None:
+        """Refresh the packed copy; call after every change of `weight`."""
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 32) if can_pack(self.weight) else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether this build of torch has oneDNN's packed linear for such a weight."""
+    ops = torch.ops.mkldnn
+    have = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
+    return weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and have
+
+
+@dataclass
+class Layer:
+    norm1: Tensor  # [d] float32
+    qkv: Linear  # [(Hq + 2 Hkv) D, d]
+    qk_norm: Tensor | None  # [Hq + Hkv, D] float32, Qwen3 only
+    o: Linear
+    norm2: Tensor
+    gate_up: Linear  # [2 ff, d]
+    down: Linear
+
+
+class Model:
+    """Weights in `dtype` and the forward pass. `load` fills them; until then they are zero."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_context: int):
+        c = self.config = config
+        self.dtype, self.device = dtype, device
+        q, kv, d = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.hidden
+
+        def linear(o: int, i: int, bias: bool) -> Linear:
+            return Linear(o, i, bias, dtype, device)
+
+        def ones(*shape: int) -> Tensor:
+            return torch.ones(*shape, device=device)
+
+        self.embed = torch.zeros(c.vocab, d, dtype=dtype, device=device)
+        self.layers = [
+            Layer(
+                norm1=ones(d),
+                qkv=linear(q + 2 * kv, d, c.qkv_bias),
+                qk_norm=ones(c.heads + c.kv_heads, c.head_dim) if c.qk_norm else None,
+                o=linear(d, q, c.o_bias),
+                norm2=ones(d),
+                gate_up=linear(2 * c.ff, d, c.mlp_bias),
+                down=linear(d, c.ff, c.mlp_bias),
+            )
+            for _ in range(c.layers)
+        ]
+        self.norm = ones(d)
+        self.head = Linear(0, d, False, dtype, device)
+        self.head.weight = self.embed if c.tied else torch.zeros(c.vocab, d, dtype=dtype, device=device)
+        angles = torch.outer(torch.arange(max_context, dtype=torch.float32), inverse_frequencies(c))
+        self.turn = torch.polar(torch.ones_like(angles), angles).unsqueeze(1).to(device)  # [context, 1, D/2] complex
+        self.targets = _targets(self)
+
+    def load(self, named_tensors: Iterable[tuple[str, object]]) -> set[str]:
+        """Copy tensors with Hugging Face names into place; check all of them before the first is written.
+
+        Returns the names written. Raises ModelError for an unknown name or a wrong shape.
+        """
+        pairs: list[tuple[str, Tensor]] = []
+        for name, value in named_tensors:
+            if name == "lm_head.weight" and self.config.tied:
+                name = "model.embed_tokens.weight"  # a tied model's state_dict names the same tensor twice
+            if name.endswith("rotary_emb.inv_freq"):
+                continue
+            tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+            want = self.targets.get(name)
+            if want is None:
+                raise ModelError(f"weight {name!r} does not belong to a {self.config.family} model; use Hugging Face names")
+            if tuple(tensor.shape) != want.shape:
+                raise ModelError(f"weight {name!r} has shape {tuple(tensor.shape)}, the model needs {want.shape}")
+            pairs.append((name, tensor))
+        if not pairs:
+            raise ModelError("no weights given: named_tensors is empty")
+        with torch.no_grad():
+            for name, tensor in pairs:
+                self.targets[name].write(tensor.detach())
+            for layer in self.layers:
+                for part in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                    part.pack()
+            self.head.pack()
+        return {name for name, _ in pairs}
+
+    def forward(self, ids: Tensor, positions: Tensor, attention: Attention, out_rows: Tensor | None) -> Tensor:
+        """Final hidden states, normed, in the weights' dtype: [R, d] for rows `out_rows` (None: all) of ids[M]."""
+        c = self.config
+        nq, nqk = c.heads, c.heads + c.kv_heads
+        shape = (len(ids), nqk, c.head_dim // 2, 2)
+        turn = self.turn[positions]  # [M, 1, D/2]
+        x = self.embed[ids].float()  # [M, d], the residual stream
+        for index, layer in enumerate(self.layers):
+            qkv = layer.qkv(self._norm(x, layer.norm1))  # [M, (Hq + 2 Hkv) D]
+            qk = qkv[:, : nqk * c.head_dim].float().view(shape[0], nqk, c.head_dim)
+            if layer.qk_norm is not None:
+                qk = F.rms_norm(qk, (c.head_dim,), None, c.eps).mul_(layer.qk_norm)
+            qk = torch.view_as_real(torch.view_as_complex(qk.view(shape)) * turn).to(self.dtype)
+            qk = qk.view(shape[0], nqk, c.head_dim)
+            v = qkv[:, nqk * c.head_dim :].view(shape[0], c.kv_heads, c.head_dim)
+            x.add_(layer.o(attention(index, qk[:, :nq], qk[:, nq:], v)))
+            gate_up = layer.gate_up(self._norm(x, layer.norm2))
+            x.add_(layer.down(F.silu(gate_up[:, : c.ff]).mul_(gate_up[:, c.ff :])))
+        if out_rows is not None:
+            x = x.index_select(0, out_rows)
+        return self._norm(x, self.norm)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, V] in the weights' dtype."""
+        return self.head(hidden)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.config.eps).to(self.dtype)
+
+
+@dataclass
+class Target:
+    """Where one checkpoint tensor lives inside a fused one. `heads` > 0: make rotary pairs neighbours on the way in."""
+
+    into: Tensor
+    shape: tuple[int, ...]
+    heads: int = 0
+
+    def write(self, tensor: Tensor) -> None:
+        if self.heads:
+            pairs = tensor.reshape(self.heads, 2, -1, *tensor.shape[1:])  # [H, 2, D/2, …]
+            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
+        self.into.copy_(tensor.expand_as(self.into))
+
+
+def _targets(m: Model) -> dict[str, Target]:
+    """Hugging Face name -> place, for every tensor of the model."""
+    c = m.config
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    out: dict[str, Target] = {}
+
+    def put(name: str, into: Tensor, heads: int = 0, shape: tuple[int, ...] | None = None) -> None:
+        out[name] = Target(into, shape or tuple(into.shape), heads)
+
+    def put_linear(name: str, linear: Linear, a: int, b: int, heads: int = 0) -> None:
+        put(f"{name}.weight", linear.weight[a:b], heads)
+        if linear.bias is not None:
+            put(f"{name}.bias", linear.bias[a:b], heads)
+
+    put("model.embed_tokens.weight", m.embed)
+    put("model.norm.weight", m.norm)
+    if not c.tied:
+        put("lm_head.weight", m.head.weight)
+    for i, layer in enumerate(m.layers):
+        at = f"model.layers.{i}"
+        put(f"{at}.input_layernorm.weight", layer.norm1)
+        put(f"{at}.post_attention_layernorm.weight", layer.norm2)
+        put_linear(f"{at}.self_attn.q_proj", layer.qkv, 0, q, c.heads)
+        put_linear(f"{at}.self_attn.k_proj", layer.qkv, q, q + kv, c.kv_heads)
+        put_linear(f"{at}.self_attn.v_proj", layer.qkv, q + kv, q + 2 * kv)
+        put_linear(f"{at}.self_attn.o_proj", layer.o, 0, c.hidden)
+        put_linear(f"{at}.mlp.gate_proj", layer.gate_up, 0, c.ff)
+        put_linear(f"{at}.mlp.up_proj", layer.gate_up, c.ff, 2 * c.ff)
+        put_linear(f"{at}.mlp.down_proj", layer.down, 0, c.hidden)
+        if layer.qk_norm is not None:
+            put(f"{at}.self_attn.q_norm.weight", layer.qk_norm[: c.heads], 1, (c.head_dim,))
+            put(f"{at}.self_attn.k_norm.weight", layer.qk_norm[c.heads :], 1, (c.head_dim,))
+    return out

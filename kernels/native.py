@@ -1,0 +1,103 @@
+"""Finding and loading the native library, and saying plainly what was found.
+
+The library is `appo/_native/libappo_native.*`, beside the package in a wheel and in a checkout alike. Where it is
+absent the PyTorch definitions are used; where it is present but does not load, that is a fault and is reported.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import appo
+
+ABI_VERSION = 1
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+
+
+def _native_dir() -> Path:
+    return Path(appo.__file__).resolve().parent / "_native"
+
+
+def library_path() -> Path:
+    """Where the native library is expected to be."""
+    return _native_dir() / f"libappo_native{_SUFFIX}"
+
+
+def build_info() -> dict[str, Any]:
+    """What the build wrote down: {"native": bool, "reason"|"compiler"|"flags"|"target": str, "sources": hash}."""
+    path = _native_dir() / "build_info.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+@functools.cache
+def load() -> tuple[Any | None, str | None]:
+    """(module, None) or (None, reason). A library that exists but fails to load also raises a RuntimeWarning, once."""
+    if os.environ.get("APPO_NO_NATIVE", "") not in ("", "0"):
+        return None, "switched off: APPO_NO_NATIVE is set"
+    path = library_path()
+    if not path.is_file():
+        reason = build_info().get("reason", "not built; run `pip install -e .` in the checkout")
+        return None, f"no native library at {path}: {reason}"
+    try:
+        import tvm_ffi  # brings libtvm_ffi into the process, which the library needs
+
+        module = tvm_ffi.load_module(path)
+        found = module["abi_version"]()
+        if found != ABI_VERSION:
+            raise RuntimeError(f"its interface is version {found}, this source needs {ABI_VERSION}")
+    except Exception as error:  # whatever it is, it is told below
+        reason = f"{path} does not load: {type(error).__name__}: {error}; rebuild with `pip install -e .`"
+        warnings.warn(
+            f"appo: PyTorch code replaces the native library. {reason}", RuntimeWarning, 2
+        )
+        return None, reason
+    return module, None
+
+
+def function(name: str, backend: str = "auto") -> Any | None:
+    """The native function `name`; None if absent and backend is "auto"; RuntimeError if absent and it is "cpu"."""
+    module, reason = load()
+    if module is None:
+        if backend == "cpu":
+            raise RuntimeError(f"backend='cpu' needs the native library. {reason}")
+        return None
+    return module[name]
+
+
+def _stale(info: dict[str, Any]) -> bool:
+    """True when a checkout's csrc/ is not what the library was built from."""
+    root = Path(appo.__file__).resolve().parents[1]
+    if "sources" not in info or not (root / "csrc").is_dir():
+        return False
+    digest = hashlib.sha256()
+    for path in [root / "CMakeLists.txt", *sorted((root / "csrc").glob("*"))]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16] != info["sources"]
+
+
+def backend_info() -> dict[str, Any]:
+    """Which code runs the kernels on the CPU, for `appo doctor`.
+
+    backend "cpu" (native) | "torch"; library: path or None; reason: why the native library is not used, or None;
+    stale: the checkout's C++ changed after the build; build: compiler and flags; torch, torch_threads.
+    """
+    import torch
+
+    module, reason = load()
+    info = build_info()
+    return {
+        "backend": "torch" if module is None else "cpu",
+        "library": str(library_path()) if library_path().is_file() else None,
+        "reason": reason,
+        "stale": _stale(info),
+        "build": info,
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+    }

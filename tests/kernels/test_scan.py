@@ -1,0 +1,182 @@
+"""future_value: golden vectors, the plain recurrence as oracle, ragged segments, native against torch."""
+
+import math
+
+import pytest
+import torch
+from golden_vectors import vector
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from appo.kernels import future_value, half_life_to_gamma, native
+
+torch.set_num_threads(1)
+HAS_NATIVE = native.load()[0] is not None
+BACKENDS = [
+    pytest.param("torch"),
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(not HAS_NATIVE, reason="native library not built")
+    ),
+]
+
+
+def plain(x, mask, offsets, gamma):
+    """The recurrence, one token at a time."""
+    out = [0.0] * len(x)
+    for a, b in zip(offsets, offsets[1:]):
+        ahead = 0.0
+        for i in range(b - 1, a - 1, -1):
+            ahead = (x[i] if mask[i] else 0.0) + (gamma * ahead if gamma else 0.0)
+            out[i] = ahead
+    return out
+
+
+def double(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["A1", "A2", "A3", "A4", "A5", "A9"])
+def test_golden(name, backend):
+    v = vector(name)
+    x, mask = double(v["inputs"]["log_ratio"]), torch.tensor(v["inputs"]["mask"])
+    s = future_value(x, mask, torch.tensor([0, len(x)]), v["params"]["gamma"], backend=backend)
+    want = v["expected"]
+    if "S" in want or "S_raw" in want:
+        torch.testing.assert_close(
+            s, double(want.get("S", want.get("S_raw"))), rtol=0, atol=v["tol"]
+        )
+    omega = double(want.get("omega", want.get("omega_raw")))
+    torch.testing.assert_close(s.exp(), omega, rtol=0, atol=v["tol"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_loss_terms(backend):
+    """A7 clamps each term, A8 drops non-participating tokens: both are the same scan on prepared inputs."""
+    clamped, dropped = vector("A7"), vector("A8")
+    one = torch.tensor([0, 4])
+    x = double(clamped["inputs"]["log_ratio"]).clamp(-20, 20)
+    got = future_value(x, torch.ones(4), one, clamped["params"]["gamma"], backend=backend)
+    torch.testing.assert_close(got, double(clamped["expected"]["S"]), rtol=0, atol=clamped["tol"])
+    x = double(dropped["inputs"]["log_ratio"])
+    takes_part = x <= dropped["params"]["log_c"]
+    assert takes_part.int().tolist() == dropped["expected"]["participates"]
+    got = future_value(x, takes_part, one, dropped["params"]["gamma"], backend=backend)
+    torch.testing.assert_close(got, double(dropped["expected"]["S"]), rtol=0, atol=dropped["tol"])
+
+
+def test_half_life():
+    v = vector("A10")
+    got = [half_life_to_gamma(t) for t in v["inputs"]["tau"]]
+    assert got == pytest.approx(v["expected"]["gamma"], abs=v["tol"])
+    with pytest.raises(ValueError, match="half-life is 0"):
+        half_life_to_gamma(0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [[], [0], [1], [0, 0, 3], [1, 129, 0, 1, 64, 65], [1000]])
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ragged_segments(backend, lengths, gamma, dtype):
+    generator = torch.Generator().manual_seed(len(lengths))
+    n = sum(lengths)
+    x = torch.randn(n, generator=generator, dtype=dtype)
+    mask = torch.rand(n, generator=generator) > 0.3
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    got = future_value(x, mask, offsets, gamma, backend=backend)
+    want = double(plain(x.tolist(), mask.tolist(), offsets.tolist(), gamma))
+    assert got.dtype == dtype
+    # One rounding of the result for float32: the sum itself runs in float64.
+    torch.testing.assert_close(
+        got, want.to(dtype), rtol=1e-7 if dtype == torch.float32 else 1e-12, atol=1e-12
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_backends_agree(data):
+    lengths = data.draw(st.lists(st.integers(0, 40), max_size=6))
+    n = sum(lengths)
+    x = double(data.draw(st.lists(st.floats(-300, 300), min_size=n, max_size=n)))
+    mask = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=n, max_size=n)), dtype=torch.bool
+    )
+    gamma = data.draw(st.floats(0, 1))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    want = double(plain(x.tolist(), mask.tolist(), offsets.tolist(), gamma))
+    for backend in ["torch", *(["cpu"] if HAS_NATIVE else [])]:
+        got = future_value(x, mask, offsets, gamma, backend=backend)
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_nan_stays_in_its_segment_and_behind_the_mask(backend, gamma):
+    x = torch.tensor([1.0, math.nan, 1.0, 2.0, math.nan, 2.0])
+    mask = torch.tensor([True, False, True, True, True, True])
+    got = future_value(x, mask, torch.tensor([0, 3, 6]), gamma, backend=backend)
+    assert got[:3].tolist() == [1 + gamma**2, gamma, 1.0]
+    assert got[3].isnan() == (gamma > 0)
+    assert got[4].isnan()
+    assert got[5] == 2.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_layouts(backend):
+    """Non-contiguous input, bfloat16, integer mask, int32 offsets, a tensor that requires grad."""
+    x = torch.arange(8.0)[::2].requires_grad_()
+    got = future_value(
+        x,
+        torch.ones(4, dtype=torch.int32),
+        torch.tensor([0, 4], dtype=torch.int32),
+        1.0,
+        backend=backend,
+    )
+    assert got.tolist() == [12.0, 12.0, 10.0, 6.0]
+    assert not got.requires_grad
+    half = future_value(x.bfloat16(), torch.ones(4), torch.tensor([0, 4]), 1.0, backend=backend)
+    assert half.dtype == torch.bfloat16
+    assert half.tolist() == got.tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("offsets", [[0, 3], [1, 4], [0, 3, 2, 4], [0, 5], []])
+def test_wrong_offsets(backend, offsets):
+    with pytest.raises(ValueError, match="offsets"):
+        future_value(
+            torch.ones(4),
+            torch.ones(4),
+            torch.tensor(offsets, dtype=torch.int64),
+            0.5,
+            backend=backend,
+        )
+
+
+def test_wrong_arguments():
+    x, o = torch.ones(4), torch.tensor([0, 4])
+    with pytest.raises(ValueError, match="gamma is 1.5"):
+        future_value(x, x, o, 1.5)
+    with pytest.raises(ValueError, match=r"gamma is nan"):
+        future_value(x, x, o, math.nan)
+    with pytest.raises(ValueError, match="backend is 'cuda'"):
+        future_value(x, x, o, 0.5, backend="cuda")
+    with pytest.raises(ValueError, match=r"mask \(3,\)"):
+        future_value(x, x[:3], o, 0.5)
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="native library not built")
+def test_same_bits_for_any_thread_count():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 9000, (80,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    n = int(offsets[-1])
+    assert n > 4 * 65536  # enough for several threads to start
+    x, mask = torch.randn(n, generator=generator), torch.rand(n, generator=generator) > 0.2
+    one = future_value(x, mask, offsets, 0.98, backend="cpu", threads=1)
+    for threads in (2, 3, 64):
+        assert torch.equal(
+            one, future_value(x, mask, offsets, 0.98, backend="cpu", threads=threads)
+        )
+    torch.testing.assert_close(
+        one, future_value(x, mask, offsets, 0.98, backend="torch"), rtol=1e-6, atol=1e-6
+    )

@@ -1,0 +1,194 @@
+"""Where the native library comes from, and that its absence or damage is told, not swallowed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from appo.kernels import backend_info, future_value, native
+
+ROOT = Path(__file__).resolve().parents[2]
+ARGS = (torch.ones(3), torch.ones(3), torch.tensor([0, 3]), 0.5)
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """The loader remembers its answer; forget it before and after."""
+    monkeypatch.delenv("APPO_NO_NATIVE", raising=False)
+    native.load.cache_clear()
+    yield monkeypatch
+    native.load.cache_clear()
+
+
+def test_backend_info_says_what_runs(fresh):
+    info = backend_info()
+    if info["backend"] == "cpu":
+        assert Path(info["library"]).is_file()
+        assert info["reason"] is None
+        assert "-O3" in info["build"]["flags"]
+        assert info["build"]["compiler"]
+    else:
+        assert info["reason"]
+    assert info["torch"] == torch.__version__
+
+
+def test_switched_off(fresh):
+    fresh.setenv("APPO_NO_NATIVE", "1")
+    assert backend_info()["backend"] == "torch"
+    assert "APPO_NO_NATIVE is set" in backend_info()["reason"]
+    assert future_value(*ARGS).tolist() == [1.75, 1.5, 1.0]
+    with pytest.raises(
+        RuntimeError, match="backend='cpu' needs the native library.*APPO_NO_NATIVE"
+    ):
+        future_value(*ARGS, backend="cpu")
+
+
+def test_not_built(fresh, tmp_path):
+    fresh.setattr(native, "_native_dir", lambda: tmp_path)
+    info = backend_info()
+    assert (info["backend"], info["library"]) == ("torch", None)
+    assert "not built" in info["reason"]
+    (tmp_path / "build_info.json").write_text(
+        '{"native": false, "reason": "no C++ compiler found"}'
+    )
+    native.load.cache_clear()
+    assert "no C++ compiler found" in backend_info()["reason"]
+
+
+def test_damaged_library_is_reported(fresh, tmp_path):
+    fresh.setattr(native, "_native_dir", lambda: tmp_path)
+    native.library_path().write_bytes(b"not a library")
+    with pytest.warns(RuntimeWarning, match="does not load"):
+        assert future_value(*ARGS).tolist() == [1.75, 1.5, 1.0]  # still works, in PyTorch
+    assert "does not load" in backend_info()["reason"]
+
+
+@pytest.mark.skipif(native.load()[0] is None, reason="native library not built")
+def test_library_of_another_version(fresh):
+    fresh.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
+    with pytest.warns(RuntimeWarning, match="its interface is version"):
+        native.load()
+
+
+@pytest.mark.skipif(native.load()[0] is None, reason="native library not built")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF symbols")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_library_exports_only_its_functions():
+    """Hidden visibility: nothing but tvm-ffi entry points; no torch, no CPython, no OpenMP."""
+    lib = native.library_path()
+    listed = subprocess.run(["nm", "-D", lib], capture_output=True, text=True, check=True).stdout
+    lines = [line.split() for line in listed.splitlines()]
+    exported = {words[-1] for words in lines if words[-2] == "T"}
+    assert exported == {"__tvm_ffi_future_value", "__tvm_ffi_abi_version"}
+    wanted = " ".join(words[-1] for words in lines if words[-2] == "U")
+    assert not any(
+        word in wanted for word in ("at4_ops", "aoti_torch", "PyObject", "PyErr", "GOMP", "omp_")
+    )
+
+
+def copy_tree(target):
+    """The checkout without its environment, history and builds: packaging must not depend on those."""
+    skip = shutil.ignore_patterns(".git", ".venv", "venv", "build", "dist", "_native", "*.egg-info", "__pycache__",
+                                  ".*_cache", ".ci", ".hypothesis", "runs", "docs")  # fmt: skip
+    shutil.copytree(ROOT, target, ignore=skip)
+    return target
+
+
+def build(source, out, kind, **env):
+    command = [sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check", *kind]
+    done = subprocess.run(
+        [*command, "--outdir", str(out), str(source)],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def install_and_scan(wheel, folder):
+    """Unpack a wheel with pip and use it from another directory; → what backend_info says."""
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(folder),
+        str(wheel),
+    ]
+    subprocess.run(pip, check=True, timeout=120)
+    code = (
+        f"import sys; sys.path.insert(0, {str(folder)!r}); import appo, appo.kernels as k, torch; "
+        f"assert appo.__file__.startswith({str(folder)!r}), appo.__file__; "
+        "assert k.future_value(torch.ones(2), torch.ones(2), torch.tensor([0, 2]), 0.5).tolist() == [1.5, 1.0]; "
+        "i = k.backend_info(); print(i['backend'], '|', i['reason'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_sdist_to_wheel(tmp_path):
+    """sdist → wheel → install: recipes and kernel definitions are in it, and the library if there is a compiler."""
+    source = copy_tree(tmp_path / "src")
+    build(source, tmp_path / "dist", ["--sdist"])
+    (sdist,) = (tmp_path / "dist").glob("appo-*.tar.gz")
+    shutil.unpack_archive(sdist, tmp_path / "unpacked")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    build(unpacked, tmp_path / "dist", ["--wheel"])
+    (wheel,) = (tmp_path / "dist").glob("appo-*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "wheel", "zip")
+    files = {
+        p.relative_to(tmp_path / "wheel").as_posix()
+        for p in (tmp_path / "wheel").rglob("*")
+        if p.is_file()
+    }
+    for folder, pattern in (
+        ("kernels", "*.py"),
+        ("appo", "**/*.py"),
+        ("appo/recipes", "*.yaml"),
+        ("appo/data/tiny_qwen3", "*"),
+    ):
+        prefix = "appo/kernels/" if folder == "kernels" else f"{folder}/"
+        ours = (
+            p.relative_to(ROOT / folder).as_posix()
+            for p in (ROOT / folder).glob(pattern)
+            if p.is_file()
+        )
+        missing = {prefix + name for name in ours} - files
+        assert not missing, sorted(missing)
+    has_compiler = any(shutil.which(c) for c in ("c++", "g++", "clang++"))
+    assert ("appo/_native/libappo_native.so" in files) == (
+        has_compiler and sys.platform.startswith("linux")
+    )
+    assert wheel.name.startswith("appo-")
+    assert "-py3-none-" in wheel.name
+    backend = install_and_scan(wheel, tmp_path / "site")
+    assert (
+        backend.startswith("cpu | None")
+        if has_compiler
+        else backend.startswith("torch | no native library")
+    )
+
+
+@pytest.mark.slow
+def test_pure_wheel(tmp_path):
+    source = copy_tree(tmp_path / "src")
+    log = build(source, tmp_path / "dist", ["--wheel"], APPO_NO_NATIVE="1")
+    assert "WITHOUT the native library: APPO_NO_NATIVE is set" in log
+    (wheel,) = (tmp_path / "dist").glob("appo-*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    backend = install_and_scan(wheel, tmp_path / "site")
+    assert backend.startswith("torch | ")
+    assert "APPO_NO_NATIVE is set" in backend

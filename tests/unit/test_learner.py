@@ -1,0 +1,562 @@
+"""The learner against plain autograd on independent sequences, and every promise it makes about bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from appo.data.packing import PackedBatch, interval_mask, pack
+from appo.errors import ConfigError, LearnerError, ModelError
+from appo.learner.backend import Learner, LearnerSettings
+from appo.learner.forward import Policy, load_model, plan_attention
+from appo.learner.weights import push
+from appo.learner.zero import learning_rate
+from appo.types import Counts, Credit, Leaf, Node, RolloutTree, Task
+
+torch.set_num_threads(1)
+VOCAB = 97
+
+
+def write_model(path: Path, family: str = "qwen3", tied: bool = True) -> Path:
+    torch.manual_seed(1)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    sizes |= {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 256,
+    }
+    config, cls = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[family]
+    lm = cls(config(**sizes, tie_word_embeddings=tied, initializer_range=0.1))
+    lm.save_pretrained(path)
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="module")
+def full(model_dir: Path) -> Iterator[Learner]:
+    settings = LearnerSettings(mode="full", dtype="float32", lr=1e-3, max_grad_norm=0.0)
+    with Learner(model_dir, settings, seed=0) as learner:
+        yield learner
+
+
+@pytest.fixture
+def lora(model_dir: Path, tmp_path: Path) -> Iterator[Learner]:
+    settings = LearnerSettings(
+        dtype="float32", lr=1e-2, lora_r=4, lora_layers=1, dump_dir=str(tmp_path / "dump")
+    )
+    with Learner(model_dir, settings, seed=0) as learner:
+        yield learner
+
+
+def model_node(parent: int, fork_at: int, count: int, seed: int) -> Node:
+    rng = np.random.default_rng(seed)
+    logp = (-3 - rng.random(count)).tolist()
+    return Node(parent, "model", fork_at, rng.integers(0, VOCAB, count).tolist(), logp, logp, 0)
+
+
+def forest() -> tuple[list[RolloutTree], list[list[Credit]]]:
+    """Two prompts; roots with a tool call, a fork in the middle of a root, a fork of that fork, a second root."""
+    trees, credits = [], []
+    for seed in (0, 100):
+        nodes = [Node(None, "prompt", 0, [3 + seed % 7, 5, 7]), model_node(0, 3, 8, seed + 1)]
+        nodes += [
+            Node(1, "tool", 8, [1, 2, 3]),
+            model_node(2, 3, 4, seed + 2),
+            model_node(1, 4, 5, seed + 3),
+        ]
+        nodes += [model_node(4, 2, 4, seed + 4), model_node(0, 3, 9, seed + 5)]
+        leaves = [Leaf(3, 0), Leaf(4, 0, 0), Leaf(5, 0, 1), Leaf(6, 1)]
+        tree = RolloutTree(Task(f"t{seed}", [], None), nodes, leaves)
+        rows = []
+        for i in range(4):
+            view = tree.trajectory(i)
+            advantage = np.random.default_rng(seed + i).normal(size=len(view))
+            rows.append(Credit(i, advantage, view.mask.copy(), weight=1.0 + i))
+        trees.append(tree)
+        credits.append(rows)
+    return trees, credits
+
+
+def counts_of(credits: list[list[Credit]]) -> Counts:
+    rows = [c for cs in credits for c in cs]
+    return Counts(float(sum(c.loss_mask.sum() for c in rows)), float(len(rows)), float(len(rows)))
+
+
+def objective(stats, batch: PackedBatch, counts: Counts):
+    """A nonlinear loss with everything in it: ratio, advantage, row weight, entropy."""
+    row = torch.repeat_interleave(torch.arange(len(batch.rows)), batch.offsets.diff())
+    ratio = (stats.logp - batch.behaviour).exp()
+    loss = (-ratio * batch.advantage - 0.1 * stats.entropy) * batch.weight[row]
+    return loss[batch.mask].sum() / counts.tokens, {
+        "entropy": (stats.entropy.sum(), batch.mask.sum())
+    }
+
+
+def plain_gradients(lm: torch.nn.Module, trees, credits, temperature: float) -> dict[str, Tensor]:
+    """The same loss by textbook means: one sequence at a time, causal attention, full softmax, shift by one."""
+    tokens = counts_of(credits).tokens
+    lm.zero_grad()
+    for tree, rows in zip(trees, credits):
+        for c in rows:
+            view = tree.trajectory(c.leaf)
+            ids = torch.from_numpy(view.token_ids)[None]
+            logits = lm(ids).logits[0, view.prompt_len - 1 : -1] / temperature
+            logp_all = torch.log_softmax(logits, -1)
+            logp = logp_all.gather(1, torch.from_numpy(view.response_ids)[:, None])[:, 0]
+            entropy = -(logp_all.exp() * logp_all).sum(-1)
+            ratio = (logp - torch.from_numpy(view.logprobs)).exp()
+            loss = (-ratio * torch.from_numpy(c.advantage) - 0.1 * entropy) * c.weight
+            (loss[torch.from_numpy(c.loss_mask)].sum() / tokens).backward()
+    return {n: p.grad.clone() for n, p in lm.named_parameters()}
+
+
+def relative(mine: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    assert mine.keys() == reference.keys()
+    error = sum(float((mine[n].double() - g.double()).square().sum()) for n, g in reference.items())
+    return (error / sum(float(g.double().square().sum()) for g in reference.values())) ** 0.5
+
+
+def learner_gradients(
+    learner: Learner, batches: list[PackedBatch], counts: Counts
+) -> dict[str, Tensor]:
+    learner.accumulate(batches, counts, objective, len(batches))
+    gradients = learner.gradients()
+    for group in learner.engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    learner.engine.step()  # clears the gradients; with rate 0 nothing moves
+    return gradients
+
+
+def reference_model(learner: Learner) -> torch.nn.Module:
+    lm = AutoModelForCausalLM.from_pretrained(learner.model_dir, attn_implementation="eager")
+    lm.load_state_dict(learner.lm.state_dict())
+    return lm
+
+
+# -- forward and gradient
+
+
+def test_the_attention_plan_says_what_the_intervals_say() -> None:
+    trees, credits = forest()
+    for rows in ([0], [3], [0, 3], [0, 1], [1, 2], [0, 1, 2, 3]):
+        kept = [[cs[r] for r in rows] for cs in credits]
+        (batch,) = pack(trees, kept, token_budget=1000)
+        size = batch.unique_tokens
+        sees = torch.zeros(size, size, dtype=torch.bool)
+        covered = 0
+        for s in plan_attention(batch.tout):
+            assert s.start == covered
+            covered = s.stop
+            keys = torch.cat([torch.arange(s.prefix, s.prefix_stop), torch.arange(s.start, s.stop)])
+            local = torch.ones(len(keys), len(keys)).tril().bool() if s.mask is None else s.mask
+            own = local[s.prefix_stop - s.prefix :]
+            sees[s.start : s.stop, keys] = own
+        assert covered == size
+        assert torch.equal(sees, interval_mask(batch.tout))
+
+
+def float64_norm(self: torch.nn.Module, x: Tensor) -> Tensor:
+    return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_tree_equals_independent_sequences_in_float64(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_model(tmp_path, family)
+    trees, credits = forest()
+    (batch,) = pack(trees, credits, token_budget=1000)
+    batch = replace(batch, advantage=batch.advantage.double(), behaviour=batch.behaviour.double())
+    for cs in credits:
+        for c in cs:
+            c.advantage = c.advantage.astype(np.float32).astype(np.float64)
+    lm = load_model(path, torch.float64)
+    monkeypatch.setattr(type(lm.model.norm), "forward", float64_norm)  # theirs is float32 inside
+    loss, _ = objective(Policy(lm)(batch, 1 / 0.7), batch, counts_of(credits))
+    loss.backward()
+    # not eager attention: its softmax is float32 as well
+    reference = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float64, attn_implementation="sdpa"
+    )
+    expected = plain_gradients(reference, trees, credits, 0.7)
+    assert relative({n: p.grad for n, p in lm.named_parameters()}, expected) < 1e-10
+
+
+def test_gradient_checkpointing_changes_nothing(model_dir: Path) -> None:
+    trees, credits = forest()
+    (batch,) = pack(trees, credits, token_budget=1000)
+    grads = []
+    for on in (False, True):
+        lm = load_model(model_dir, torch.float32)
+        policy = Policy(lm, gradient_checkpointing=on).train()
+        assert lm.model.layers[0].gradient_checkpointing == on
+        objective(policy(batch), batch, counts_of(credits))[0].backward()
+        grads.append({n: p.grad for n, p in lm.named_parameters()})
+    assert relative(grads[1], grads[0]) < 1e-6
+
+
+def test_gradient_through_deepspeed_equals_plain_autograd(full: Learner) -> None:
+    trees, credits = forest()
+    expected = plain_gradients(reference_model(full), trees, credits, 1.0)
+    counts = counts_of(credits)
+    for budget in (1000, 40, 25, 1):  # from one micro-batch to one per row
+        batches = pack(trees, credits, token_budget=budget)
+        assert relative(learner_gradients(full, batches, counts), expected) < 1e-5
+
+
+SEEDED_BUGS: dict[str, Callable[[PackedBatch], PackedBatch]] = {
+    "labels shifted by one": lambda b: replace(b, source=(b.source - 1).clamp(min=0)),
+    "causal instead of interval mask": lambda b: replace(
+        b, tout=torch.full_like(b.tout, b.unique_tokens)
+    ),
+    "position in the stream instead of the path": lambda b: replace(
+        b, position_ids=torch.arange(b.unique_tokens)
+    ),
+    "siblings swapped": lambda b: replace(b, target=b.target.flip(0)),
+}
+
+
+@pytest.mark.parametrize("bug", SEEDED_BUGS)
+def test_seeded_bugs_are_caught(full: Learner, bug: str) -> None:
+    trees, credits = forest()
+    expected = plain_gradients(reference_model(full), trees, credits, 1.0)
+    (batch,) = pack(trees, credits, token_budget=1000)
+    assert (
+        relative(learner_gradients(full, [SEEDED_BUGS[bug](batch)], counts_of(credits)), expected)
+        > 1e-2
+    )
+
+
+def test_logprobs_are_those_of_the_plain_model(full: Learner) -> None:
+    sequences = [[1, 2, 3, 4, 5], [9, 8], [7, 7, 7]]
+    lm = reference_model(full)
+    for ids, mine in zip(sequences, full.logprobs(sequences, temperature=0.5), strict=True):
+        with torch.no_grad():
+            logp = torch.log_softmax(lm(torch.tensor([ids])).logits[0, :-1] / 0.5, -1)
+        expected = logp.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        assert np.allclose(mine, expected, atol=1e-5)
+
+
+# -- the optimiser step
+
+
+def snapshot(learner: Learner) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in learner.lm.named_parameters()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_training_lowers_the_loss_whatever_the_split(model_dir: Path) -> None:
+    trees, credits = forest()
+    finals = []
+    for budget in (1000, 20):
+        settings = LearnerSettings(mode="full", dtype="float32", lr=1e-3)
+        with Learner(model_dir, settings, seed=0) as learner:
+            batches = pack(trees, credits, token_budget=budget)
+            runs = [
+                learner.train_minibatch(batches, counts_of(credits), objective) for _ in range(5)
+            ]
+            assert runs[-1]["learner/loss"] < runs[0]["learner/loss"] - 0.05
+            assert learner.step == 5
+            finals.append(runs)
+    for one, many in zip(*finals, strict=True):
+        assert one["learner/loss"] == pytest.approx(many["learner/loss"], abs=1e-5)
+        assert one["entropy"] == pytest.approx(many["entropy"], abs=1e-5)
+        assert one["learner/grad_norm"] == pytest.approx(many["learner/grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "mode", "dtype"), [(2, "lora", "bfloat16"), (3, "full", "float32")]
+)
+def test_other_zero_stages_train_alike(model_dir: Path, stage: int, mode: str, dtype: str) -> None:
+    trees, credits = forest()
+    batches = pack(trees, credits, token_budget=30)
+    losses, weights = [], []
+    for zero_stage in (1, stage):
+        settings = LearnerSettings(mode=mode, dtype=dtype, lr=1e-2, lora_r=4, zero_stage=zero_stage)  # type: ignore[arg-type]
+        with Learner(model_dir, settings, seed=0) as learner:
+            runs = [
+                learner.train_minibatch(batches, counts_of(credits), objective) for _ in range(3)
+            ]
+            losses.append([m["learner/loss"] for m in runs])
+            weights.append({n: t.clone() for n, t in learner.named_weights()})
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4 if dtype == "float32" else 2e-2)
+    assert weights[0].keys() == weights[1].keys()
+    for name, w in weights[0].items():
+        assert w.shape == weights[1][name].shape
+        if dtype == "float32":
+            assert torch.allclose(w, weights[1][name], atol=1e-4)
+
+
+def test_an_empty_minibatch_is_no_step(lora: Learner) -> None:
+    before = snapshot(lora)
+    metrics = lora.train_minibatch([], Counts(10.0, 2.0, 2.0), objective)
+    assert metrics["learner/empty"] == 1.0
+    assert lora.step == 0
+    assert same(before, snapshot(lora))
+
+
+def nan_reward(batch: PackedBatch) -> PackedBatch:
+    advantage = batch.advantage.clone()
+    advantage[batch.mask.nonzero()[0]] = float("nan")
+    return replace(batch, advantage=advantage)
+
+
+def bad_gradient(stats, batch: PackedBatch, counts: Counts):
+    """Finite loss, NaN gradient: the root of zero."""
+    loss, metrics = objective(stats, batch, counts)
+    return loss + (stats.logp[batch.mask].sum() * 0).abs().sqrt(), metrics
+
+
+def infinite_loss(stats, batch: PackedBatch, counts: Counts):
+    loss, metrics = objective(stats, batch, counts)
+    return loss + float("inf"), metrics
+
+
+@pytest.mark.parametrize(
+    ("spoil", "loss_fn", "reason"),
+    [
+        (nan_reward, objective, "advantage"),
+        (
+            lambda b: replace(b, behaviour=b.behaviour - float("inf")),
+            objective,
+            "behaviour log-prob",
+        ),
+        (lambda b: b, infinite_loss, "loss"),
+        (lambda b: b, bad_gradient, "gradient"),
+    ],
+)
+def test_what_is_not_finite_never_reaches_weights(
+    lora: Learner, spoil, loss_fn, reason: str
+) -> None:
+    trees, credits = forest()
+    batches, counts = pack(trees, credits, token_budget=30), counts_of(credits)
+    lora.train_minibatch(batches, counts, objective)
+    before, moments = snapshot(lora), optimizer_state(lora)
+    bad = [batches[0], spoil(batches[1]), *batches[2:]]
+    for _ in range(2):
+        metrics = lora.train_minibatch(bad, counts, loss_fn)
+        assert metrics["learner/nonfinite"] == 1.0
+    assert same(before, snapshot(lora))
+    assert all(torch.equal(a, b) for a, b in zip(moments, optimizer_state(lora), strict=True))
+    assert lora.step == 1
+    with pytest.raises(LearnerError, match=f"3 mini-batches in a row.*{reason}") as caught:
+        lora.train_minibatch(bad, counts, loss_fn)
+    (dump,) = Path(lora.cfg.dump_dir or "").glob("*.pt")
+    assert str(dump) in str(caught.value)
+    saved = torch.load(dump, weights_only=False)
+    assert torch.equal(saved["batches"][0]["token_ids"], batches[0].token_ids)
+    assert same(before, snapshot(lora))
+    good = lora.train_minibatch(
+        batches, counts, objective
+    )  # the state is clean: training can go on
+    assert good["learner/nonfinite"] == 0.0
+    assert not same(before, snapshot(lora))
+
+
+def optimizer_state(learner: Learner) -> list[Tensor]:
+    inner = learner.engine.optimizer.optimizer
+    return [
+        v.clone() for state in inner.state.values() for v in state.values() if isinstance(v, Tensor)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(1, "bfloat16"), (2, "bfloat16"), (3, "float32"), (0, "float32")]
+)
+def test_every_zero_optimiser_refuses_nan(model_dir: Path, stage: int, dtype: str) -> None:
+    trees, credits = forest()
+    batches, counts = pack(trees, credits, token_budget=30), counts_of(credits)
+    settings = LearnerSettings(dtype=dtype, lr=1e-2, lora_r=4, lora_layers=1, zero_stage=stage)
+    finals = []
+    for spoiled in (True, False):
+        with Learner(model_dir, settings, seed=0) as learner:
+            if spoiled:
+                bad = [batches[0], nan_reward(batches[1])]
+                assert learner.train_minibatch(bad, counts, objective)["learner/nonfinite"] == 1.0
+            learner.train_minibatch(batches, counts, objective)
+            finals.append({n: t.clone() for n, t in learner.named_weights()})
+    assert same(*finals)  # as if the bad one had never been
+
+
+def test_a_good_minibatch_resets_the_count(lora: Learner) -> None:
+    trees, credits = forest()
+    good, counts = pack(trees, credits, token_budget=1000), counts_of(credits)
+    bad = [nan_reward(good[0])]
+    for batch in (bad, bad, good, bad, bad):
+        metrics = lora.train_minibatch(batch, counts, objective)
+    assert metrics["learner/nonfinite_total"] == 4.0
+    assert lora.guard.in_a_row == 2
+
+
+def test_learning_rate_schedules() -> None:
+    s = LearnerSettings(lr=1.0, warmup_steps=2, schedule="linear", total_steps=6)
+    assert [learning_rate(s, i) for i in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    cosine = replace(s, schedule="cosine")
+    assert [learning_rate(cosine, i) for i in (2, 4, 6)] == pytest.approx([1.0, 0.5, 0.0])
+    assert learning_rate(replace(s, schedule="constant"), 100) == 1.0
+
+
+# -- adapters and weights
+
+
+def test_adapters_train_the_last_layers_only_and_reach_the_merged_weights(
+    lora: Learner, tmp_path: Path
+) -> None:
+    trees, credits = forest()
+    base = AutoModelForCausalLM.from_pretrained(lora.model_dir)
+    before = {n: p.clone() for n, p in lora.lm.named_parameters() if ".lora_" not in n}
+    start = {n: t.clone() for n, t in lora.named_weights()}
+    own = dict(base.named_parameters())
+    assert len(start) == 7
+    assert all(n.startswith("model.layers.1.") and torch.equal(t, own[n]) for n, t in start.items())
+
+    for _ in range(3):
+        lora.train_minibatch(pack(trees, credits, token_budget=1000), counts_of(credits), objective)
+    moved = {n: t.clone() for n, t in lora.named_weights()}
+    assert all(not torch.equal(t, start[n]) for n, t in moved.items())
+    assert all(torch.equal(p, before[n]) for n, p in lora.lm.named_parameters() if n in before)
+
+    lora.save_hf(tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    merged_own = dict(merged.named_parameters())
+    assert all(torch.equal(p, moved.get(n, own[n])) for n, p in merged_own.items())
+    ids = [4, 8, 15, 16, 23, 42]
+    with torch.no_grad():
+        logp = torch.log_softmax(merged(torch.tensor([ids])).logits[0, :-1], -1)
+    expected = logp.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert np.allclose(lora.logprobs([ids])[0], expected, atol=1e-4)
+    assert (tmp_path / "tokenizer.json").exists()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_weights_have_the_names_of_the_folder(tmp_path: Path, tied: bool) -> None:
+    path = write_model(tmp_path / "in", "llama", tied)
+    settings = LearnerSettings(mode="full", dtype="float32")
+    with Learner(path, settings, seed=0) as learner:
+        names = [n for n, _ in learner.named_weights()]
+        assert ("lm_head.weight" in names) is not tied
+        assert names.count("model.embed_tokens.weight") == 1
+        assert len(names) == len(set(names)) == 2 * 9 + 2 + (not tied)
+        assert learner.parameter_counts()["trainable"] == learner.parameter_counts()["total"]
+        learner.save_hf(tmp_path / "out")
+    a, b = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (path, tmp_path / "out"))
+    assert a.keys() == b.keys()
+    assert same(a, b)
+
+
+class PlainEngine:
+    """A rollout engine of the simplest kind: the plain model; `skip` loses the tensor whose name contains it."""
+
+    def __init__(self, path: Path, skip: str = "", version_lag: int = 0, stop_early: bool = False):
+        self.lm = AutoModelForCausalLM.from_pretrained(path).eval()
+        self.own = dict(self.lm.named_parameters())
+        self.skip, self.version_lag, self.stop_early = skip, version_lag, stop_early
+        self.policy_version = 0
+        self.sequences: dict[int, list[int]] = {}
+
+    def load_weights(self, named_tensors, version: int) -> None:
+        for name, tensor in named_tensors:
+            if self.stop_early:
+                return
+            if not self.skip or self.skip not in name:
+                self.own[name].data.copy_(tensor)
+        self.policy_version = version - self.version_lag
+
+    def add_prompt(self, token_ids) -> int:
+        self.sequences[len(self.sequences)] = token_ids
+        return len(self.sequences) - 1
+
+    def release(self, seq: int) -> None:
+        self.sequences[seq] = []
+
+    @torch.no_grad()
+    def score(self, seqs, temperature: float = 1.0) -> list:
+        out = []
+        for seq in seqs:
+            ids = torch.tensor([self.sequences[seq]])
+            logp = torch.log_softmax(self.lm(ids).logits[0, :-1] / temperature, -1)
+            out.append(
+                type("Scored", (), {"logprobs": logp.gather(1, ids[0, 1:, None])[:, 0].numpy()})
+            )
+        return out
+
+
+PROBES = [[1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 14]]
+
+
+def test_a_push_arrives_and_a_skipped_tensor_stops_the_run(lora: Learner) -> None:
+    trees, credits = forest()
+    for _ in range(3):
+        lora.train_minibatch(pack(trees, credits, token_budget=1000), counts_of(credits), objective)
+    engine = PlainEngine(lora.model_dir)
+    metrics = push(lora, engine, 7, PROBES)
+    assert metrics["push/probe_max"] < 1e-4
+    assert metrics["push/tensors"] == 7.0
+    assert metrics["push/merge_error"] < 1e-3  # float32 keeps the adapters
+    assert engine.sequences == {0: [], 1: []}  # every probe was released
+
+    for skip in ("q_proj", "down_proj", "v_proj"):
+        with pytest.raises(
+            LearnerError, match=r"disagree after push of policy version 8.*may be 0\.001"
+        ):
+            push(lora, PlainEngine(lora.model_dir, skip=skip), 8, PROBES)
+    with pytest.raises(LearnerError, match="reports version 7"):
+        push(lora, PlainEngine(lora.model_dir, version_lag=1), 8, PROBES)
+    with pytest.raises(LearnerError, match="stopped reading after 1 tensors"):
+        push(lora, PlainEngine(lora.model_dir, stop_early=True), 8, PROBES)
+
+
+# -- settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_layers": 3}, "lora.layers is 3, but the model has 2"),
+        ({"lora_targets": ("q_proj", "c_attn")}, r"\['c_attn'\].*q_proj"),
+        ({"lora_r": 0}, "lora.r is 0"),
+        ({"mode": "qlora"}, "learner.mode is 'qlora'"),
+        ({"lr": 0.0}, "learner.lr"),
+        ({"schedule": "cosine"}, "total_steps"),
+        ({"zero_stage": 0}, "master weights"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(model_dir: Path, change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Learner(model_dir, LearnerSettings(**change), seed=0)
+
+
+def test_a_folder_without_a_model_is_a_model_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot load a model"):
+        Learner(tmp_path, LearnerSettings(), seed=0)

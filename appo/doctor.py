@@ -74,7 +74,10 @@ def _native(warnings: list[str]) -> str:
     info = backend_info()
     if info.get("backend") != "cpu":
         warnings.append(f"native kernels are off, the PyTorch definitions are used: {info.get('reason', 'unknown')}")
-    return ", ".join(f"{k} {v}" for k, v in info.items() if v)
+    if info.get("stale"):
+        warnings.append("the native library is older than csrc/: run pip install -e . again")
+    build = info.get("build") or {}
+    return f"{info.get('backend')} ({build.get('compiler', 'no native build')}, {build.get('target', 'PyTorch only')})"
 
 
 def _gpu() -> str:
@@ -89,6 +92,6 @@ def _cache() -> str:
     from appo.data.models import default_cache
 
     place = default_cache()
-    models = sorted(p.name for p in (place / "models").glob("*--*")) if (place / "models").is_dir() else []
+    models = sorted(p.name for p in (place / "models").glob("[!.]*--*")) if (place / "models").is_dir() else []
     free = shutil.disk_usage(place if place.exists() else place.home()).free / 2**30
     return f"{place} ({', '.join(models) or 'empty'}; {free:.0f} GiB free on that disk)"

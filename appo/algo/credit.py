@@ -53,7 +53,7 @@ def _credit(leaf: int, view: Trajectory, advantage: np.ndarray, trained_from: in
 
 def _group(tree: RolloutTree, graded: list[int], algo: Algorithm) -> list[Credit]:
     """GRPO: every leaf against all leaves of its prompt."""
-    rewards = [tree.leaves[i].reward for i in graded]
+    rewards = [_reward(tree, i) for i in graded]
     advantage = group_advantage(rewards, [0] * len(graded), std="sample")
     views = [tree.trajectory(i) for i in graded]
     return [_credit(i, v, np.full(len(v), a)) for i, v, a in zip(graded, views, advantage, strict=True)]

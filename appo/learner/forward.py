@@ -121,6 +121,8 @@ def load_model(model_dir: Path | str, dtype: torch.dtype) -> nn.Module:
 
     Raises ModelError when the folder cannot be loaded or the model has parts that the learner does not compute.
     """
+    if not (Path(model_dir) / "config.json").is_file():
+        raise ModelError(f"cannot load a model from {str(model_dir)!r}: there is no config.json in it")
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -157,8 +159,10 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         if gradient_checkpointing:
-with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # renamed in a later transformers 5.x
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", FutureWarning
+                )  # renamed in a later transformers 5.x
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: PackedBatch, inv_temp: float = 1.0) -> LogProbEntropy:

@@ -192,7 +192,8 @@ def tree_metrics(trees: Sequence[RolloutTree]) -> dict[str, float]:
     drawn = sum(len(node.token_ids) for t in trees for node in t.nodes if node.sampled)
     entropy = sum(sum(node.entropy or ()) for t in trees for node in t.nodes)
     return {
-        "reward/mean": float(np.mean(rewards)) if rewards else 0.0,
+        "reward/mean": _mean(rewards),
+        "reward/roots": _mean([x.reward for x in leaves if x.is_root and x.reward is not None]),
         "reward/std": float(np.std(rewards)) if rewards else 0.0,
         "reward/accuracy": sum(leaf.reward_parts.get("accuracy", 0.0) for leaf in leaves) / n,
         "format/ok": sum(leaf.reward_parts.get("format_ok", 0.0) for leaf in leaves) / n,
@@ -220,3 +221,7 @@ def branch_metrics(result: StepResult) -> dict[str, float]:
         "branch/points": len(points),
         "branch/shortfall": sum(p.shortfall for p in plans),
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else 0.0

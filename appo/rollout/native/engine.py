@@ -52,12 +52,14 @@ class NativeEngine:
         deterministic: bool = False,
         policy_version: int = 0,
         share_prompts: bool = True,
+        fp32_logits: bool = True,
     ):
         """Load a Hugging Face folder (config.json + safetensors).
 
         max_batch: sequences that decode together · prefill_chunk: prefill tokens per step · kv_tokens: limit on cached
         tokens (None: memory) · max_context: longest sequence (default: the model's) · deterministic: pad rows to
-        buckets · share_prompts: a new prompt reuses the KV of a live one with a common prefix of 16 tokens or more.
+        buckets · share_prompts: a new prompt reuses the KV of a live one with a common prefix of 16 tokens or more ·
+        fp32_logits: halve the error of bfloat16 logprobs for about a tenth of the speed (see `Model`).
         """
         if dtype not in DTYPES:
             raise EngineError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
@@ -73,7 +75,7 @@ class NativeEngine:
         self.share_prompts = share_prompts
         where = torch.device(device)
         with torch.inference_mode():
-            self.model = Model(config, DTYPES[dtype], where, self.max_context)
+            self.model = Model(config, DTYPES[dtype], where, self.max_context, fp32_logits)
             self._load_all(model_dir)
             self.store = KVStore(
                 config.layers, config.kv_heads, config.head_dim, DTYPES[dtype], where, max_slots=max_batch

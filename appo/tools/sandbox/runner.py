@@ -24,14 +24,14 @@ TICK_S = 0.05  # how often the limits on the whole tree are sampled
 START_S = 10.0  # an interpreter that takes longer to start is not going to
 GRACE_S = 2.0  # for the supervisor to clean up and report
 FLOOD = 16  # × output_bytes: then nobody is going to read it
-EMPTY = SandboxLimits()
+DEFAULT = SandboxLimits()
 
 
 def run_python(
     code: str,
     *,
     level: SandboxLevel,
-    limits: SandboxLimits = EMPTY,
+    limits: SandboxLimits = DEFAULT,
     stdin: str = "",
     show_last: bool = False,
 ) -> SandboxResult:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Callable, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -154,9 +155,10 @@ def sft_tiny(
     console = _console(plain)
     settings = SftSettings(steps=steps, batch=batch, lr=lr, seed=seed)
     with console.phase(f"cold start, {steps} steps", steps) as bar:
-        report: Callable[[int, float, float], None] = lambda i, loss, speed: bar.update(
-            i, loss=round(loss, 4), tokens_per_s=int(speed)
-        )
+
+        def report(i: int, loss: float, speed: float) -> None:
+            bar.update(i, loss=round(loss, 4), tokens_per_s=int(speed))
+
         done = run_sft(output, settings, load_config("tiny").data.params, report=report)
     console.note(f"{output}: loss {done['loss']:.4f} after {done['tokens']:.0f} learned tokens, {done['seconds']:.0f} s")
 

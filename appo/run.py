@@ -9,15 +9,22 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Sequence
+from typing import Any, Literal
 
 from appo.algo.presets import Algorithm, resolve
 from appo.config import Config
 from appo.data.datasets import TaskStream, build_tasks
-from appo.data.models import ModelInfo, ModelSource, check_model_folder, load_tokenizer, resolve_model
+from appo.data.models import (
+    ModelInfo,
+    ModelSource,
+    check_model_folder,
+    load_tokenizer,
+    resolve_model,
+)
 from appo.data.prompts import PromptBuilder
 from appo.errors import CheckpointError, ConfigError
 from appo.obs.progress import Console

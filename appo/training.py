@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -42,8 +43,8 @@ class TrainingRun:
 
     def __init__(self, session: Session):
         from appo.algo.objective import make_objective
-        from appo.learner.trainer import Trainer
         from appo.learner.backend import Learner
+        from appo.learner.trainer import Trainer
 
         p = session.plan
         self.session, self.plan, self.cfg, self.console = session, p, p.cfg, session.console
@@ -74,11 +75,12 @@ class TrainingRun:
             self._restore()
         # The metrics of a resumed run continue after its checkpoint; what was written past it is drawn again.
         keep = self.done if self.plan.resume else None
+        self.console.steps = cfg.steps
         self.metrics = MetricsWriter(out, resume_after=keep)
         self.branches = BranchLog(out, resume_after=keep)
         _cut_trees(out / "trees.jsonl", keep)
         try:
-            if self.done == 0:
+            if self.done == 0 and not self.plan.resume:
                 self._evaluate(0)
                 self._checkpoint(0)
             while self.done < cfg.steps:
@@ -92,7 +94,7 @@ class TrainingRun:
             write_report(out, dump(cfg), self.console)
 
     def _one_step(self, number: int) -> None:
-        cfg, begin = self.cfg, time.perf_counter()
+        cfg, begin, before = self.cfg, time.perf_counter(), self.session.engine.stats()
         tasks = self.cursor.take(cfg.prompts_per_step)
         total = cfg.prompts_per_step * self.plan.algo.roots
         with self.console.phase(f"step {number}/{cfg.steps}", total) as bar:
@@ -101,9 +103,7 @@ class TrainingRun:
         self._write_branches(number, result.trees, result.plans, result.minibatch)
         self._write_trees(result.trees[: cfg.save_trees])
         self.done = number
-        stats = {f"engine/{k}": float(v) for k, v in self.session.engine.stats().items()}
-        record = {"step": number, "kind": "step", "steps": cfg.steps} | result.metrics
-        record |= {k: v for k, v in stats.items() if "seconds" not in k}
+        record = {"step": number, "kind": "step"} | result.metrics | self._engine_work(before)
         record["time/step"] = time.perf_counter() - begin
         self.metrics.write(record)
         self.console.step(record)
@@ -113,17 +113,18 @@ class TrainingRun:
         if last or number % cfg.save_every == 0:
             self._checkpoint(number)
 
+    def _engine_work(self, before: dict[str, float]) -> dict[str, float]:
+        """What the engine did since `before`: differences of its counters, so that a resumed run writes the same."""
+        now = self.session.engine.stats()
+        keys = ("prefill_tokens", "decode_tokens", "scored_tokens", "prefix_hits_tokens", "forks")
+        return {f"engine/{k}": float(now[k] - before[k]) for k in keys}
+
     def _evaluate(self, step: int) -> None:
         if not self.cfg.eval.questions:
             return
         record = self.session.evaluate(step)
         self.metrics.write(record)
-        self.console.note(
-            f"evaluation at step {step}: accuracy {record['eval/accuracy']:.3f} "
-            f"[{record['eval/accuracy_low']:.2f}, {record['eval/accuracy_high']:.2f}], tool use "
-            f"{record['eval/tool_use']:.3f} on {record['eval/questions']:.0f} questions at temperature "
-            f"{self.cfg.eval.temperature:g} ({record['time/eval']:.0f} s)"
-        )
+        self.console.step(record)
 
     # -- weights and state ---------------------------------------------------------------------------------------
 
@@ -255,9 +256,9 @@ def evaluate(cfg: Config, run: Path | None = None, console: Console | None = Non
 
 def _load_checkpoint(session: Session, run: Path) -> None:
     """The engine takes over the weights of a run's newest checkpoint."""
+    from appo.learner.backend import Learner
     from appo.learner.checkpoint import load_latest
     from appo.learner.weights import push
-    from appo.learner.backend import Learner
 
     path, state = load_latest(run)
     with Learner(session.plan.source.path, _learner_settings(session.plan), seed=session.plan.cfg.seed) as learner:

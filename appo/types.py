@@ -11,9 +11,10 @@ Two rules hold everywhere:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Iterator, Literal
+from typing import Any, Literal
 
 import numpy as np
 

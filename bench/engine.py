@@ -63,7 +63,13 @@ def generate(model, ids: list[list[int]], batch: int, new: int) -> Callable[[], 
 
     def run() -> None:
         out = model.generate(
-            inputs, attention_mask=mask, max_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
+            inputs,
+            attention_mask=mask,
+            max_new_tokens=new,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
         )
         assert out.shape == (batch, PROMPT + new)
 
@@ -77,7 +83,10 @@ def throughput(engine: NativeEngine, model, quick: bool) -> list[Case]:
     for batch in (1, 8) if quick else (1, 8, 32):
         for kind in ("shared", "distinct") if batch > 1 else ("shared",):
             ids = prompts(1 if kind == "shared" else batch, PROMPT, engine.config.vocab)
-            runs = {"ours": ours(engine, ids, batch, new), "generate": generate(model, ids, batch, new)}
+            runs = {
+                "ours": ours(engine, ids, batch, new),
+                "generate": generate(model, ids, batch, new),
+            }
             rate = {name: batch * new / s for name, s in medians(runs, repeats).items()}
             name = f"batch {batch}, {kind} prompt {PROMPT}, {new} new"
             peers = {"HF generate": rate["generate"]}
@@ -123,7 +132,9 @@ def forks(engine: NativeEngine, quick: bool) -> list[Case]:
         # every first_token() prefills one token; call() none
         cost = (after["prefill_tokens"] - before["prefill_tokens"]) / (6 if quick else 16)
         cases.append(Case(f"fork at {depth}: call", "us", seconds["call"] * 1e6))
-        cases.append(Case(f"fork at {depth}: prefilled", "tokens", cost, {"prefill again": float(depth)}))
+        cases.append(
+            Case(f"fork at {depth}: prefilled", "tokens", cost, {"prefill again": float(depth)})
+        )
         peers = {"prefill again": prefill * 1e3}
         cases.append(Case(f"fork at {depth}: first token", "ms", seconds["first"] * 1e3, peers))
         engine.release(base)

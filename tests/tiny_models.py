@@ -46,7 +46,9 @@ def build(name: str, folder: Path, seed: int = 0):
 @torch.no_grad()
 def dense(model, ids: list[int], temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Logprob of tokens 1 … and entropy of the distributions they come from: one flat forward, float64 statistics."""
-    logp = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].double() / temperature, dim=-1)
+    logp = torch.log_softmax(
+        model(torch.tensor([ids])).logits[0, :-1].double() / temperature, dim=-1
+    )
     drawn = logp.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     return drawn.numpy(), -(logp.exp() * logp).sum(-1).numpy()
 

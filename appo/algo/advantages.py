@@ -6,7 +6,8 @@ inexact (the spread is compared with a tolerance, never with 0).
 
 from __future__ import annotations
 
-from typing import Literal, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray

@@ -6,8 +6,8 @@ and lays the `branch_by` ablations over the same selection. Source: algorithm.md
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 import torch

@@ -228,7 +228,7 @@ def _place(tree: RolloutTree, take: Mapping[int, int], at: int, tout: list[np.nd
         end[n] = max([layout.start[n] + take[n], *(end[c] for c in forks[n])])
     for n in order:
         run = np.full(take[n], layout.start[n] + take[n], np.int32)
-        for child in sorted(forks[n], key=lambda c: (-tree.nodes[c].fork_at, layout.start[c])):
+        for child in sorted(forks[n], key=lambda c: (-tree.nodes[c].fork_at, end[c])):
             run[: tree.nodes[child].fork_at] = end[
                 child
             ]  # later in the stream, fewer own tokens see it

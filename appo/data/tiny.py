@@ -7,9 +7,10 @@ from, much left to learn. It is a real end-to-end learning problem that fits int
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 

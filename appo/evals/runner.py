@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Sequence
 
+from appo.obs.metrics import wilson
 from appo.rollout.tree import Rollouts
 from appo.types import RolloutTree, Task
 
@@ -38,9 +38,10 @@ def evaluate_policy(
     counters = grade(trees)
     leaves = [t.leaves[0] for t in trees if t.leaves[0].reward is not None]
     n = max(len(leaves), 1)
-    accuracy = sum(leaf.reward_parts.get("accuracy", 0.0) for leaf in leaves) / n
+    right = sum(leaf.reward_parts.get("accuracy", 0.0) for leaf in leaves)
     used = sum(any(c.ok for c in leaf.tool_calls) for leaf in leaves) / n
-    low, high = wilson(accuracy, len(leaves))
+    accuracy = right / n
+    low, high = wilson(right, len(leaves))
     metrics = {
         "eval/accuracy": accuracy,
         "eval/accuracy_low": low,
@@ -52,14 +53,4 @@ def evaluate_policy(
         "time/eval": time.perf_counter() - begin,
     }
     return EvalResult(trees, metrics)
-
-
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson score)."""
-    if n == 0:
-        return 0.0, 1.0
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
 

@@ -27,7 +27,7 @@ from appo.kernels import LogProbEntropy
 from appo.learner import zero
 from appo.learner.forward import Policy, load_model
 from appo.learner.guards import NonFiniteGuard, default_dump_dir, poison, why_not_finite
-from appo.learner.lora import TARGETS, MergeError, add_lora, merged_tensors
+from appo.learner.lora import TARGETS, MergeGain, adapter_tensors, add_lora, merged_tensors
 from appo.types import Counts
 
 Metrics = dict[str, tuple[float | Tensor, float | Tensor]]  # name → (sum, count)
@@ -189,16 +189,14 @@ class Learner:
             idle = i >= len(batches)
             batch = (pack_sequences([[0, 0]]) if idle else batches[i]).to(self.device)
             stats = self.engine(batch, 1 / self.cfg.temperature)
-            if idle:
-                loss = stats.logp.sum() * 0.0
-            else:
-                loss, metrics = loss_fn(stats, batch, counts)
-                wrong = why_not_finite(loss, stats, batch)
-                if wrong:
-                    reason, loss = reason or f"micro-batch {i}: {wrong}", poison(stats)
-                for name, (s, n) in metrics.items():
-                    a, b = sums.get(name, (0.0, 0.0))
-                    sums[name] = (a + _number(s), b + _number(n))
+            loss, metrics = loss_fn(stats, batch, counts)
+            if idle:  # through the same outputs: ZeRO-3 compares the order of modules between ranks
+                loss, metrics = loss * 0.0, {}
+            elif wrong := why_not_finite(loss, stats, batch):
+                reason, loss = reason or f"micro-batch {i}: {wrong}", poison(loss, stats)
+            for name, (s, n) in metrics.items():
+                a, b = sums.get(name, (0.0, 0.0))
+                sums[name] = (a + _number(s), b + _number(n))
             total += float(loss.detach())
             # DeepSpeed averages over ranks; our denominators are global, so the sum is what we want
             self.engine.backward(loss * self.world, scale_wrt_gas=False)
@@ -276,12 +274,17 @@ class Learner:
         found = ((n, safe_get_full_grad(p)) for n, p in trained)
         return {n: g.detach().float().clone() for n, g in found if g is not None}
 
-    def named_weights(self, error: MergeError | None = None) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(
+        self, gain: MergeGain | None = None, *, adapters: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
         """What changed, for an engine that started from the same folder: (Hugging Face name, tensor).
 
-        Under LoRA the adapted weights, merged; else every weight. Tensors are valid until the next one is asked for.
+        Under LoRA the adapted weights, merged, or with `adapters` the adapters themselves (`lora.adapter_tensors`);
+        else every weight. Tensors are valid until the next one is asked for.
         """
-        return merged_tensors(self.lm, gather=self._gather(), error=error)
+        if adapters and self.cfg.mode == "lora":
+            return adapter_tensors(self.lm, gather=self._gather())
+        return merged_tensors(self.lm, gather=self._gather(), gain=gain)
 
     def _gather(self) -> Any:
         return zero.gathered if self.cfg.zero_stage == 3 else None

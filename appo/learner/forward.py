@@ -122,7 +122,9 @@ def load_model(model_dir: Path | str, dtype: torch.dtype) -> nn.Module:
     Raises ModelError when the folder cannot be loaded or the model has parts that the learner does not compute.
     """
     if not (Path(model_dir) / "config.json").is_file():
-        raise ModelError(f"cannot load a model from {str(model_dir)!r}: there is no config.json in it")
+        raise ModelError(
+            f"cannot load a model from {str(model_dir)!r}: there is no config.json in it"
+        )
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

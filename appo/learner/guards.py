@@ -42,9 +42,13 @@ def why_not_finite(loss: Tensor, stats: Stats, batch: PackedBatch) -> str | None
     return None
 
 
-def poison(stats: Stats) -> Tensor:
-    """A loss whose gradient is NaN wherever there is one: the optimiser then refuses the step on every rank alike."""
-    return stats.logp.sum() * math.nan
+def poison(loss: Tensor, stats: Stats) -> Tensor:
+    """A loss whose gradient is NaN wherever there is one: the optimiser then refuses the step on every rank alike.
+
+    The log-probs are added because a clipped loss may pass no gradient on; the loss stays in so that the backward
+    visits the modules that it always visits.
+    """
+    return (loss + stats.logp.sum()) * math.nan
 
 
 def dump_batch(folder: Path, step: int, rank: int, batches: list[PackedBatch], reason: str) -> Path:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterator, Protocol, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -37,6 +38,9 @@ class Sampler(Protocol):
     def release(self, growth: Any) -> None: ...
 
     def finish(self, growths: Sequence[Any]) -> list[RolloutTree]: ...
+
+
+COUNTED = ("learner/empty", "learner/nonfinite", "learner/micro_batches")  # summed over mini-batches, others are means
 
 
 class Clock:
@@ -157,7 +161,10 @@ class Trainer:
         sums["group/zero_variance"] += credit.zero_groups
         sums["group/ungraded_leaves"] += credit.ungraded
         for key, value in out.items():
-            learned[key].append(value)
+            if key in COUNTED:
+                sums[key] += value
+            else:
+                learned[key].append(value)
         if not (out["learner/empty"] or out["learner/nonfinite"]):
             self.version += 1
             with clock("push"):

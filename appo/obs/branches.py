@@ -57,29 +57,32 @@ class BranchLog:
 def branch_table(run_dir: Path | str) -> dict[str, Any]:
     """Summary of a run's branch points. Shares are in [0, 1], None where nothing was counted.
 
-    prompts, points, shortfall · by_minibatch {index: {prompts, roots, points, flat_prompts (all roots of a prompt
-    flat), flat_roots}} · rules {rule: share} · positions[5] share of points per fifth of the root's response ·
-    tokens [{token, count, z_entropy, z_omega (means)}] most frequent first · reward {better, same, worse, points}:
-    branches against their root · examples: rows with step, minibatch and prompt_id, spread evenly over the run.
+    prompts, points, shortfall
+    by_minibatch  {index: {prompts, roots, points, flat_prompts (all roots of a prompt flat), flat_roots,
+                  strict (share of points that the score chose)}}
+    rules         {rule: share} · positions[5]: share of points per fifth of the root's response
+    tokens        [{token, count, z_entropy, z_omega}], most frequent first; means, z_omega where Ω is not flat
+    reward        {better, same, worse, points}: branches against their root
+    examples      rows with step, minibatch and prompt_id, spread evenly over the run
     """
     prompts = 0
     shortfall = 0
     rows: list[dict[str, Any]] = []
     flats: dict[int, list[list[bool]]] = defaultdict(list)
-    points: Counter[int] = Counter()
+    rules: dict[int, list[str]] = defaultdict(list)
     for line in read_lines(Path(run_dir) / BRANCHES):
         prompts += 1
         shortfall += line.get("shortfall", 0)
         k = int(line["minibatch"])
         flats[k].append(line.get("flat") or [])
-        points[k] += len(line["rows"])
+        rules[k] += [r["rule"] for r in line["rows"]]
         rows += [{**r, **{key: line[key] for key in ("step", "minibatch", "prompt_id")}}
                  for r in line["rows"]]  # fmt: skip
     return {
         "prompts": prompts,
         "points": len(rows),
         "shortfall": shortfall,
-        "by_minibatch": {k: _flat_shares(flats[k], points[k]) for k in sorted(flats)},
+        "by_minibatch": {k: _minibatch(flats[k], rules[k]) for k in sorted(flats)},
         "rules": {r: n / len(rows) for r, n in Counter(r["rule"] for r in rows).most_common()},
         "positions": _quintiles(rows),
         "tokens": _tokens(rows),
@@ -88,13 +91,14 @@ def branch_table(run_dir: Path | str) -> dict[str, Any]:
     }
 
 
-def _flat_shares(flats: Sequence[Sequence[bool]], points: int) -> dict[str, Any]:
+def _minibatch(flats: Sequence[Sequence[bool]], rules: Sequence[str]) -> dict[str, Any]:
     known = [f for f in flats if f]
     roots = [x for f in known for x in f]
     return {
         "prompts": len(flats),
         "roots": len(roots),
-        "points": points,
+        "points": len(rules),
+        "strict": _mean(r == "strict" for r in rules),
         "flat_prompts": _mean(all(f) for f in known),
         "flat_roots": _mean(roots),
     }
@@ -120,7 +124,8 @@ def _tokens(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "token": token,
             "count": len(g),
             "z_entropy": _mean(r["z_entropy"] for r in g),
-            "z_omega": _mean(r["z_omega"] for r in g),
+            # On a flat root z(Ω) is 0 by definition: it would only dilute the mean.
+            "z_omega": _mean(r["z_omega"] for r in g if not r.get("flat")),
         }
         for token, g in most
     ]

@@ -31,15 +31,15 @@ def reward_curve(records: Sequence[Mapping[str, Any]], path: Path | str) -> None
     evals = [r for r in records if r.get("kind") == "eval"]
 
     _line(top, steps, "reward/mean", "mean reward", REWARD)
-    _line(top, steps, "tool/use", "rollouts with a successful tool call", TOOLS)
+    _line(top, steps, "tool/use", "successful tool call", TOOLS)
     _points(bottom, evals, "eval/accuracy", "accuracy", ACCURACY, -1)
-    _points(bottom, evals, "eval/tool_use", "answers with a successful tool call", TOOLS, +1)
+    _points(bottom, evals, "eval/tool_use", "successful tool call", TOOLS, +1)
 
     _dress(top, "Training rollouts", "no step yet")
     n = next((eval_questions(r) for r in reversed(evals)), None)
     _dress(
         bottom,
-        "Held-out questions" + (f" ({n}, 95 % intervals)" if n else ""),
+        "Held-out questions" + (f" (n = {n}, 95 %)" if n else ""),
         "no evaluation yet",
     )
     numbers = [int(r.get("step", 0)) for r in (*steps, *evals)]
@@ -60,7 +60,9 @@ def _series(
     )
 
 
-def _line(axes: Any, records: Sequence[Mapping[str, Any]], key: str, label: str, color: str) -> None:
+def _line(
+    axes: Any, records: Sequence[Mapping[str, Any]], key: str, label: str, color: str
+) -> None:
     x, y, _ = _series(records, key)
     if x:
         # Markers while single steps can be told apart; a lone step would be invisible without.
@@ -84,11 +86,11 @@ def _points(
         shifted, y, yerr=[below, above], color=color, marker="o", markersize=5, linewidth=1.0,
         elinewidth=1.6, capsize=3, label=label,
     )  # fmt: skip
-    ends = {0, len(x) - 1} if len(x) > 4 else set(range(len(x)))
-    for i in ends:
+    # Figures stand outside, before the first point and behind the last, where no line crosses them.
+    for i, ha in {0: "right", len(x) - 1: "left"}.items():
         axes.annotate(
-            f"{y[i]:.2f}", (shifted[i], y[i]), xytext=(7 * side, 0), textcoords="offset points",
-            color=color, fontsize=9, va="center", ha="left" if side > 0 else "right",
+            f"{y[i]:.2f}", (x[i], y[i]), xytext=(9 if ha == "left" else -9, 0),
+            textcoords="offset points", color=color, fontsize=9, va="center", ha=ha,
         )  # fmt: skip
 
 
@@ -104,7 +106,8 @@ def _dress(axes: Any, title: str, empty: str) -> None:
         axes.set_ylim(0, 1)
         return
     low, high = axes.get_ylim()
-    axes.set_ylim(min(0.0, low), max(1.0, high))  # shares: the whole range, so that slopes are honest
+    # Shares: the whole range, so that slopes are honest; a hair more, so that a marker at 0 or 1 is whole.
+    axes.set_ylim(min(-0.02, low), max(1.02, high))
     axes.legend(
         handles, labels, frameon=False, fontsize=9, ncols=2, loc="lower right",
         bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1, handlelength=1.4,
@@ -116,6 +119,8 @@ def _step_axis(axes: Any, numbers: Sequence[int]) -> None:
 
     axes.set_xlabel("step", fontsize=10)
     low, high = (min(numbers), max(numbers)) if numbers else (0, 1)
-    margin = max(0.06 * (high - low), 0.5)
+    margin = max(0.08 * (high - low), 0.5)
     axes.set_xlim(low - margin, high + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(integer=True, nbins=10, min_n_ticks=1, steps=[1, 2, 5, 10])
+    )

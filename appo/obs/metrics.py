@@ -81,7 +81,10 @@ def wilson(successes: float, n: int, z: float = 1.959963984540054) -> tuple[floa
 
 
 def newcombe(before: tuple[float, int], after: tuple[float, int]) -> tuple[float, float]:
-    """95 % interval of share(after) - share(before) from their Wilson intervals (Newcombe 1998, method 10)."""
+    """95 % interval of share(after) - share(before) from their Wilson intervals (Newcombe 1998, method 10).
+
+    before, after: (successes, n). Taken as independent, which is cautious where the same questions are asked twice.
+    """
     p1, p2 = before[0] / max(before[1], 1), after[0] / max(after[1], 1)
     (l1, u1), (l2, u2) = wilson(*before), wilson(*after)
     d = p2 - p1

@@ -185,15 +185,17 @@ class Phase:
 
     def end(self) -> None:
         with self.console._lock:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+            timer, self._timer = self._timer, None
+            if timer is not None:
+                timer.cancel()
             if self._task is not None and self.console._live is not None:
                 self.console._live.remove_task(self._task)
                 self._task = None
                 if not self.console._live.tasks:
                     self.console._live.stop()
                     self.console._live = None
+        if timer is not None:
+            timer.join()  # outside the lock: it may be waiting for it in `_show`
 
     def _show(self) -> None:
         with self.console._lock:
@@ -267,7 +269,7 @@ def _train_parts(record: Mapping[str, Any]) -> list[Part]:
         factor = f" ({total / unique:.1f}x)" if unique else ""
         out.append(("tokens", f"{unique:,.0f}/{total:,.0f}{factor}"))
     add("flat", "branch/omega_flat")
-    for label, key in (("ungraded", "group/ungraded_leaves"), ("non-finite", "learn/nonfinite")):
+    for label, key in (("ungraded", "group/ungraded_leaves"), ("non-finite", "learner/nonfinite")):
         value = _get(record, key)
         if value:
             out.append((label, _number(value)))

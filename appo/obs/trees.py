@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from appo.obs.card import elide, escape, wrap
-from appo.types import Leaf, Node, RolloutTree, ToolCall
+from appo.types import Leaf, RolloutTree, ToolCall
 
 Text = Callable[[Sequence[int]], str]
 
@@ -55,7 +55,7 @@ def _header(tree: RolloutTree, width: int) -> list[str]:
     facts = [
         f"step {tree.step}",
         escape(tree.task.task_id),
-        f"{len(tree.roots)} roots + {len(tree.branches)} branches",
+        f"{_plural(len(tree.roots), 'root', 's')} + {_plural(len(tree.branches), 'branch', 'es')}",
         f"mean reward {sum(rewards) / len(rewards):.2f}" if rewards else "not graded",
         f"{unique:,} tokens for {total:,}" + (f" ({total / unique:.1f}x)" if unique else ""),
     ]
@@ -68,6 +68,10 @@ def _header(tree: RolloutTree, width: int) -> list[str]:
         *_labelled("question", str(question), width, ""),
         *_labelled("answer", str(tree.task.answer), width, ""),
     ]
+
+
+def _plural(n: int, noun: str, ending: str) -> str:
+    return f"{n} {noun}{ending if n != 1 else ''}"
 
 
 def _leaf(tree: RolloutTree, index: int, text: Text, width: int, margin: str) -> Iterator[str]:
@@ -127,7 +131,7 @@ def _headline(tree: RolloutTree, leaf: Leaf, text: Text) -> str:
     facts = [
         f"reward {leaf.reward:.2f}" if leaf.reward is not None else "not graded",
         leaf.finish.value if leaf.finish else "unfinished",
-        f"{sampled:,} tokens",
+        f"{sampled:,} sampled",
     ]
     tail = "  " + " · ".join(facts)
     if leaf.parent_leaf is None or leaf.split is None:
@@ -169,8 +173,3 @@ def rank_for_display(tree: RolloutTree) -> tuple[bool, bool, int]:
     """Sort key: a tree shows most if its leaves were rewarded differently, called tools, and it has branches."""
     rewards = {leaf.reward for leaf in tree.leaves}
     return len(rewards) > 1, any(leaf.tool_calls for leaf in tree.leaves), len(tree.branches)
-
-
-def node_text(node: Node, text: Text) -> str:
-    """A node's own text, escaped: one line."""
-    return escape(text(node.token_ids))

@@ -9,9 +9,10 @@ it on when the engine or the tool pool has something for it.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Sequence
+from typing import Any
 
 from appo.data.prompts import budget_text, encode_plain, result_text
 from appo.rollout.engine import RolloutEngine, SamplingParams, Stopped

@@ -9,8 +9,9 @@ Life of a sequence: `add_prompt` → `fork` (roots) → `submit` → tokens appe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Callable, Iterable, Literal, Protocol, Sequence
+from typing import Literal, Protocol
 
 import numpy as np
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from appo.config import RewardSettings
 from appo.reward.compose import grade_item, score_leaf

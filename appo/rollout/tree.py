@@ -7,8 +7,8 @@ are done). Seeds come from the path in the tree, so what a line draws does not d
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Callable, Sequence
 
 import numpy as np
 

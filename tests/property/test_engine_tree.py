@@ -20,8 +20,12 @@ MODEL = build("llama", Path(_FOLDER.name))
 
 def run_life(seed: int, max_batch: int, chunk: int, steps: int) -> None:
     rng = random.Random(seed)
-    engine = NativeEngine(Path(_FOLDER.name), dtype="float32", max_batch=max_batch, prefill_chunk=chunk)
-    shadow: dict[int, list[int]] = {}  # handle -> ids known to be there before what is being decoded
+    engine = NativeEngine(
+        Path(_FOLDER.name), dtype="float32", max_batch=max_batch, prefill_chunk=chunk
+    )
+    shadow: dict[
+        int, list[int]
+    ] = {}  # handle -> ids known to be there before what is being decoded
     running: dict[int, list[int]] = {}
 
     def ids(low: int, high: int) -> list[int]:
@@ -40,7 +44,9 @@ def run_life(seed: int, max_batch: int, chunk: int, steps: int) -> None:
     for _ in range(steps):
         live = list(shadow)
         idle = [s for s in live if s not in running]
-        action = rng.choice(("prompt", "fork", "fork", "submit", "submit", "append", "cancel", "release", "score"))
+        action = rng.choice(
+            ("prompt", "fork", "fork", "submit", "submit", "append", "cancel", "release", "score")
+        )
         if action == "prompt" or not live:
             new = (common[: rng.randint(0, 20)] + ids(1, 30)) if rng.random() < 0.7 else ids(1, 10)
             shadow[engine.add_prompt(new)] = new
@@ -90,7 +96,9 @@ def run_life(seed: int, max_batch: int, chunk: int, steps: int) -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(
-    seed=st.integers(0, 2**32), max_batch=st.sampled_from([1, 2, 5, 8]), chunk=st.sampled_from([1, 3, 16, 64])
+    seed=st.integers(0, 2**32),
+    max_batch=st.sampled_from([1, 2, 5, 8]),
+    chunk=st.sampled_from([1, 3, 16, 64]),
 )
 def test_random_lives(seed, max_batch, chunk):
     run_life(seed, max_batch, chunk, steps=30)

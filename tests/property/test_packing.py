@@ -70,7 +70,7 @@ def check_rows(batch: PackedBatch, forest: list[RolloutTree], credit_of: dict) -
             assert batch.position_ids[keys].tolist() == list(range(view.prompt_len + t))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(batches())
 def test_every_edge_sees_exactly_its_own_trajectory(case: tuple) -> None:
     forest, credits, budget = case
@@ -82,7 +82,7 @@ def test_every_edge_sees_exactly_its_own_trajectory(case: tuple) -> None:
     assert sorted(row for batch in packed for row in batch.rows) == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(batches())
 def test_budget_is_kept_and_nothing_is_stored_twice(case: tuple) -> None:
     forest, credits, budget = case

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import VOCAB, build, dense, finish
+from transformers import AutoModelForCausalLM
 
 from appo.errors import EngineError, ModelError, StaleWeightsError
 from appo.rollout.engine import SamplingParams
@@ -31,6 +32,14 @@ def engine(folder):
 def counters(engine, *names):
     stats = engine.stats()
     return [stats[name] for name in names]
+
+
+def check_all(model, engine, events, count):
+    assert len(events) == count
+    for event in events.values():
+        n = len(event.token_ids)
+        logp = dense(model, engine.tokens(event.seq))[0]
+        np.testing.assert_allclose(event.logprobs, logp[-n:], atol=1e-5)
 
 
 # -- costs ------------------------------------------------------------------------------------------------------------
@@ -75,7 +84,9 @@ def test_appended_tokens_are_prefilled_once_for_all_forks(engine):
     for i, f in enumerate(forks):
         engine.submit(f, SamplingParams(2), seed=i)
     finish(engine)
-    assert engine.stats()["prefill_tokens"] - before == 4 + 3  # last sampled + 3 of 4 appended, then one per fork
+    assert (
+        engine.stats()["prefill_tokens"] - before == 4 + 3
+    )  # last sampled + 3 of 4 appended, then one per fork
 
 
 def test_common_prompt_prefix_is_shared(folder):
@@ -83,7 +94,9 @@ def test_common_prompt_prefix_is_shared(folder):
     results = []
     for share in (True, False):
         engine = NativeEngine(folder, dtype="float32", share_prompts=share)
-        seqs = [engine.add_prompt(PROMPT + tail) for tail in tails] + [engine.add_prompt(PROMPT[:10])]
+        seqs = [engine.add_prompt(PROMPT + tail) for tail in tails] + [
+            engine.add_prompt(PROMPT[:10])
+        ]
         for seq in seqs:
             engine.submit(seq, SamplingParams(4), seed=seq)
         engine.release(engine.fork(seqs[0], 3))
@@ -120,7 +133,9 @@ def test_decoding_does_not_starve_while_a_long_prompt_is_prefilled(engine):
 
 def test_release_frees_everything_in_any_order(engine):
     prompt = engine.add_prompt(PROMPT)
-    roots = [engine.fork(prompt, 40) for _ in range(10)]  # more than max_batch: some are evicted from their slot
+    roots = [
+        engine.fork(prompt, 40) for _ in range(10)
+    ]  # more than max_batch: some are evicted from their slot
     for i, seq in enumerate(roots):
         engine.submit(seq, SamplingParams(4 + i), seed=i)
     finish(engine)
@@ -135,7 +150,9 @@ def test_release_frees_everything_in_any_order(engine):
     for seq in (*branches, *roots[1::2]):  # some are still decoding
         engine.release(seq)
     stats = engine.stats()
-    assert [stats[k] for k in ("kv_tokens", "live_sequences", "live_nodes", "running", "waiting")] == [0] * 5
+    assert [
+        stats[k] for k in ("kv_tokens", "live_sequences", "live_nodes", "running", "waiting")
+    ] == [0] * 5
     assert not engine.has_work() and engine.store.block_tokens == 0
     with pytest.raises(EngineError, match="released"):
         engine.length(prompt)
@@ -166,6 +183,49 @@ def test_same_calls_same_bits(folder):
         return finish(engine)
 
     assert run() == run()
+
+
+def test_short_segments_with_few_readers_are_read_from_the_slot(folder):
+    """Eight branches, each off another root: their inherited spans are copied into their slots, results stay exact."""
+    engine = NativeEngine(folder, dtype="float32", max_batch=8)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompt = engine.add_prompt(PROMPT)
+    roots = [engine.fork(prompt, 40) for _ in range(8)]
+    for i, seq in enumerate(roots):
+        engine.submit(seq, SamplingParams(12), seed=i)
+    finish(engine)
+    branches = [engine.fork(seq, 44 + i) for i, seq in enumerate(roots)]
+    for seq in branches:
+        engine.submit(seq, SamplingParams(9 + seq % 3), seed=seq)
+    for _ in range(5):
+        engine.step()
+    assert engine.stats()["kv_copied_tokens"] == sum(43 + i - 39 for i in range(8))
+    deep = [
+        engine.fork(seq, engine.length(seq)) for seq in branches[:3]
+    ]  # children of nodes that hold copies
+    for seq in deep:
+        engine.submit(seq, SamplingParams(7), seed=seq)
+    check_all(model, engine, finish(engine), count=8 + 3)
+    for seq in branches:  # tool results behind a copy: a chunk of rows reads the ancestors in place
+        engine.append(seq, [5, 6, 7])
+        engine.submit(seq, SamplingParams(3), seed=seq)
+    check_all(model, engine, finish(engine), count=8)
+    for seq in (prompt, *roots, *branches, *deep):
+        engine.release(seq)
+    assert counters(engine, "kv_tokens", "kv_copied_tokens", "live_nodes") == [0, 0, 0]
+
+
+def test_rows_that_hold_a_copy_skip_the_shared_call(engine, folder):
+    """The middle one of three readers has the prompt in its slot: the shared call must not count it twice."""
+    prompt = engine.add_prompt(PROMPT)
+    roots = [engine.fork(prompt, 40) for _ in range(3)]
+    for i, seq in enumerate(roots):
+        engine.submit(seq, SamplingParams(9), seed=i)
+    for _ in range(5):
+        engine.step()
+    with torch.inference_mode():
+        engine.store.localise(engine.tree.get(roots[1]), engine.tree.get(prompt), 39)
+    check_all(AutoModelForCausalLM.from_pretrained(folder), engine, finish(engine), count=3)
 
 
 def test_cancel_drops_tokens_and_spares_children(engine):
@@ -239,10 +299,14 @@ def test_new_weights_make_old_kv_unusable_until_scored(folder, tmp_path):
         engine.submit(seq, SamplingParams(3), seed=0)
     for event in finish(engine).values():
         assert event.policy_version == 1
-        np.testing.assert_allclose(event.logprobs, dense(other, engine.tokens(event.seq))[0][-3:], atol=1e-4)
+        np.testing.assert_allclose(
+            event.logprobs, dense(other, engine.tokens(event.seq))[0][-3:], atol=1e-4
+        )
 
     scored = engine.score(roots[:2], temperature=0.8)
-    assert engine.stats()["scored_tokens"] == 39 + 2 * 8  # the prompt once; a root's last token is not run
+    assert (
+        engine.stats()["scored_tokens"] == 39 + 2 * 8
+    )  # the prompt once; a root's last token is not run
     for s, seq in zip(scored, roots):
         logp, entropy = dense(other, engine.tokens(seq), 0.8)
         assert s.policy_version == 1 and len(s.logprobs) == engine.length(seq) - 1
@@ -257,7 +321,9 @@ def test_new_weights_make_old_kv_unusable_until_scored(folder, tmp_path):
     events = finish(engine)
     assert engine.stats()["prefill_tokens"] - before == 6
     for seq in branches:
-        np.testing.assert_allclose(events[seq].logprobs, dense(other, engine.tokens(seq))[0][-4:], atol=1e-4)
+        np.testing.assert_allclose(
+            events[seq].logprobs, dense(other, engine.tokens(seq))[0][-4:], atol=1e-4
+        )
     with pytest.raises(StaleWeightsError):
         engine.fork(roots[2], 42)
 
@@ -338,13 +404,26 @@ def test_misuse_is_an_error_that_says_what_to_do(engine):
         (lambda: engine.add_prompt([]), "empty"),
         (lambda: engine.add_prompt([VOCAB]), "vocabulary"),
         (lambda: engine.add_prompt([0] * 257), "max_context=256"),
-        (lambda: engine.submit(engine.add_prompt([1]), SamplingParams(0), seed=0), "max_new_tokens=0"),
-        (lambda: engine.submit(engine.add_prompt([1]), SamplingParams(1, temperature=-1), seed=0), "temperature"),
-        (lambda: engine.submit(engine.add_prompt([1]), SamplingParams(1, top_p=0), seed=0), "top_p"),
+        (
+            lambda: engine.submit(engine.add_prompt([1]), SamplingParams(0), seed=0),
+            "max_new_tokens=0",
+        ),
+        (
+            lambda: engine.submit(
+                engine.add_prompt([1]), SamplingParams(1, temperature=-1), seed=0
+            ),
+            "temperature",
+        ),
+        (
+            lambda: engine.submit(engine.add_prompt([1]), SamplingParams(1, top_p=0), seed=0),
+            "top_p",
+        ),
     ):
         with pytest.raises(EngineError, match=match):
             call()
-    assert engine.step() == [] and engine.length(seq) == 40  # first chunk of the prompt only: nothing broke
+    assert (
+        engine.step() == [] and engine.length(seq) == 40
+    )  # first chunk of the prompt only: nothing broke
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------

@@ -109,8 +109,14 @@ def test_attention_over_segments_is_attention(dtype, tolerance):
     parts = [attend(q, k[:, :, a:b], v[:, :, a:b]) for a, b in ((0, 3), (3, 31), (31, 40))]
     merged = merge(torch.stack([o[0] for o, _ in parts]), torch.stack([x[0] for _, x in parts]))
     torch.testing.assert_close(merged, whole[0], atol=tolerance, rtol=0)
-    torch.testing.assert_close(attend(q, k, v)[1], lse, atol=1e-3 if dtype is torch.bfloat16 else 1e-5, rtol=0)
+    torch.testing.assert_close(
+        attend(q, k, v)[1], lse, atol=1e-3 if dtype is torch.bfloat16 else 1e-5, rtol=0
+    )
     for causal in (False, True):
-        mask = None if causal else torch.zeros(5, 40, dtype=dtype).masked_fill_(torch.arange(40) > 20, -torch.inf)
+        mask = (
+            None
+            if causal
+            else torch.zeros(5, 40, dtype=dtype).masked_fill_(torch.arange(40) > 20, -torch.inf)
+        )
         ours, theirs = (f(q, k, v, causal=causal, mask=mask) for f in (attend, attend_reference))
         torch.testing.assert_close(ours[0], theirs[0], atol=tolerance, rtol=0)

@@ -152,6 +152,16 @@ def test_sequences_side_by_side() -> None:
         pack_sequences([[7]])
 
 
+def test_an_empty_node_does_not_cut_its_sibling_off() -> None:
+    """Found by hypothesis: two forks begin at the same stream index when one of them adds nothing."""
+    nodes = [Node(None, "prompt", 0, [5]), model(0, 1, [7]), model(1, 1, []), model(1, 1, [8, 9])]
+    tree = tree_of(nodes, [(2, 0), (3, 0)])
+    for order in ([0, 1], [1, 0]):
+        (b,) = pack([tree], [[credit(tree, i) for i in order]], token_budget=100)
+        assert b.token_ids.tolist() == [5, 7, 8, 9]
+        assert b.tout.tolist() == [4, 4, 4, 4]
+
+
 def test_a_deep_chain_needs_no_recursion() -> None:
     nodes = [Node(None, "prompt", 0, [1])]
     for i in range(5000):

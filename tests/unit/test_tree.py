@@ -22,7 +22,7 @@ def say(*turns):
         own = bytes(i for i in ids[len(PROMPT) :] if i < 256)
         done = own.count(b"</result>")
         turn = turns[min(done, len(turns) - 1)].replace("?", chr(97 + seed % 26))
-        at = len(own.rsplit(b"</result>", 1)[-1])
+        at = len(own.rsplit(b"</result>\n", 1)[-1])
         return EOS if at >= len(turn) else turn.encode()[at]
 
     return script
@@ -50,9 +50,9 @@ def test_a_tool_call_becomes_three_nodes_and_only_sampled_tokens_are_masked_in()
     assert leaf.finish is Finish.ANSWER and not engine.seqs
     v = tree.trajectory(0)
     text = TEXT.text(v.response_ids.tolist())
-    assert text.endswith("</python><result>3</result>so <answer>2</answer>")
+    assert text.endswith("</python>\n<result>3</result>\nso <answer>2</answer>")
     tool = TEXT.text(v.response_ids[~v.mask].tolist())
-    assert tool == "<result>3</result>" and leaf.tool_calls[0].tokens == len(tool)
+    assert tool == "\n<result>3</result>\n" and leaf.tool_calls[0].tokens == len(tool)
     assert (v.logprobs[v.mask] < 0).all() and not v.logprobs[~v.mask].any() and (v.version[~v.mask] == -1).all()
 
 

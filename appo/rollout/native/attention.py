@@ -11,7 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-NO_KEYS = -1.0e30  # lse of a segment a row does not read: finite, so that merging never computes inf - inf
+NO_KEYS = (
+    -1.0e30
+)  # lse of a segment a row does not read: finite, so that merging never computes inf - inf
 
 
 def attend(

@@ -126,7 +126,9 @@ class Batch:
                 others = (a + (limit == 0).nonzero().squeeze(1)).to(self.store.device)
             limit.clamp_(min=1)  # a row without any key would be NaN
             hidden = torch.arange(count) >= limit.repeat_interleave(self.group)[:, None]
-            mask = torch.zeros(hidden.shape, dtype=self.store.dtype).masked_fill_(hidden, float("-inf"))
+            mask = torch.zeros(hidden.shape, dtype=self.store.dtype).masked_fill_(
+                hidden, float("-inf")
+            )
             mask = mask.to(self.store.device)
         return Shared(a, b, rank, kv[:, 0].unbind(0), kv[:, 1].unbind(0), mask, others)
 
@@ -134,7 +136,9 @@ class Batch:
         store, device = self.store, self.store.device
         self.hi = 1 + max(u.node.slot for u in self.single_units)
         slots = [u.node.slot for u in self.single_units]
-        row_of = [self.single_rows[0]] * self.hi  # idle slots compute something finite that nobody reads
+        row_of = [
+            self.single_rows[0]
+        ] * self.hi  # idle slots compute something finite that nobody reads
         for row, slot in zip(self.single_rows, slots):
             row_of[slot] = row
         self.in_order = slots == list(range(self.rows))  # row i is slot i: nothing to permute
@@ -145,9 +149,13 @@ class Batch:
         heads = torch.arange(store.kv_heads, device=device)
         self.lengths = [u.node.off + u.start for u in self.single_units]  # KV already there
         at = torch.tensor(self.lengths, device=device)
-        keys = ((self.slot_of_row[:, None] * store.kv_heads + heads) * store.capacity + at[:, None]).reshape(-1)
+        keys = (
+            (self.slot_of_row[:, None] * store.kv_heads + heads) * store.capacity + at[:, None]
+        ).reshape(-1)
         values = keys + store.slab.shape[2] * store.kv_heads * store.capacity
-        self.write = torch.cat((keys, values))  # rows of a layer's slab seen as [2 * slots * Hkv * capacity, D]
+        self.write = torch.cat(
+            (keys, values)
+        )  # rows of a layer's slab seen as [2 * slots * Hkv * capacity, D]
         self.flat = store.slab.view(store.layers, -1, store.head_dim).unbind(0)
         self._view_slab()
 
@@ -160,7 +168,9 @@ class Batch:
         length[self.slot_of_row] = torch.tensor(self.lengths, device=store.device) + 1
         hidden = torch.arange(self.width, device=store.device) >= length[:, None]
         self.mask = torch.zeros(hidden.shape, dtype=store.dtype, device=store.device)
-        self.mask = self.mask.masked_fill_(hidden, float("-inf"))[:, None, None]  # [slots, 1, 1, width]
+        self.mask = self.mask.masked_fill_(hidden, float("-inf"))[
+            :, None, None
+        ]  # [slots, 1, 1, width]
 
     def advance(self, tokens: list[int]) -> None:
         """Next decode step of the same single rows; tokens in row order."""
@@ -197,7 +207,9 @@ class Batch:
         self.flat[layer].index_copy_(0, self.write, torch.cat((k, v)).view(-1, dim))
         queries = q[: self.hi] if self.in_order else q.index_select(0, self.row_of_slot)
         queries = queries.view(self.hi, heads, group, dim)
-        o, lse = attend(queries, self.slab_k[layer], self.slab_v[layer], mask=self.mask)  # [slots, Hkv, group, D]
+        o, lse = attend(
+            queries, self.slab_k[layer], self.slab_v[layer], mask=self.mask
+        )  # [slots, Hkv, group, D]
         if self.in_order:
             self.o[0, : self.hi].view(self.hi, heads, group, dim).copy_(o)
             self.lse[0, : self.hi].view(self.hi, heads, group).copy_(lse)
@@ -217,12 +229,21 @@ class Batch:
 
     def _shared(self, layer: int, s: Shared, q: Tensor) -> None:
         heads, group, dim, r = self.store.kv_heads, self.group, self.store.head_dim, s.b - s.a
-        queries = q[s.a : s.b].view(r, heads, group, dim).permute(1, 0, 2, 3).reshape(1, heads, r * group, dim)
-        o, lse = attend(queries, s.keys[layer].unsqueeze(0), s.values[layer].unsqueeze(0), mask=s.mask)
+        queries = (
+            q[s.a : s.b]
+            .view(r, heads, group, dim)
+            .permute(1, 0, 2, 3)
+            .reshape(1, heads, r * group, dim)
+        )
+        o, lse = attend(
+            queries, s.keys[layer].unsqueeze(0), s.values[layer].unsqueeze(0), mask=s.mask
+        )
         self.o[s.rank, s.a : s.b].view(r, heads, group, dim).copy_(
             o.view(heads, r, group, dim).permute(1, 0, 2, 3)
         )
-        self.lse[s.rank, s.a : s.b].view(r, heads, group).copy_(lse.view(heads, r, group).permute(1, 0, 2))
+        self.lse[s.rank, s.a : s.b].view(r, heads, group).copy_(
+            lse.view(heads, r, group).permute(1, 0, 2)
+        )
         if s.others is not None:
             self.lse[s.rank].index_fill_(0, s.others, NO_KEYS)
 

@@ -18,26 +18,27 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
-from appo.errors import EngineError, StaleWeightsError
+from appo.errors import EngineError, ModelError, StaleWeightsError
 from appo.rollout.engine import SamplingParams, Scored, Stopped
 from appo.rollout.native.batch import Batch, Unit
 from appo.rollout.native.kv import KVStore
 from appo.rollout.native.model import Model
 from appo.rollout.native.sampler import Sampler, uniform
 from appo.rollout.native.scheduler import Run, Scheduler
+from appo.rollout.native.scoring import TreeScore, positions_needed
 from appo.rollout.native.tree import Node, Tree
 from appo.rollout.native.weights import read_config, read_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BUCKET = 8  # deterministic mode: rows are padded to a multiple of this (GEMMs with 1-3 rows take another path)
-SCORE_ROWS = 64  # logits of this many rows exist at a time while scoring
 
 
 class NativeEngine:
     """See `appo.rollout.engine.RolloutEngine` for the contract of each method."""
+
+    accepts_adapters = True  # load_weights takes `<module>.lora_A` and `.lora_B` beside Hugging Face names
 
     def __init__(
         self,
@@ -63,14 +64,20 @@ class NativeEngine:
         """
         if dtype not in DTYPES:
             raise EngineError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
-        for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk), ("kv_tokens", kv_tokens)):
+        for name, value in (
+            ("max_batch", max_batch),
+            ("prefill_chunk", prefill_chunk),
+            ("kv_tokens", kv_tokens),
+        ):
             if value is not None and value < 1:
                 raise EngineError(f"{name}={value}: must be at least 1")
         start = time.perf_counter()
         config = read_config(model_dir)
         self.max_context = max_context or config.max_positions
         if not 2 <= self.max_context <= config.max_positions:
-            raise EngineError(f"max_context={max_context}: the model's positions allow 2 … {config.max_positions}")
+            raise EngineError(
+                f"max_context={max_context}: the model's positions allow 2 … {config.max_positions}"
+            )
         self.config, self.policy_version, self.deterministic = config, policy_version, deterministic
         self.share_prompts = share_prompts
         where = torch.device(device)
@@ -78,22 +85,41 @@ class NativeEngine:
             self.model = Model(config, DTYPES[dtype], where, self.max_context, fp32_logits)
             self._load_all(model_dir)
             self.store = KVStore(
-                config.layers, config.kv_heads, config.head_dim, DTYPES[dtype], where, max_slots=max_batch
+                config.layers,
+                config.kv_heads,
+                config.head_dim,
+                DTYPES[dtype],
+                where,
+                max_slots=max_batch,
             )
             self.sampler = Sampler(config.vocab, where)
         self.tree = Tree()
         self.scheduler = Scheduler(self.store, max_batch, prefill_chunk, kv_tokens)
         self._batch: Batch | None = None
+        self._steady = (
+            False  # the batch is one row of every active run: the next one may be it, moved on
+        )
         self._runs: list[Run] = []  # runs of the batch's sampled units, in row order
+        self._out_rows: torch.Tensor | None = None
         self._count = dict.fromkeys(
-            ("prefill_tokens", "decode_tokens", "scored_tokens", "forks", "prefix_hits_tokens", "steps"), 0
+            (
+                "prefill_tokens",
+                "decode_tokens",
+                "scored_tokens",
+                "forks",
+                "prefix_hits_tokens",
+                "steps",
+            ),
+            0,
         )
         self._load_seconds = time.perf_counter() - start
 
     def _load_all(self, model_dir: Path) -> None:
         missing = set(self.model.targets) - self.model.load(read_tensors(model_dir))
         if missing:
-            raise EngineError(f"model_dir={str(model_dir)!r} lacks {len(missing)} weights, for example {min(missing)!r}")
+            raise ModelError(
+                f"model_dir={str(model_dir)!r} lacks {len(missing)} weights, for example {min(missing)!r}"
+            )
 
     # -- the tree ---------------------------------------------------------------------------------------------------
 
@@ -103,7 +129,9 @@ class NativeEngine:
         if not ids:
             raise EngineError("add_prompt: token_ids is empty; a prompt needs at least one token")
         if len(ids) > self.max_context:
-            raise EngineError(f"prompt of {len(ids)} tokens is longer than max_context={self.max_context}")
+            raise EngineError(
+                f"prompt of {len(ids)} tokens is longer than max_context={self.max_context}"
+            )
         node, shared = self.tree.add_prompt(ids, self.share_prompts)
         self._count["prefix_hits_tokens"] += shared
         assert node.handle is not None
@@ -113,7 +141,9 @@ class NativeEngine:
         """New handle inheriting tokens < at; it will run token at - 1 as its first row."""
         node = self.tree.get(seq)
         if not 1 <= at <= node.length:
-            raise EngineError(f"fork(seq={seq}, at={at}): at must be in 1 … {node.length}, the sequence's length")
+            raise EngineError(
+                f"fork(seq={seq}, at={at}): at must be in 1 … {node.length}, the sequence's length"
+            )
         self._check_fresh(node, "fork")
         child = self.tree.fork(node, at)
         self._count["forks"] += 1
@@ -124,7 +154,9 @@ class NativeEngine:
         """Add given tokens; they are prefilled with the last sampled one at the next submit (or when a fork needs them)."""
         node = self.tree.get(seq)
         if seq in self.scheduler.by_seq:
-            raise EngineError(f"append(seq={seq}): it is decoding; wait for its Stopped event or cancel it")
+            raise EngineError(
+                f"append(seq={seq}): it is decoding; wait for its Stopped event or cancel it"
+            )
         ids = self._checked(token_ids)
         if node.length + len(ids) > self.max_context:
             raise EngineError(
@@ -137,6 +169,8 @@ class NativeEngine:
         self.cancel(seq)
         for node in self.tree.release(self.tree.get(seq)):
             self.store.drop(node)
+        if self.scheduler.waiting:
+            self.scheduler.changed = True  # there may be room now
 
     def length(self, seq: int) -> int:
         """Tokens of the sequence, inherited ones included."""
@@ -163,7 +197,9 @@ class NativeEngine:
         end = min(node.length + params.max_new_tokens, self.max_context)
         limit = self.scheduler.kv_tokens
         if limit is not None and end - 1 > limit:
-            raise EngineError(f"submit(seq={seq}): alone it needs {end - 1} tokens of KV, kv_tokens={limit} is less")
+            raise EngineError(
+                f"submit(seq={seq}): alone it needs {end - 1} tokens of KV, kv_tokens={limit} is less"
+            )
         self.scheduler.add(Run(seq, node, params, int(seed), node.length, end))
 
     def cancel(self, seq: int) -> None:
@@ -199,22 +235,23 @@ class NativeEngine:
     def _next_batch(self) -> Batch:
         """The last plan moved one token on if nothing but tokens changed, else a new plan."""
         batch = self._batch
-        if batch is not None and not self.scheduler.changed and self._steady:
+        if batch is not None and self._steady and not self.scheduler.changed:
             for unit in batch.units:
                 self.store.room(unit.node, unit.node.kv + 1)
             if batch.epoch == self.store.epoch:
                 batch.advance([run.tokens[-1] for run in self._runs])
                 return batch
         units = self.scheduler.plan()
-        if all(u.single for u in units):
+        decode_only = all(u.single for u in units)
+        if decode_only:
             self.scheduler.localise()
-        batch = self._batch = Batch(units, self.store, self.config.heads, self._padded(sum(u.count for u in units)))
+        batch = self._batch = Batch(
+            units, self.store, self.config.heads, self._padded(sum(u.count for u in units))
+        )
         sampled = [u for u in batch.units if u.sampled]
         by_node = {run.node.id: run for run in self.scheduler.active}
         self._runs = [by_node[u.node.id] for u in sampled]
-        self._steady = len(sampled) == len(batch.units) == len(self.scheduler.active) and all(
-            u.single for u in batch.units
-        )
+        self._steady = decode_only and len(sampled) == len(units) == len(self.scheduler.active)
         self._out_rows = self._rows_out(batch, sampled)
         self.sampler.rows([run.params for run in self._runs])
         return batch
@@ -235,7 +272,9 @@ class NativeEngine:
         self._count["decode_tokens"] += decoded
         self._count["prefill_tokens"] += total - decoded
 
-    def _commit(self, tokens: list[int], logprobs: list[float], entropy: list[float]) -> list[Stopped]:
+    def _commit(
+        self, tokens: list[int], logprobs: list[float], entropy: list[float]
+    ) -> list[Stopped]:
         events = []
         for run, token, logprob, ent in zip(self._runs, tokens, logprobs, entropy):
             run.tokens.append(token)
@@ -246,12 +285,16 @@ class NativeEngine:
             if reason is not None:
                 self.scheduler.remove(run)
                 events.append(
-                    Stopped(run.seq, run.tokens, run.logprobs, run.entropy, reason, self.policy_version)
+                    Stopped(
+                        run.seq, run.tokens, run.logprobs, run.entropy, reason, self.policy_version
+                    )
                 )
         return events
 
     def _stop_reason(self, run: Run, token: int) -> Literal["stop_token", "stop", "length"] | None:
-        asked = run.params.stop is not None and run.params.stop(token)  # sees every id, also a stop token
+        asked = run.params.stop is not None and run.params.stop(
+            token
+        )  # sees every id, also a stop token
         if token in run.params.stop_token_ids:
             return "stop_token"
         if asked:
@@ -288,68 +331,20 @@ class NativeEngine:
         leaves = [self.tree.get(seq) for seq in seqs]
         for seq in seqs:
             if seq in self.scheduler.by_seq:
-                raise EngineError(f"score: sequence {seq} is decoding; wait for its Stopped event or cancel it")
-        need: dict[int, int] = {}
-        nodes: dict[int, Node] = {}
-        for leaf in leaves:
-            for node, count in ((leaf, len(leaf.tokens) - 1), *leaf.chain()):
-                nodes[node.id] = node
-                need[node.id] = max(need.get(node.id, 0), count)
-        self._check_room([(nodes[i], need[i]) for i in need])
-        rows = self._score_nodes([(nodes[i], need[i]) for i in sorted(need)], temperature)
-        return [self._scored(leaf, rows) for leaf in leaves]
-
-    def _check_room(self, needs: list[tuple[Node, int]]) -> None:
+                raise EngineError(
+                    f"score: sequence {seq} is decoding; wait for its Stopped event or cancel it"
+                )
+        needs = positions_needed(leaves)
         limit = self.scheduler.kv_tokens
         more = sum(max(0, count - node.kv) for node, count in needs)
         if limit is not None and self.store.tokens + more > limit:
             free = limit - self.store.tokens
-            raise EngineError(f"score needs {more} tokens of KV, {free} of kv_tokens={limit} are free; release sequences")
-
-    def _score_nodes(self, needs: list[tuple[Node, int]], temperature: float) -> dict[int, tuple]:
-        """Run own positions 0 … count-1 of each node, parents first; statistics of tokens 1 … count per node."""
-        parts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {node.id: [] for node, _ in needs}
-        done = {node.id: 0 for node, _ in needs}
-        for node, count in needs:
-            self.store.room(node, count)
-            node.stale = node.stale and count == 0
-        queue = [(node, count) for node, count in needs if count]
-        while queue:
-            budget, units = self.scheduler.prefill_chunk, []
-            while queue and budget:
-                node, count = queue[0]
-                take = min(budget, count - done[node.id])
-                units.append(Unit(node, done[node.id], take))
-                done[node.id] += take
-                budget -= take
-                if done[node.id] == count:
-                    queue.pop(0)
-            self._score_batch(units, temperature, parts)
-        return {i: _concatenate(p) for i, p in parts.items()}
-
-    def _score_batch(self, units: list[Unit], temperature: float, parts: dict[int, list]) -> None:
-        batch = Batch(units, self.store, self.config.heads, self._padded(sum(u.count for u in units)))
-        hidden = self.model.forward(batch.ids, batch.positions, batch.attention, None)
-        targets = [t for u in batch.units for t in u.node.tokens[u.start + 1 : u.start + u.count + 1]]
-        y = torch.tensor(targets, device=self.store.device)
-        logp, entropy = [], []
-        for a in range(0, batch.rows, SCORE_ROWS):
-            b = min(a + SCORE_ROWS, batch.rows)
-            lp, ent = self.sampler.score(self.model.logits(hidden[a:b]), y[a:b], temperature)
-            logp.append(lp)
-            entropy.append(ent)
-        columns = torch.cat(logp), torch.cat(entropy)
-        for u in batch.units:
-            a = batch.first_row[u.node.id]
-            parts[u.node.id].append((columns[0][a : a + u.count], columns[1][a : a + u.count]))
-            self.store.written(u.node, u.start + u.count, self.policy_version)
-        self._count["scored_tokens"] += batch.rows
-
-    def _scored(self, leaf: Node, rows: dict[int, tuple]) -> Scored:
-        pieces = [(leaf, len(leaf.tokens) - 1), *leaf.chain()][::-1]
-        logp = [rows[node.id][0][:count] for node, count in pieces]
-        entropy = [rows[node.id][1][:count] for node, count in pieces]
-        return Scored(np.concatenate(logp), np.concatenate(entropy), self.policy_version)
+            raise EngineError(
+                f"score needs {more} tokens of KV, {free} of kv_tokens={limit} are free; release sequences"
+            )
+        score = TreeScore(self.model, self.store, self.sampler, self.policy_version, temperature)
+        self._count["scored_tokens"] += score.run(needs, self.scheduler.prefill_chunk, self._padded)
+        return [score.of(leaf) for leaf in leaves]
 
     # -- facts ------------------------------------------------------------------------------------------------------
 
@@ -388,10 +383,6 @@ def _check_params(p: SamplingParams) -> None:
     if not p.temperature >= 0:
         raise EngineError(f"temperature={p.temperature}: must be 0 (greedy) or above")
     if not 0 < p.top_p <= 1 or p.top_k < 0:
-        raise EngineError(f"top_p={p.top_p}, top_k={p.top_k}: need 0 < top_p <= 1 and top_k >= 0 (0: off)")
-
-
-def _concatenate(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
-    if not parts:
-        return np.zeros(0, np.float32), np.zeros(0, np.float32)
-    return tuple(torch.cat(column).cpu().numpy() for column in zip(*parts))  # type: ignore[return-value]
+        raise EngineError(
+            f"top_p={p.top_p}, top_k={p.top_k}: need 0 < top_p <= 1 and top_k >= 0 (0: off)"
+        )

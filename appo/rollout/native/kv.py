@@ -20,7 +20,13 @@ class KVStore:
     """Keys and values of all nodes. `epoch` changes whenever an address changed, so plans know they are old."""
 
     def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, max_slots: int
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_slots: int,
     ):
         self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
         self.dtype, self.device, self.max_slots = dtype, device, max_slots
@@ -107,16 +113,17 @@ class KVStore:
         """Pull running nodes to the low slots, so that the padded call covers about `rows` slots."""
         top = len(self.owner) - 1
         for low in range(min(rows, len(self.owner))):
-            node = self.owner[low]
-            if node is not None and node.running:
+            idle = self.owner[low]
+            if idle is not None and idle.running:
                 continue
-            while top > low and (self.owner[top] is None or not self.owner[top].running):
+            while top > low and not _running(self.owner[top]):
                 top -= 1
-            if top <= low:
+            last = self.owner[top]
+            if top <= low or last is None:
                 return
-            if node is not None:
-                self._to_block(node, node.kv)
-            self._move(self.owner[top], low)
+            if idle is not None:
+                self._to_block(idle, idle.kv)
+            self._move(last, low)
 
     def _free_slot(self) -> int:
         for slot, owner in enumerate(self.owner):
@@ -137,7 +144,13 @@ class KVStore:
         block = None
         if capacity:
             block = torch.zeros(
-                self.layers, 2, self.kv_heads, capacity, self.head_dim, dtype=self.dtype, device=self.device
+                self.layers,
+                2,
+                self.kv_heads,
+                capacity,
+                self.head_dim,
+                dtype=self.dtype,
+                device=self.device,
             )
             if node.kv:
                 block[:, :, :, : node.kv] = self.view(node, 0, node.kv)
@@ -162,7 +175,9 @@ class KVStore:
 
     def _new_slab(self, slots: int, capacity: int) -> Tensor:
         shape = (self.layers, 2, slots, self.kv_heads, capacity, self.head_dim)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)  # zeros: masked positions must be finite
+        return torch.zeros(
+            shape, dtype=self.dtype, device=self.device
+        )  # zeros: masked positions must be finite
 
     def _grow(self, slots: int, need: int) -> None:
         capacity = self.capacity
@@ -173,3 +188,7 @@ class KVStore:
         self.slab[:, :, : old.shape[2], :, : old.shape[4]] = old
         self.owner += [None] * (slots - len(self.owner))
         self.epoch += 1
+
+
+def _running(node: Node | None) -> bool:
+    return node is not None and node.running

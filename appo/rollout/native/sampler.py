@@ -45,8 +45,12 @@ class Sampler:
 
     def rows(self, params: Sequence[SamplingParams]) -> None:
         """Remember the sampling parameters of the rows to come."""
-        temperature = [p.temperature or 1.0 for p in params]  # greedy rows are scored at temperature 1
-        self._inv_temp = (1.0 / torch.tensor(temperature, dtype=torch.float64)).float().to(self.device)
+        temperature = [
+            p.temperature or 1.0 for p in params
+        ]  # greedy rows are scored at temperature 1
+        self._inv_temp = (
+            (1.0 / torch.tensor(temperature, dtype=torch.float64)).float().to(self.device)
+        )
         self._greedy = [i for i, p in enumerate(params) if p.temperature == 0.0]
         self._cut = [
             (i, p.top_k, p.top_p)
@@ -54,14 +58,18 @@ class Sampler:
             if p.temperature != 0.0 and (p.top_p < 1.0 or 0 < p.top_k < self.vocab)
         ]
 
-    def sample(self, logits: Tensor, noise: Sequence[float]) -> tuple[list[int], list[float], list[float]]:
+    def sample(
+        self, logits: Tensor, noise: Sequence[float]
+    ) -> tuple[list[int], list[float], list[float]]:
         """One token per row of logits[R,V] with uniforms noise[R]: (tokens, logprobs, entropies).
 
         logprob: of the distribution drawn from (top-k/top-p: renormalised over what was kept; greedy: temperature 1).
         entropy: nats, of the full vocabulary at the sampling temperature, whatever was cut.
         """
         u = torch.tensor(noise, dtype=torch.float64, device=self.device)
-        out = [self._pass(logits[a : a + ROWS], u[a : a + ROWS], a) for a in range(0, len(noise), ROWS)]
+        out = [
+            self._pass(logits[a : a + ROWS], u[a : a + ROWS], a) for a in range(0, len(noise), ROWS)
+        ]
         tokens, logp, entropy = (torch.cat(column) for column in zip(*out))
         return tokens.tolist(), logp.tolist(), entropy.tolist()
 
@@ -76,7 +84,9 @@ class Sampler:
             entropy.append(ent)
         return torch.cat(logp), torch.cat(entropy)
 
-    def _statistics(self, logits: Tensor, inv_temp: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _statistics(
+        self, logits: Tensor, inv_temp: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """z, exp(z) (padded), Σexp(z) in float64, entropy; z and exp(z) live in scratch until the next call."""
         r = logits.shape[0]
         z, e = self._z[:r, : self.vocab], self._e[:r, : self.vocab]
@@ -85,7 +95,12 @@ class Sampler:
         torch.exp(z, out=e)
         total = self._blocks(r).sum(-1)
         entropy = total.log() - torch.linalg.vecdot(e, z).double() / total
-        return z, self._e[:r], total, entropy.clamp_(min=0.0).float()  # clamp: -0.0 and one ulp of the dot product
+        return (
+            z,
+            self._e[:r],
+            total,
+            entropy.clamp_(min=0.0).float(),
+        )  # clamp: -0.0 and one ulp of the dot product
 
     def _blocks(self, r: int) -> Tensor:
         return self._e[:r].view(r, -1, BLOCK).sum(-1).double()  # [r, V/256]
@@ -102,7 +117,11 @@ class Sampler:
         target = u[:, None] * total
         block = _first_above(cumulative, target)
         rest = target - (cumulative.gather(1, block) - blocks.gather(1, block))
-        inside = e.view(r, -1, BLOCK)[torch.arange(r, device=self.device), block.squeeze(1)].double().cumsum(-1)
+        inside = (
+            e.view(r, -1, BLOCK)[torch.arange(r, device=self.device), block.squeeze(1)]
+            .double()
+            .cumsum(-1)
+        )
         token = (block * BLOCK + _first_above(inside, rest)).squeeze(1)
         for row in self._greedy:
             if first <= row < first + r:

@@ -127,7 +127,9 @@ class Scheduler:
         """KV tokens still to be written by the active runs and this one if each decodes as long as it may."""
         need: dict[int, int] = {}
         for run in (*self.active, candidate):
-            need[run.node.id] = max(need.get(run.node.id, 0), run.end - 1 - run.node.base - run.node.kv)
+            need[run.node.id] = max(
+                need.get(run.node.id, 0), run.end - 1 - run.node.base - run.node.kv
+            )
             for node, count in run.node.chain():
                 need[node.id] = max(need.get(node.id, 0), count - node.kv)
         return sum(need.values())

@@ -80,7 +80,9 @@ class Tree:
         node = self.by_handle.get(seq)
         if node is None:
             known = 0 <= seq < self._next_handle if isinstance(seq, int) else False
-            raise EngineError(f"sequence {seq!r} {'was released' if known else 'is unknown'}; use a live handle")
+            raise EngineError(
+                f"sequence {seq!r} {'was released' if known else 'is unknown'}; use a live handle"
+            )
         return node
 
     def add_prompt(self, ids: list[int], index: bool) -> tuple[Node, int]:

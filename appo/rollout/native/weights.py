@@ -53,7 +53,9 @@ def read_config(model_dir: Path) -> ModelConfig:
     """Parse `model_dir`/config.json. Raises ModelError for a family or feature the runner lacks."""
     path = Path(model_dir) / "config.json"
     if not path.is_file():
-        raise ModelError(f"model_dir={str(model_dir)!r}: no config.json there; give a local model folder")
+        raise ModelError(
+            f"model_dir={str(model_dir)!r}: no config.json there; give a local model folder"
+        )
     raw = json.loads(path.read_text())
     family = raw.get("model_type", "?")
     _check_supported(raw, family, path)
@@ -81,15 +83,23 @@ def read_config(model_dir: Path) -> ModelConfig:
 
 def _check_supported(raw: dict[str, Any], family: str, path: Path) -> None:
     if family not in FAMILIES:
-        raise ModelError(f"{path}: model_type={family!r} is not supported; use one of {', '.join(FAMILIES)}")
+        raise ModelError(
+            f"{path}: model_type={family!r} is not supported; use one of {', '.join(FAMILIES)}"
+        )
     if raw.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{path}: hidden_act={raw['hidden_act']!r} is not supported; only 'silu' is")
+        raise ModelError(
+            f"{path}: hidden_act={raw['hidden_act']!r} is not supported; only 'silu' is"
+        )
     sliding = "sliding_attention" in (raw.get("layer_types") or ())
     if sliding or (raw.get("use_sliding_window") and raw.get("sliding_window")):
-        raise ModelError(f"{path}: sliding-window attention is not supported; set use_sliding_window to false")
+        raise ModelError(
+            f"{path}: sliding-window attention is not supported; set use_sliding_window to false"
+        )
     if _rope(raw)["rope_type"] not in ROPE_TYPES:
         kind = _rope(raw)["rope_type"]
-        raise ModelError(f"{path}: rope_type={kind!r} is not supported; use one of {', '.join(ROPE_TYPES)}")
+        raise ModelError(
+            f"{path}: rope_type={kind!r} is not supported; use one of {', '.join(ROPE_TYPES)}"
+        )
 
 
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +130,9 @@ def read_tensors(model_dir: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) from every safetensors file of the folder, one at a time."""
     files = sorted(Path(model_dir).glob("*.safetensors"))
     if not files:
-        raise ModelError(f"model_dir={str(model_dir)!r}: no *.safetensors there; convert the weights first")
+        raise ModelError(
+            f"model_dir={str(model_dir)!r}: no *.safetensors there; convert the weights first"
+        )
     for path in files:
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():

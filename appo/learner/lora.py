@@ -119,6 +119,19 @@ def merged_tensors(
                 )
 
 
+def adapter_tensors(lm: nn.Module, *, gather: Gather | None = None) -> Iterator[tuple[str, Tensor]]:
+    """`<module>.lora_A` [r, in] and `<module>.lora_B` [out, r] with the scaling folded in, for an engine that applies
+    adapters itself: nothing is rounded into the weights. Names are those of the Hugging Face modules."""
+    for name, module in lm.named_modules():
+        if not isinstance(module, LoraLinear):
+            continue
+        (adapter,) = module.active_adapters  # we add one
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        with gather([a, b]) if gather else nullcontext():
+            yield name + ".lora_A", a.detach().clone()
+            yield name + ".lora_B", b.detach().float() * module.scaling[adapter]
+
+
 @torch.no_grad()
 def _merge(module: LoraLinear, gain: MergeGain | None) -> Tensor:
     """W + scaling · B A, computed in float32 and cast to W's dtype. [out, in]"""

@@ -80,13 +80,14 @@ def push(
 
     `tolerance` limits the difference of log-probs at the training temperature: the largest of all tokens in float32,
     their mean in bfloat16; None takes TOLERANCE. Returns metrics, among them `push/adapter_gain`: how
-    much of the adapters survived the cast of the merged weights (1: all, 0: the engine sees the base model). Raises LearnerError when
-    weights were left over, when the engine reports another version, or when engine and learner disagree.
+    much of the adapters survived the cast of merged weights (1: all, 0: the engine sees the base model; 1 where the
+    engine applies adapters itself). Raises LearnerError when weights were left over, when the engine reports another
+    version, or when engine and learner disagree.
     """
-    error = MergeGain()
-    # An engine that applies adapters gets them exactly; any other gets merged weights, and `push/merge_error` with them.
+    gain = MergeGain()
+    # An engine that applies adapters gets them exactly; any other gets merged weights.
     applied = bool(getattr(engine, "accepts_adapters", False))
-    tap = Tap(learner.named_weights(error, adapters=applied))
+    tap = Tap(learner.named_weights(gain, adapters=applied))
     engine.load_weights(tap, version)
     if not tap.drained:
         raise LearnerError(

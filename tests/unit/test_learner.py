@@ -550,6 +550,20 @@ class PlainEngine:
         return out
 
 
+class AdapterEngine(PlainEngine):
+    """One that applies adapters beside its weights (here: adds them up itself)."""
+
+    accepts_adapters = True
+
+    def load_weights(self, named_tensors, version: int) -> None:
+        given = {n: t for n, t in named_tensors if not self.skip or self.skip not in n}
+        for name in given:
+            if name.endswith(".lora_A") and name[:-1] + "B" in given:
+                delta = given[name[:-1] + "B"] @ given[name].float()
+                self.own[name.removesuffix("lora_A") + "weight"].data += delta
+        self.policy_version = version
+
+
 PROBES = [[1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 14]]
 
 
@@ -573,6 +587,17 @@ def test_a_push_arrives_and_a_skipped_tensor_stops_the_run(lora: Learner) -> Non
         push(lora, PlainEngine(lora.model_dir, version_lag=1), 8, PROBES)
     with pytest.raises(LearnerError, match="stopped reading after 1 tensors"):
         push(lora, PlainEngine(lora.model_dir, stop_early=True), 8, PROBES)
+
+
+def test_an_engine_that_applies_adapters_gets_them_with_their_scale(lora: Learner) -> None:
+    trees, credits = forest()
+    for _ in range(3):
+        lora.train_minibatch(pack(trees, credits, token_budget=1000), counts_of(credits), objective)
+    metrics = push(lora, AdapterEngine(lora.model_dir), 1, PROBES)
+    assert metrics["push/tensors"] == 14.0
+    assert metrics["push/probe_max"] < 1e-4
+    with pytest.raises(LearnerError, match="disagree after push"):
+        push(lora, AdapterEngine(lora.model_dir, skip="v_proj"), 1, PROBES)
 
 
 # -- settings

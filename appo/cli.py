@@ -19,8 +19,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. steps=3 learner.lr=1e-4 algo=grpo")]
-Recipe = Annotated[str, typer.Argument(help="name of a built-in recipe, or the path of a YAML file")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value settings, e.g. steps=3 learner.lr=1e-4 algo=grpo"),
+]
+Recipe = Annotated[
+    str, typer.Argument(help="name of a built-in recipe, or the path of a YAML file")
+]
 Plain = Annotated[bool, typer.Option("--plain", help="plain lines instead of live progress")]
 
 
@@ -35,7 +40,10 @@ def main() -> None:
     except AppoError as e:
         _fail(e)
     except KeyboardInterrupt:
-        print("\ninterrupted; a run can be continued with: appo train RECIPE resume=RUN", file=sys.stderr)
+        print(
+            "\ninterrupted; a run can be continued with: appo train RECIPE resume=RUN",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 
@@ -60,7 +68,12 @@ def _console(plain: bool) -> Any:
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the card, write the config; train nothing")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="check everything, print the card, write the config; train nothing"
+        ),
+    ] = False,
     plain: Plain = False,
 ) -> None:
     """Train a policy: `appo train quickstart`, `appo train tiny algo=grpo`, `appo train quickstart resume=RUN`."""
@@ -86,7 +99,12 @@ def train(
 def evaluate(
     recipe: Recipe,
     overrides: Overrides = None,
-    run: Annotated[Path | None, typer.Option("--run", help="evaluate the newest checkpoint of this run instead of the base model")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run", help="evaluate the newest checkpoint of this run instead of the base model"
+        ),
+    ] = None,
     plain: Plain = False,
 ) -> None:
     """Accuracy and tool use on the held-out questions of a recipe's task."""
@@ -109,8 +127,12 @@ def evaluate(
 def rollout(
     recipe: Recipe,
     overrides: Overrides = None,
-    prompts: Annotated[int, typer.Option("--prompts", "-n", help="how many prompts to sample trees for")] = 1,
-    save: Annotated[Path | None, typer.Option("--save", help="append the trees to this JSONL file")] = None,
+    prompts: Annotated[
+        int, typer.Option("--prompts", "-n", help="how many prompts to sample trees for")
+    ] = 1,
+    save: Annotated[
+        Path | None, typer.Option("--save", help="append the trees to this JSONL file")
+    ] = None,
     plain: Plain = False,
 ) -> None:
     """Sample rollout trees with the recipe's model and show them; nothing is learned."""
@@ -134,12 +156,16 @@ app.add_typer(sft_app, name="sft")
 
 @sft_app.command("tiny")
 def sft_tiny(
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the checkpoint")] = Path("tiny_qwen3"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder for the checkpoint")
+    ] = Path("tiny_qwen3"),
     steps: Annotated[int, typer.Option(help="optimiser steps")] = 800,
     batch: Annotated[int, typer.Option(help="traces per step")] = 64,
     lr: Annotated[float, typer.Option(help="peak learning rate")] = 3e-3,
     seed: Annotated[int, typer.Option()] = 0,
-    threads: Annotated[int | None, typer.Option(help="default: the cores this process may use")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="default: the cores this process may use")
+    ] = None,
     plain: Plain = False,
 ) -> None:
     """Train the tiny Qwen3 (0.66M parameters, BPE-512) from scratch on synthetic tool-use traces."""
@@ -160,7 +186,9 @@ def sft_tiny(
             bar.update(i, loss=round(loss, 4), tokens_per_s=int(speed))
 
         done = run_sft(output, settings, load_config("tiny").data.params, report=report)
-    console.note(f"{output}: loss {done['loss']:.4f} after {done['tokens']:.0f} learned tokens, {done['seconds']:.0f} s")
+    console.note(
+        f"{output}: loss {done['loss']:.4f} after {done['tokens']:.0f} learned tokens, {done['seconds']:.0f} s"
+    )
 
 
 @app.command()

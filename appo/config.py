@@ -33,7 +33,9 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    task: str = "arithmetic"  # name in appo.data.datasets.TASKS, "reasoning_gym:<dataset>", or "records"
+    task: str = (
+        "arithmetic"  # name in appo.data.datasets.TASKS, "reasoning_gym:<dataset>", or "records"
+    )
     params: dict[str, Any] = field(default_factory=dict)  # passed to the task
     train: str | None = None  # JSONL or parquet file in the RL record format (task: records)
     eval: str | None = None
@@ -252,7 +254,9 @@ def _recipe_path(recipe: str) -> Path:
     if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
         path = Path(recipe)
         if not path.is_file():
-            raise ConfigError(f"recipe file {recipe!r} does not exist; built-in recipes: {', '.join(recipe_names())}")
+            raise ConfigError(
+                f"recipe file {recipe!r} does not exist; built-in recipes: {', '.join(recipe_names())}"
+            )
         return path
     path = RECIPES / f"{recipe}.yaml"
     if not path.is_file():
@@ -273,7 +277,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except yaml.YAMLError as e:
         raise ConfigError(f"{path}: not valid YAML: {e}") from e
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys to values, this is a {type(values).__name__}")
+        raise ConfigError(
+            f"{path}: a recipe is a mapping of keys to values, this is a {type(values).__name__}"
+        )
     places: dict[str, str] = {}
 
     def mark(node: yaml.Node | None, prefix: str) -> None:
@@ -289,7 +295,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def _apply_override(values: dict[str, Any], places: dict[str, str], text: str) -> None:
     key, eq, raw = text.partition("=")
     if not eq or not key:
-        raise ConfigError(f"override {text!r} is not of the form key=value (for example learner.lr=1e-5)")
+        raise ConfigError(
+            f"override {text!r} is not of the form key=value (for example learner.lr=1e-5)"
+        )
     try:
         value = yaml.safe_load(raw)
     except yaml.YAMLError as e:
@@ -342,7 +350,11 @@ def _build(cls: type, values: Any, places: Mapping[str, str], prefix: str) -> An
         where = places.get(dotted, "?")
         if key not in known:
             near = difflib.get_close_matches(str(key), sorted(known), 1, 0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+            hint = (
+                f"did you mean {prefix}{near[0]}?"
+                if near
+                else f"known keys: {', '.join(sorted(known))}"
+            )
             raise ConfigError(f"unknown key {dotted!r} ({where}); {hint}")
         if dataclasses.is_dataclass(hints[key]):
             out[key] = _build(typing.cast(type, hints[key]), value, places, dotted + ".")
@@ -363,11 +375,15 @@ def _check(hint: Any, value: Any, key: str, where: str) -> Any:
         if value not in args:
             near = difflib.get_close_matches(str(value), [str(a) for a in args], 1, 0.5)
             hint_text = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ConfigError(f"{key}={value!r} ({where}): must be one of {', '.join(map(str, args))}{hint_text}")
+            raise ConfigError(
+                f"{key}={value!r} ({where}): must be one of {', '.join(map(str, args))}{hint_text}"
+            )
         return value
     if origin is list:
         if not isinstance(value, list):
-            raise ConfigError(f"{key}={value!r} ({where}): expected a list, for example {key}=[a,b]")
+            raise ConfigError(
+                f"{key}={value!r} ({where}): expected a list, for example {key}=[a,b]"
+            )
         return [_check(args[0], v, key, where) for v in value]
     if origin is dict:
         if not isinstance(value, dict):
@@ -383,4 +399,6 @@ def _check(hint: Any, value: Any, key: str, where: str) -> Any:
         return str(value)
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
-    raise ConfigError(f"{key}={value!r} ({where}): expected {hint.__name__}, got {type(value).__name__}")
+    raise ConfigError(
+        f"{key}={value!r} ({where}): expected {hint.__name__}, got {type(value).__name__}"
+    )

@@ -8,7 +8,16 @@ import platform
 import shutil
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "deepspeed", "peft", "apache-tvm-ffi", "safetensors", "math-verify", "triton")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "peft",
+    "apache-tvm-ffi",
+    "safetensors",
+    "math-verify",
+    "triton",
+)
 EXTRAS = {"vllm": "pip install 'appo[vllm]'", "flash-attn": "pip install 'appo[flash-attn]'"}
 
 
@@ -18,17 +27,32 @@ def run_doctor(console: Any) -> bool:
     from appo.tools.sandbox import probe
 
     warnings: list[str] = []
-    rows = [("appo", __version__), ("python", f"{platform.python_version()} on {platform.platform(terse=True)}")]
+    rows = [
+        ("appo", __version__),
+        ("python", f"{platform.python_version()} on {platform.platform(terse=True)}"),
+    ]
     rows += [("cores", f"{len(os.sched_getaffinity(0))} usable ({_cpu()})"), ("memory", _memory())]
-    rows += [(name, version) for name in PACKAGES if (version := _version(name)) is not None or name != "triton"]
-    rows += [(name, _version(name) or f"not installed ({fix}) — not needed on CPU") for name, fix in EXTRAS.items()]
+    rows += [
+        (name, version)
+        for name in PACKAGES
+        if (version := _version(name)) is not None or name != "triton"
+    ]
+    rows += [
+        (name, _version(name) or f"not installed ({fix}) — not needed on CPU")
+        for name, fix in EXTRAS.items()
+    ]
     native = _native(warnings)
     rows += [("kernels", native)]
     usable = []
     for level in ("strict", "landlock", "rlimit"):
         found = probe(level)
         usable += [level] if found.works and level != "rlimit" else []
-        rows.append((f"sandbox {level}", ("works" if found.works else "does not work") + f": {found.reason}"))
+        rows.append(
+            (
+                f"sandbox {level}",
+                ("works" if found.works else "does not work") + f": {found.reason}",
+            )
+        )
     if not usable:
         warnings.append(
             "no sandbox level works: recipes with the python tool will not start. Install bubblewrap, or use a kernel "
@@ -56,8 +80,12 @@ def _cpu() -> str:
         return platform.processor() or "unknown CPU"
     facts = dict(line.split(":", 1) for line in lines if ":" in line)
     flags = next((v for k, v in facts.items() if k.strip() in ("flags", "Features")), "").split()
-    name = next((v.strip() for k, v in facts.items() if k.strip() == "model name"), platform.machine())
-    wide = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16") if f in flags]
+    name = next(
+        (v.strip() for k, v in facts.items() if k.strip() == "model name"), platform.machine()
+    )
+    wide = [
+        f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16") if f in flags
+    ]
     return f"{name}; {', '.join(wide)}"
 
 
@@ -73,7 +101,9 @@ def _native(warnings: list[str]) -> str:
 
     info = backend_info()
     if info.get("backend") != "cpu":
-        warnings.append(f"native kernels are off, the PyTorch definitions are used: {info.get('reason', 'unknown')}")
+        warnings.append(
+            f"native kernels are off, the PyTorch definitions are used: {info.get('reason', 'unknown')}"
+        )
     if info.get("stale"):
         warnings.append("the native library is older than csrc/: run pip install -e . again")
     build = info.get("build") or {}
@@ -92,6 +122,10 @@ def _cache() -> str:
     from appo.data.models import default_cache
 
     place = default_cache()
-    models = sorted(p.name for p in (place / "models").glob("[!.]*--*")) if (place / "models").is_dir() else []
+    models = (
+        sorted(p.name for p in (place / "models").glob("[!.]*--*"))
+        if (place / "models").is_dir()
+        else []
+    )
     free = shutil.disk_usage(place if place.exists() else place.home()).free / 2**30
     return f"{place} ({', '.join(models) or 'empty'}; {free:.0f} GiB free on that disk)"

@@ -65,7 +65,9 @@ def _output_folder(cfg: Config, algo: Algorithm) -> Path:
     if cfg.resume is not None:
         folder = Path(cfg.resume)
         if not (folder / "config.yaml").is_file():
-            raise CheckpointError(f"resume={cfg.resume}: no run there (config.yaml is missing); give a run folder")
+            raise CheckpointError(
+                f"resume={cfg.resume}: no run there (config.yaml is missing); give a run folder"
+            )
         return folder
     stamp = time.strftime("%m%d-%H%M%S")
     folder = Path(cfg.output) if cfg.output else Path("runs") / f"{cfg.recipe}-{algo.name}-{stamp}"
@@ -98,7 +100,12 @@ def tasks_of(cfg: Config, split: Literal["train", "eval"]) -> TaskStream:
     params |= {k: v for k, v in files.items() if v is not None}
     size = cfg.data.size if split == "train" else None
     return build_tasks(
-        cfg.data.task, split=split, seed=cfg.seed, size=size, params=params, tools=tuple(cfg.tools.enabled)
+        cfg.data.task,
+        split=split,
+        seed=cfg.seed,
+        size=size,
+        params=params,
+        tools=tuple(cfg.tools.enabled),
     )
 
 
@@ -113,12 +120,19 @@ def memory_estimate(p: Plan) -> dict[str, float]:
         trained = int(layers * 7 * 2.6 * p.model.hidden * p.cfg.learner.lora.r)
     master = 4 if width == 2 else 0
     kv_bytes = 2 * p.model.layers * _kv_width(p.source.path) * width
-    tokens = min(p.cfg.rollout.max_new_tokens * 2, p.model.context) * p.algo.rollouts * p.cfg.prompts_per_step
+    tokens = (
+        min(p.cfg.rollout.max_new_tokens * 2, p.model.context)
+        * p.algo.rollouts
+        * p.cfg.prompts_per_step
+    )
     return {
         "engine weights (packed copy included)": 2 * weights,
         "learner weights": weights,
         "gradients and AdamW state": trained * (width + 8 + master),
-        "KV cache (if every rollout runs to the limit)": min(tokens, p.cfg.rollout.kv_tokens or tokens) * kv_bytes,
+        "KV cache (if every rollout runs to the limit)": min(
+            tokens, p.cfg.rollout.kv_tokens or tokens
+        )
+        * kv_bytes,
     }
 
 
@@ -134,7 +148,9 @@ def card_rows(p: Plan) -> list[tuple[str, str]]:
     cfg, a = p.cfg, p.algo
     per_step = cfg.prompts_per_step * a.rollouts
     size = cfg.prompts_per_step // cfg.minibatches
-    trained = "roots only" if a.advantage == "dual_group" and not a.train_branches else "all rollouts"
+    trained = (
+        "roots only" if a.advantage == "dual_group" and not a.train_branches else "all rollouts"
+    )
     memory = memory_estimate(p)
     lora = cfg.learner.lora
     learner = (
@@ -162,7 +178,9 @@ def card_warnings(p: Plan) -> list[str]:
     """What a user would regret not having been told."""
     out = []
     if p.tool_level == "rlimit":
-        out.append("sandbox level rlimit: model-written code can read and write your files. Development only.")
+        out.append(
+            "sandbox level rlimit: model-written code can read and write your files. Development only."
+        )
     if p.algo.name == "appo" and p.cfg.minibatches < 2 and not p.algo.flat:
         out.append("minibatches=1: all branch points are chosen with unmoved weights, so Omega is 1 everywhere and "
                    "branching falls back to entropy; use minibatches >= 2")  # fmt: skip
@@ -200,7 +218,9 @@ class Session:
                 f"rollout.max_new_tokens={cfg.rollout.max_new_tokens} leaves no room for a prompt in a context of "
                 f"{self.engine.max_context} tokens; lower it"
             )
-        self.builder = PromptBuilder(self.tokenizer, cfg.data.system, cfg.data.example, max_prompt_tokens=room)
+        self.builder = PromptBuilder(
+            self.tokenizer, cfg.data.system, cfg.data.example, max_prompt_tokens=room
+        )
         self.pool = ToolPool(_tools(p), workers=cfg.tools.workers, timeout_s=cfg.tools.timeout_s)
         self._stack.callback(self.pool.close)
         self.graders = GraderPool(workers=cfg.reward.workers, timeout_s=cfg.reward.timeout_s)
@@ -220,7 +240,12 @@ class Session:
             tools=tuple(cfg.tools.enabled),
         )
         return Rollouts(
-            self.engine, self.text, self.pool, settings, run_seed=cfg.seed, deterministic=cfg.deterministic
+            self.engine,
+            self.text,
+            self.pool,
+            settings,
+            run_seed=cfg.seed,
+            deterministic=cfg.deterministic,
         )
 
     def grade(self, trees: Sequence[RolloutTree]) -> dict[str, float]:

@@ -144,7 +144,9 @@ class TrainingRun:
     def _checkpoint(self, step: int) -> None:
         from appo.learner.checkpoint import save_checkpoint
 
-        save_checkpoint(self.plan.output, step, self.learner.save, self._state(), keep_last=self.cfg.keep_last)
+        save_checkpoint(
+            self.plan.output, step, self.learner.save, self._state(), keep_last=self.cfg.keep_last
+        )
 
     def _restore(self) -> None:
         from appo.learner.checkpoint import load_latest
@@ -159,7 +161,9 @@ class TrainingRun:
         self.cursor.load_state_dict(state["data"])
         self.done, self.trainer.version = int(state["step"]), int(state["version"])
         self._push(self.trainer.version)
-        self.console.note(f"resumed {self.plan.output} after step {self.done} (policy version {self.trainer.version})")
+        self.console.note(
+            f"resumed {self.plan.output} after step {self.done} (policy version {self.trainer.version})"
+        )
 
     # -- records -------------------------------------------------------------------------------------------------
 
@@ -169,7 +173,11 @@ class TrainingRun:
         append_trees(self.plan.output / "trees.jsonl", trees, self.session.text.text)
 
     def _write_branches(
-        self, step: int, trees: Sequence[RolloutTree], plans: Sequence[BranchPlan | None], part: Sequence[int]
+        self,
+        step: int,
+        trees: Sequence[RolloutTree],
+        plans: Sequence[BranchPlan | None],
+        part: Sequence[int],
     ) -> None:
         for tree, found, k in zip(trees, plans, part, strict=True):
             if found is not None:
@@ -242,9 +250,9 @@ def _learner_settings(p: Plan) -> Any:
     )  # fmt: skip
 
 
-
-
-def evaluate(cfg: Config, run: Path | None = None, console: Console | None = None) -> dict[str, Any]:
+def evaluate(
+    cfg: Config, run: Path | None = None, console: Console | None = None
+) -> dict[str, Any]:
     """Accuracy and tool use of the recipe's base model, or of the newest checkpoint of `run`. → metrics record."""
     console = console or Console()
     p = plan(cfg, console, need_output=False)
@@ -261,7 +269,9 @@ def _load_checkpoint(session: Session, run: Path) -> None:
     from appo.learner.weights import push
 
     path, state = load_latest(run)
-    with Learner(session.plan.source.path, _learner_settings(session.plan), seed=session.plan.cfg.seed) as learner:
+    with Learner(
+        session.plan.source.path, _learner_settings(session.plan), seed=session.plan.cfg.seed
+    ) as learner:
         learner.load(path)
         probe = session.prompts([tasks_of(session.plan.cfg, "train")[0]])
         push(learner, session.engine, int(state["version"]), probe)
@@ -276,7 +286,10 @@ def sample_trees(cfg: Config, prompts: int, console: Console) -> tuple[list[Roll
         tasks = Cursor(tasks_of(cfg, "train")).take(prompts)
         rollouts, growths = session.rollouts, []
         with console.phase("sampling", len(tasks) * p.algo.roots) as bar:
-            growths = [rollouts.plant(t, i, p.algo.roots, 0) for t, i in zip(tasks, session.prompts(tasks), strict=True)]
+            growths = [
+                rollouts.plant(t, i, p.algo.roots, 0)
+                for t, i in zip(tasks, session.prompts(tasks), strict=True)
+            ]
             rollouts.run(on_progress=lambda left: bar.update(len(tasks) * p.algo.roots - left))
             if p.algo.flat:
                 for g in growths:

@@ -109,7 +109,9 @@ class Leaf:
     branch_rule: str | None = None
     branch_z: tuple[float, float] | None = None  # (z_entropy, z_omega) at the split
     finish: Finish | None = None
-    tool_calls: list[ToolCall] = field(default_factory=list)  # including those inherited from the prefix
+    tool_calls: list[ToolCall] = field(
+        default_factory=list
+    )  # including those inherited from the prefix
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
     grade_error: str | None = None

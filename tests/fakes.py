@@ -95,14 +95,27 @@ class ScriptedEngine:
             reason = ("stop_token" if token in s.params.stop_token_ids else "stop" if stop else
                       "length" if len(s.new) >= s.params.max_new_tokens or len(s.ids) >= self.max_context else None)  # fmt: skip
             if reason:
-                stats = [self.stat(s.ids[: len(s.ids) - len(s.new) + i + 1]) for i in range(len(s.new))]
-                out.append(Stopped(key, s.new, [a for a, _ in stats], [b for _, b in stats], reason, self.policy_version))
+                stats = [
+                    self.stat(s.ids[: len(s.ids) - len(s.new) + i + 1]) for i in range(len(s.new))
+                ]
+                out.append(
+                    Stopped(
+                        key,
+                        s.new,
+                        [a for a, _ in stats],
+                        [b for _, b in stats],
+                        reason,
+                        self.policy_version,
+                    )
+                )
                 s.params = None
         return out
 
     def stat(self, prefix):
         raw = hashlib.sha256(repr(prefix).encode()).digest()
-        moved = 0.02 * (raw[2] / 255 - 0.5) * self.policy_version  # small, or Omega is clipped everywhere
+        moved = (
+            0.02 * (raw[2] / 255 - 0.5) * self.policy_version
+        )  # small, or Omega is clipped everywhere
         return -raw[0] / 64 - 0.1 + moved, raw[1] / 128
 
     def score(self, seqs, temperature=1.0):

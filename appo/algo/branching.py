@@ -40,7 +40,9 @@ class BranchPlan:
     shortfall: int
 
 
-def eligible_positions(view: Trajectory, closes_call: np.ndarray, drawable: np.ndarray, room: int) -> np.ndarray:
+def eligible_positions(
+    view: Trajectory, closes_call: np.ndarray, drawable: np.ndarray, room: int
+) -> np.ndarray:
     """bool[T]: sampled, not blank or EOS (`drawable[V]` by id), not the token that ends a tool call, with room left.
 
     room: tokens a branch may still sample if it re-draws the first sampled token (the whole budget). A position whose
@@ -89,7 +91,9 @@ def plan_branches(
     return BranchPlan(points, flat, algo.branches * len(lengths) - len(points))
 
 
-def _random(eligible: np.ndarray, offsets: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _random(
+    eligible: np.ndarray, offsets: np.ndarray, k: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.Generator(np.random.Philox(seed))
     index = np.full((len(offsets) - 1, k), -1, np.int64)
     count = np.zeros(len(offsets) - 1, np.int64)

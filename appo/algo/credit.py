@@ -56,13 +56,17 @@ def _group(tree: RolloutTree, graded: list[int], algo: Algorithm) -> list[Credit
     rewards = [_reward(tree, i) for i in graded]
     advantage = group_advantage(rewards, [0] * len(graded), std="sample")
     views = [tree.trajectory(i) for i in graded]
-    return [_credit(i, v, np.full(len(v), a)) for i, v, a in zip(graded, views, advantage, strict=True)]
+    return [
+        _credit(i, v, np.full(len(v), a)) for i, v, a in zip(graded, views, advantage, strict=True)
+    ]
 
 
 def _dual_group(tree: RolloutTree, graded: list[int], algo: Algorithm) -> list[Credit]:
     """APPO: roots are trained with their own advantage and that of the branches which probe their prefix."""
     roots = [i for i in graded if tree.leaves[i].is_root]
-    branches = [i for i in graded if not tree.leaves[i].is_root and tree.leaves[i].parent_leaf in roots]
+    branches = [
+        i for i in graded if not tree.leaves[i].is_root and tree.leaves[i].parent_leaf in roots
+    ]
     views = [tree.trajectory(i) for i in roots]
     branch_rewards = [_reward(tree, i) for i in branches]
     base = prefix_credit(

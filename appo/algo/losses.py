@@ -21,12 +21,19 @@ Aggregate = Literal["token-mean", "seq-mean-token-mean", "rollout-mean"]
 
 def log_ratio_of(logp: Tensor, behaviour: Tensor, mask: Tensor) -> Tensor:
     """d = ℓ - μ on trained tokens, 0 elsewhere. float32[E] (float64 stays)."""
-    return torch.where(mask, logp - behaviour, torch.zeros((), dtype=logp.dtype, device=logp.device))
+    return torch.where(
+        mask, logp - behaviour, torch.zeros((), dtype=logp.dtype, device=logp.device)
+    )
 
 
 @torch.no_grad()
 def future_scale(
-    log_ratio: Tensor, mask: Tensor, offsets: Tensor, *, gamma: float, clip: tuple[float, float] = (1.0, 1.2)
+    log_ratio: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    *,
+    gamma: float,
+    clip: tuple[float, float] = (1.0, 1.2),
 ) -> Tensor:
     """A_fut = clip(Ω, *clip), Ω = exp(clamp(S, ±20)), S the discounted future log-ratio. [E] → [E], no gradient.
 
@@ -100,7 +107,9 @@ def aggregate(
     rollout-mean: Σ of row means / counts.rollouts (APPO's 1/M: branches count, though they are not trained).
     A row without trained tokens adds 0. weight[R] multiplies rows.
     """
-    kept = torch.where(mask, per_token, torch.zeros((), dtype=per_token.dtype, device=per_token.device))
+    kept = torch.where(
+        mask, per_token, torch.zeros((), dtype=per_token.dtype, device=per_token.device)
+    )
     sums = row_sums(kept, offsets)
     if weight is not None:
         sums = sums * weight.double()
@@ -110,7 +119,9 @@ def aggregate(
     return means.sum() / max(counts.rows if mode == "seq-mean-token-mean" else counts.rollouts, 1.0)
 
 
-def sequence_filter(log_ratio: Tensor, advantage: Tensor, mask: Tensor, offsets: Tensor, *, c: float) -> Tensor:
+def sequence_filter(
+    log_ratio: Tensor, advantage: Tensor, mask: Tensor, offsets: Tensor, *, c: float
+) -> Tensor:
     """Rows that stay: at most one dual-clipped token (A < 0 and r > c). → bool[R]. Source: algorithm.md section 2."""
     hit = mask & (advantage < 0) & (log_ratio.detach().exp() > c)
     return row_sums(hit.double(), offsets) <= 1

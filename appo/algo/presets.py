@@ -86,8 +86,12 @@ def resolve(cfg: AlgoConfig) -> Algorithm:
             "no training preset runs them yet; use algo.variant=paper"
         )
     preset = ALGORITHMS[cfg.name]
-    keys = {f.name for f in dataclasses.fields(Algorithm)} & {f.name for f in dataclasses.fields(AlgoConfig)}
-    given = {k: v for k in keys - {"name", "roots", "branches"} if (v := getattr(cfg, k)) is not None}
+    keys = {f.name for f in dataclasses.fields(Algorithm)} & {
+        f.name for f in dataclasses.fields(AlgoConfig)
+    }
+    given = {
+        k: v for k in keys - {"name", "roots", "branches"} if (v := getattr(cfg, k)) is not None
+    }
     roots, branches = _arithmetic(cfg, preset)
     algo = dataclasses.replace(preset, roots=roots, branches=branches, **given)
     _check(algo)
@@ -99,24 +103,34 @@ def _arithmetic(cfg: AlgoConfig, preset: Algorithm) -> tuple[int, int]:
     m, n, b = cfg.rollouts, cfg.roots, cfg.branches
     if preset.flat:
         if b:
-            raise ConfigError(f"algo.branches={b}: {preset.name} samples flat rollouts; remove it or use algo=appo")
+            raise ConfigError(
+                f"algo.branches={b}: {preset.name} samples flat rollouts; remove it or use algo=appo"
+            )
         if n is not None and m is not None and n != m:
-            raise ConfigError(f"algo.roots={n}, algo.rollouts={m}: the same thing for {preset.name}; give one of them")
+            raise ConfigError(
+                f"algo.roots={n}, algo.rollouts={m}: the same thing for {preset.name}; give one of them"
+            )
         return n or m or preset.roots, 0
     if b is None and n is not None and m is not None:
         b, rest = divmod(m, n)
         b -= 1
         if rest or b < 0:
-            raise ConfigError(f"algo.rollouts={m} is not algo.roots={n} times a whole number (1 + branches)")
+            raise ConfigError(
+                f"algo.rollouts={m} is not algo.roots={n} times a whole number (1 + branches)"
+            )
     elif n is None and m is not None:
         b = preset.branches if b is None else b
         n, rest = divmod(m, b + 1)
         if rest:
-            raise ConfigError(f"algo.rollouts={m} is not a multiple of 1 + algo.branches = {b + 1}; set algo.roots too")
+            raise ConfigError(
+                f"algo.rollouts={m} is not a multiple of 1 + algo.branches = {b + 1}; set algo.roots too"
+            )
     n = preset.roots if n is None else n
     b = preset.branches if b is None else b
     if m is not None and n * (b + 1) != m:
-        raise ConfigError(f"algo.roots·(algo.branches+1) = {n}·({b}+1) = {n * (b + 1)}, but algo.rollouts is {m}")
+        raise ConfigError(
+            f"algo.roots·(algo.branches+1) = {n}·({b}+1) = {n * (b + 1)}, but algo.rollouts is {m}"
+        )
     return n, b
 
 
@@ -133,6 +147,10 @@ def _check(a: Algorithm) -> None:
     if a.dual_clip is not None and a.dual_clip <= 1:
         raise ConfigError(f"algo.dual_clip={a.dual_clip}: must be greater than 1 (3 is usual)")
     if a.rollouts < 2:
-        raise ConfigError(f"{a.describe()}: a group of one has no advantage; use at least 2 rollouts per prompt")
+        raise ConfigError(
+            f"{a.describe()}: a group of one has no advantage; use at least 2 rollouts per prompt"
+        )
     if a.advantage == "dual_group" and a.roots < 2:
-        raise ConfigError("algo.roots=1: roots are compared with each other; APPO needs at least 2 roots per prompt")
+        raise ConfigError(
+            "algo.roots=1: roots are compared with each other; APPO needs at least 2 roots per prompt"
+        )

@@ -16,7 +16,11 @@ import numpy as np
 
 from appo.data.prompts import result_text
 
-TAGS = [f"<{slash}{t}>" for t in ("think", "python", "search", "result", "answer") for slash in ("", "/")]
+TAGS = [
+    f"<{slash}{t}>"
+    for t in ("think", "python", "search", "result", "answer")
+    for slash in ("", "/")
+]
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB = 512
 TEMPLATE = (
@@ -41,7 +45,9 @@ class TraceMix:
     wrong: float = 0.28
 
 
-def trace(question: str, expression: str, answer: int, rng: np.random.Generator, mix: TraceMix) -> list[tuple[str, bool]]:
+def trace(
+    question: str, expression: str, answer: int, rng: np.random.Generator, mix: TraceMix
+) -> list[tuple[str, bool]]:
     """The assistant's turn as (text, learned) spans; tool results are context, never learned."""
     say = lambda: " ".join(rng.choice(FILLER, rng.integers(1, 3)))  # noqa: E731
     kind = rng.random()
@@ -73,7 +79,10 @@ def train_tokenizer(texts: Iterator[str]) -> Any:
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -83,12 +92,16 @@ def train_tokenizer(texts: Iterator[str]) -> Any:
         show_progress=False,
     )
     raw.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
-def encode_trace(tokenizer: Any, prompt_ids: Sequence[int], spans: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
+def encode_trace(
+    tokenizer: Any, prompt_ids: Sequence[int], spans: Sequence[tuple[str, bool]]
+) -> tuple[list[int], list[bool]]:
     """Ids of prompt + turn and, per id, whether it is learned. Spans are encoded apart, as the agent inserts them."""
     ids, learned = list(prompt_ids), [False] * len(prompt_ids)
     for text, learn in [*spans, ("<|im_end|>", True)]:
@@ -105,7 +118,9 @@ def new_model(seed: int, vocab: int) -> Any:
 
     torch.manual_seed(seed)
     eos, pad = CONTROL.index("<|im_end|>"), CONTROL.index("<|endoftext|>")
-    config = Qwen3Config(**SHAPE, vocab_size=vocab, eos_token_id=eos, pad_token_id=pad, bos_token_id=None)
+    config = Qwen3Config(
+        **SHAPE, vocab_size=vocab, eos_token_id=eos, pad_token_id=pad, bos_token_id=None
+    )
     return Qwen3ForCausalLM(config).float()
 
 

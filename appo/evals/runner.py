@@ -10,7 +10,9 @@ from appo.obs.metrics import wilson
 from appo.rollout.tree import Rollouts
 from appo.types import RolloutTree, Task
 
-EVAL_STEP = -1  # evaluation draws the same noise whenever it is run: differences come from the weights
+EVAL_STEP = (
+    -1
+)  # evaluation draws the same noise whenever it is run: differences come from the weights
 
 
 @dataclass(frozen=True)
@@ -53,4 +55,3 @@ def evaluate_policy(
         "time/eval": time.perf_counter() - begin,
     }
     return EvalResult(trees, metrics)
-

@@ -40,7 +40,11 @@ class Sampler(Protocol):
     def finish(self, growths: Sequence[Any]) -> list[RolloutTree]: ...
 
 
-COUNTED = ("learner/empty", "learner/nonfinite", "learner/micro_batches")  # summed over mini-batches, others are means
+COUNTED = (
+    "learner/empty",
+    "learner/nonfinite",
+    "learner/micro_batches",
+)  # summed over mini-batches, others are means
 
 
 class Clock:

@@ -47,7 +47,9 @@ class Line:
     seed: int
     sampled: int = 0  # tokens the policy drew, inherited ones included
     state: State = State.SAMPLING
-    closed: list[TagEvent] = field(default_factory=list)  # blocks closed by the tokens sampled since `resume`
+    closed: list[TagEvent] = field(
+        default_factory=list
+    )  # blocks closed by the tokens sampled since `resume`
     queue: list[TagEvent] = field(default_factory=list)  # calls of this turn that still wait
     called_at: float = 0.0
 
@@ -121,7 +123,9 @@ class Agent:
 
     def on_tool(self, line: Line, call: TagEvent, result: ToolResult) -> TagEvent | None:
         """Write the result into the context; return the next call of the same turn, if any."""
-        record = ToolCall(call.tag, call.argument, result.output, result.ok, result.wall_s, result.error_kind)
+        record = ToolCall(
+            call.tag, call.argument, result.output, result.ok, result.wall_s, result.error_kind
+        )
         line.record.tool_calls.append(record)
         if not self._append_result(line, result_text(result.output), call=record):
             return None

@@ -15,7 +15,11 @@ Text = Callable[[Sequence[int]], str]
 
 def spans_of(tree: RolloutTree, leaf: int, text: Text) -> list[tuple[str, bool]]:
     """(text, sampled) along the response of one leaf; what the format gate and the graders read."""
-    return [(text(n.token_ids[:k]), n.sampled) for n, k in tree.walk(tree.leaves[leaf].node) if n.role != "prompt"]
+    return [
+        (text(n.token_ids[:k]), n.sampled)
+        for n, k in tree.walk(tree.leaves[leaf].node)
+        if n.role != "prompt"
+    ]
 
 
 def grade_trees(
@@ -27,7 +31,9 @@ def grade_trees(
     """
     places = [(tree, i) for tree in trees for i in range(len(tree.leaves))]
     spans = [spans_of(tree, i, text) for tree, i in places]
-    grades = pool.grade([grade_item(t.task, s, reward) for (t, _), s in zip(places, spans, strict=True)])
+    grades = pool.grade(
+        [grade_item(t.task, s, reward) for (t, _), s in zip(places, spans, strict=True)]
+    )
     errors: Counter[str] = Counter()
     for (tree, i), s, grade in zip(places, spans, grades, strict=True):
         leaf = tree.leaves[i]
@@ -36,4 +42,6 @@ def grade_trees(
         leaf.grade_error = grade.error
         if leaf.reward is None:
             errors[(grade.error or "unknown").split(":")[0]] += 1
-    return {"grade/errors": float(sum(errors.values()))} | {f"grade/error:{k}": float(v) for k, v in errors.items()}
+    return {"grade/errors": float(sum(errors.values()))} | {
+        f"grade/error:{k}": float(v) for k, v in errors.items()
+    }

@@ -61,7 +61,11 @@ class TagParser:
             self._open, self._scan = None, at + len(close)
 
     def _find_open(self) -> bool:
-        found = [(at, tag) for tag, raw in self._open_tags.items() if (at := self._text.find(raw, self._scan)) >= 0]
+        found = [
+            (at, tag)
+            for tag, raw in self._open_tags.items()
+            if (at := self._text.find(raw, self._scan)) >= 0
+        ]
         if not found:
             longest = max(map(len, self._open_tags.values()), default=1)
             self._scan = max(self._scan, len(self._text) - longest + 1)
@@ -82,7 +86,9 @@ class TokenText:
     def __init__(self, tokenizer: Any, vocab: int = 0):
         self.tokenizer = tokenizer
         size = len(tokenizer)
-        special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+        special = set(tokenizer.all_special_ids) | set(
+            getattr(tokenizer, "added_tokens_decoder", {})
+        )
         decode = _byte_level_table()
         self.bytes: list[bytes] = []
         for i, piece in enumerate(tokenizer.convert_ids_to_tokens(list(range(size)))):
@@ -113,7 +119,9 @@ def _eos_ids(tokenizer: Any) -> set[int]:
 def _piece_bytes(piece: str, special: bool, table: dict[str, int]) -> bytes:
     if special:
         return piece.encode()
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):  # SentencePiece byte fallback
+    if (
+        len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+    ):  # SentencePiece byte fallback
         return bytes([int(piece[3:5], 16)])
     if all(c in table for c in piece):
         return bytes(table[c] for c in piece)

@@ -169,11 +169,16 @@ class Rollouts:
         lines = [line for g in growths for line in g.roots]
         scored = self.engine.score([line.seq for line in lines], self.settings.temperature)
         return {
-            line.seq: (s.logprobs[line.tree.prompt_len - 1 :], s.entropy[line.tree.prompt_len - 1 :])
+            line.seq: (
+                s.logprobs[line.tree.prompt_len - 1 :],
+                s.entropy[line.tree.prompt_len - 1 :],
+            )
             for line, s in zip(lines, scored, strict=True)
         }
 
-    def _plan(self, g: Growth, algo: Algorithm, scored: dict[int, tuple[np.ndarray, np.ndarray]]) -> BranchPlan:
+    def _plan(
+        self, g: Growth, algo: Algorithm, scored: dict[int, tuple[np.ndarray, np.ndarray]]
+    ) -> BranchPlan:
         views = [g.tree.trajectory(line.leaf) for line in g.roots]
         entropy, ratio = [], []
         for line, v in zip(g.roots, views, strict=True):

@@ -12,7 +12,9 @@ TINY = Path(__file__).parents[2] / "appo" / "data" / "tiny_qwen3"
 
 
 def appo(*args, cwd=None):
-    return subprocess.run([sys.executable, "-m", "appo", *args], capture_output=True, text=True, cwd=cwd, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "appo", *args], capture_output=True, text=True, cwd=cwd, timeout=120
+    )
 
 
 def check(done, *words, code=2):
@@ -66,12 +68,20 @@ def test_empty_data_set(tmp_path):
 
 def test_model_folder_without_weights(model, tmp_path):
     (model / "model.safetensors").unlink()
-    check(appo("train", "tiny", f"model.name={model}", f"output={tmp_path}/run"), "weights", str(model))
+    check(
+        appo("train", "tiny", f"model.name={model}", f"output={tmp_path}/run"),
+        "weights",
+        str(model),
+    )
 
 
 def test_unsupported_architecture(model, tmp_path):
     edit(model / "config.json", architectures=["MambaForCausalLM"])
-    check(appo("train", "tiny", f"model.name={model}", f"output={tmp_path}/run"), "MambaForCausalLM", "LlamaForCausalLM")
+    check(
+        appo("train", "tiny", f"model.name={model}", f"output={tmp_path}/run"),
+        "MambaForCausalLM",
+        "LlamaForCausalLM",
+    )
 
 
 def test_tokenizer_without_chat_template(model, tmp_path):
@@ -83,7 +93,9 @@ def test_tokenizer_without_chat_template(model, tmp_path):
 def test_prompt_longer_than_the_context(tmp_path):
     row = {"data_source": "x", "prompt": [{"role": "user", "content": "word " * 2000}], "ability": "maths",
            "reward_model": {"ground_truth": "1", "style": "rule"}, "extra_info": {}}  # fmt: skip
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row | {"extra_info": {"i": i}}) for i in range(4)))
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps(row | {"extra_info": {"i": i}}) for i in range(4))
+    )
     done = appo("train", "tiny", "data.task=records", f"data.train={tmp_path}/rows.jsonl", f"output={tmp_path}/run",
                 f"data.eval={tmp_path}/rows.jsonl", "--plain")  # fmt: skip
     check(done, "tokens", "context")
@@ -101,7 +113,13 @@ def test_dry_run_writes_the_resolved_config_and_prints_the_card(tmp_path):
     done = appo("train", "tiny", f"output={tmp_path}/run", "--dry-run", "--plain")
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
-    for word in ("4 roots × (1 + 3 branches) = 16 rollouts", "16 prompts × 16 = 256 rollouts", "sandbox level", "threads", "memory"):
+    for word in (
+        "4 roots × (1 + 3 branches) = 16 rollouts",
+        "16 prompts × 16 = 256 rollouts",
+        "sandbox level",
+        "threads",
+        "memory",
+    ):
         assert word in text, text
     assert "lr: 0.0005" in (tmp_path / "run" / "config.resolved.yaml").read_text()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -33,7 +33,14 @@ def test_learns_to_use_the_tool(algo, tmp_path):
     ev = evals(tmp_path / "run")
     assert ev[0]["eval/accuracy"] < 0.5 and ev[20]["eval/accuracy"] >= 0.9, ev
     assert ev[20]["eval/questions"] >= 200
-    for name in ("metrics.jsonl", "trees.jsonl", "report.md", "curve.png", "tree.txt", "config.yaml"):
+    for name in (
+        "metrics.jsonl",
+        "trees.jsonl",
+        "report.md",
+        "curve.png",
+        "tree.txt",
+        "config.yaml",
+    ):
         assert (tmp_path / "run" / name).stat().st_size > 0
     assert len(re.findall(r"^step +\d+/20", said, re.M)) == 20, said
     steps = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "step"]
@@ -42,7 +49,9 @@ def test_learns_to_use_the_tool(algo, tmp_path):
         assert all(key in s for s in steps), key
     if algo == "appo":
         # Half of the mini-batches are drawn from unmoved weights: there Omega is flat by definition, and only there.
-        assert all(0.45 <= s["branch/omega_flat"] <= 0.75 for s in steps if s["learner/nonfinite"] == 0)
+        assert all(
+            0.45 <= s["branch/omega_flat"] <= 0.75 for s in steps if s["learner/nonfinite"] == 0
+        )
         assert "branch" in (tmp_path / "run" / "report.md").read_text().lower()
     else:
         assert all("branch/omega_flat" not in s for s in steps)
@@ -60,10 +69,18 @@ def test_deterministic_runs_agree_and_a_killed_run_resumes_bit_by_bit(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(*SHORT, "steps=6", f"output={whole}")
 
-    process = subprocess.Popen(command(*SHORT, "steps=6", f"output={killed}"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*SHORT, "steps=6", f"output={killed}"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        lines = (killed / "metrics.jsonl").read_text().splitlines() if (killed / "metrics.jsonl").exists() else []
+        lines = (
+            (killed / "metrics.jsonl").read_text().splitlines()
+            if (killed / "metrics.jsonl").exists()
+            else []
+        )
         if len(lines) >= 4:  # evaluation + 3 steps
             break
         time.sleep(0.02)

@@ -8,7 +8,23 @@ from hypothesis import strategies as st
 from appo.rollout.protocol import TagEvent, TagParser
 
 PIECES = st.sampled_from(
-    ["<python>", "</python>", "<answer>", "</answer>", "<result>", "</result>", "<", ">", "</", "py", "thon>", "é", "x", "\n", "1+1"]
+    [
+        "<python>",
+        "</python>",
+        "<answer>",
+        "</answer>",
+        "<result>",
+        "</result>",
+        "<",
+        ">",
+        "</",
+        "py",
+        "thon>",
+        "é",
+        "x",
+        "\n",
+        "1+1",
+    ]
 )
 TEXTS = st.lists(PIECES, max_size=30).map("".join)
 TAGS = ["python", "answer"]

@@ -30,15 +30,21 @@ def scored(engine, ids):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_applied_merged_and_transformers_agree(family, tmp_path):
     lm = adapted(family, tmp_path)
-    ids = torch.randint(0, lm.config.vocab_size, (24,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(
+        0, lm.config.vocab_size, (24,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
     want = torch.from_numpy(dense(lm, ids)[0]).float()
 
     engine = NativeEngine(tmp_path, dtype="float32")
     base = scored(engine, ids)
     engine.load_weights(adapter_tensors(lm), 1)
-    assert (base - want).abs().max() > 1e-2, "the adapters do nothing: the test would not see a dropped one"
+    assert (base - want).abs().max() > 1e-2, (
+        "the adapters do nothing: the test would not see a dropped one"
+    )
     torch.testing.assert_close(scored(engine, ids), want, atol=1e-4, rtol=0)
-    engine.load_weights(merged_tensors(lm), 2)  # merged weights replace applied adapters, they do not add up
+    engine.load_weights(
+        merged_tensors(lm), 2
+    )  # merged weights replace applied adapters, they do not add up
     torch.testing.assert_close(scored(engine, ids), want, atol=1e-4, rtol=0)
     engine.load_weights(adapter_tensors(lm), 3)
     assert (scored(engine, ids) - want).abs().max() > 1e-2  # now twice: merged and applied
@@ -56,4 +62,6 @@ def test_half_an_adapter_or_a_wrong_shape_is_refused(tmp_path):
     with pytest.raises(ModelError, match="do not fit"):
         engine.load_weights([(down, pairs[down]), (up, pairs[up][:-1])], 1)
     with pytest.raises(ModelError, match="no linear of that name"):
-        engine.load_weights([("model.layers.9.x" + s, pairs[down]) for s in (".lora_A", ".lora_B")], 1)
+        engine.load_weights(
+            [("model.layers.9.x" + s, pairs[down]) for s in (".lora_A", ".lora_B")], 1
+        )

@@ -27,7 +27,9 @@ def counts_of(mask, shape, rollouts=0):
 
 
 def close(v, got, want):
-    np.testing.assert_allclose(np.asarray(got, float), np.asarray(want, float), rtol=0, atol=v["tol"])
+    np.testing.assert_allclose(
+        np.asarray(got, float), np.asarray(want, float), rtol=0, atol=v["tol"]
+    )
 
 
 # -- advantages ----------------------------------------------------------------------------------------------------
@@ -99,12 +101,20 @@ def test_appo_objective_of_the_paper(name, rollouts):
     (logp, old, adv), mask, offsets, shape = packed(v, "log_prob", "old_log_prob", "advantages")
     logp.requires_grad_()
     d = losses.log_ratio_of(logp, old, mask)
-    fut = losses.future_scale(d, mask, offsets, gamma=half_life_to_gamma(p["tau"]), clip=tuple(p["f_clip"]))
-    close(v, fut.view(shape)[mask.view(shape)], torch.tensor(v["expected"]["A_fut"])[mask.view(shape)])
+    fut = losses.future_scale(
+        d, mask, offsets, gamma=half_life_to_gamma(p["tau"]), clip=tuple(p["f_clip"])
+    )
+    close(
+        v, fut.view(shape)[mask.view(shape)], torch.tensor(v["expected"]["A_fut"])[mask.view(shape)]
+    )
     weighted = adv * (1 + p["b"] * fut)
     close(v, (weighted * mask).view(shape), v["expected"]["weighted_adv"])
-    per_token = losses.clipped_policy_loss(d, weighted, clip_low=p["clip_low"], clip_high=p["clip_high"])
-    loss = losses.aggregate(per_token, mask, offsets, "rollout-mean", counts_of(mask, shape, rollouts))
+    per_token = losses.clipped_policy_loss(
+        d, weighted, clip_low=p["clip_low"], clip_high=p["clip_high"]
+    )
+    loss = losses.aggregate(
+        per_token, mask, offsets, "rollout-mean", counts_of(mask, shape, rollouts)
+    )
     loss.backward()
     close(v, loss.detach(), v["expected"]["loss"])
     close(v, logp.grad.view(shape), v["expected"]["grad_wrt_log_prob"])
@@ -117,7 +127,9 @@ def released(v):
     (logp, old, adv), mask, offsets, shape = packed(v, "log_prob", "old_log_prob", "advantages")
     logp.requires_grad_()
     d = losses.log_ratio_of(logp, old, mask)
-    f = losses.released_scale(d, adv, mask, offsets, gamma=gamma, c=p["c"], safety=p.get("safety", 6.0))
+    f = losses.released_scale(
+        d, adv, mask, offsets, gamma=gamma, c=p["c"], safety=p.get("safety", 6.0)
+    )
     weighted = adv * (1 + p["b"] * f)
     keep = losses.sequence_filter(d, weighted, mask, offsets, c=p["c"])
     used = mask & keep[losses.row_of(offsets)]
@@ -166,7 +178,9 @@ def test_kl_estimators():
     v = vector("G19")
     for kind in ("k1", "k2", "k3"):
         logp = torch.tensor(v["inputs"]["log_prob"], dtype=torch.float64, requires_grad=True)
-        kl = losses.kl_penalty(logp, torch.tensor(v["inputs"]["ref_log_prob"], dtype=torch.float64), kind)
+        kl = losses.kl_penalty(
+            logp, torch.tensor(v["inputs"]["ref_log_prob"], dtype=torch.float64), kind
+        )
         kl.sum().backward()
         close(v, kl.detach(), v["expected"][kind])
         close(v, logp.grad, v["expected"][f"grad_{kind}"])
@@ -179,7 +193,9 @@ def test_future_scale_released_vectors():
         mask = torch.ones(len(d), dtype=torch.bool)
         offsets = torch.tensor([0, len(d)])
         c = v["params"].get("c", float("inf"))
-        f = losses.released_scale(d, torch.ones_like(d), mask, offsets, gamma=v["params"]["gamma"], c=c)
+        f = losses.released_scale(
+            d, torch.ones_like(d), mask, offsets, gamma=v["params"]["gamma"], c=c
+        )
         want = v["expected"].get("f_high_only") or np.clip(np.exp(v["expected"]["S"]), 1.0, 1.2)
         close(v, f, want)
 
@@ -211,7 +227,11 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(name):
         part = Rows(g)
         for k in ("behaviour", "advantage"):
             setattr(part, k, getattr(rows, k)[lo:hi])
-        part.mask, part.offsets, part.weight = rows.mask[lo:hi], torch.tensor(offsets), torch.ones(len(offsets) - 1)
+        part.mask, part.offsets, part.weight = (
+            rows.mask[lo:hi],
+            torch.tensor(offsets),
+            torch.ones(len(offsets) - 1),
+        )
         stats = LogProbEntropy(logp[lo:hi], entropy[lo:hi], logp[lo:hi])
         return objective(stats, part, counts)
 
@@ -222,7 +242,10 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(name):
     torch.testing.assert_close(grad, grad_split, rtol=1e-6, atol=1e-8)
     assert grad[2] == 0 and grad.abs().sum() > 0
     for key, (total, n) in metrics.items():
-        assert total == pytest.approx(a[1][key][0] + b[1][key][0], abs=1e-5) and n == a[1][key][1] + b[1][key][1]
+        assert (
+            total == pytest.approx(a[1][key][0] + b[1][key][0], abs=1e-5)
+            and n == a[1][key][1] + b[1][key][1]
+        )
 
 
 def test_future_term_reads_raw_positions_through_a_tool_result():

@@ -67,7 +67,11 @@ def test_switching_the_algorithm_keeps_the_rollouts_of_the_recipe():
 
 @pytest.mark.parametrize(
     ("given", "roots", "branches"),
-    [({"rollouts": 16}, 4, 3), ({"rollouts": 16, "roots": 8}, 8, 1), ({"roots": 2, "branches": 7}, 2, 7)],
+    [
+        ({"rollouts": 16}, 4, 3),
+        ({"rollouts": 16, "roots": 8}, 8, 1),
+        ({"roots": 2, "branches": 7}, 2, 7),
+    ],
 )
 def test_batch_arithmetic(given, roots, branches):
     overrides = [f"algo.{k}={v}" for k, v in given.items()]

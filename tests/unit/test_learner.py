@@ -478,7 +478,10 @@ def test_a_small_adapter_survives_the_merge_into_bfloat16(model_dir: Path) -> No
         assert all(torch.equal(t, first[n]) for n, t in learner.named_weights())
         for name, module in learner.lm.named_modules():
             if name + ".weight" in first and hasattr(module, "lora_A"):
-                a, b = (getattr(module, k)["default"].weight.float() for k in ("lora_A", "lora_B"))
+                a, b = (
+                    getattr(module, k)["default"].weight.detach().float()
+                    for k in ("lora_A", "lora_B")
+                )
                 delta = module.scaling["default"] * b @ a
                 w = base[name + ".weight"].float()
                 rounded = (w + delta).bfloat16().float()

@@ -53,7 +53,11 @@ def test_a_tool_call_becomes_three_nodes_and_only_sampled_tokens_are_masked_in()
     assert text.endswith("</python>\n<result>3</result>\nso <answer>2</answer>")
     tool = TEXT.text(v.response_ids[~v.mask].tolist())
     assert tool == "\n<result>3</result>\n" and leaf.tool_calls[0].tokens == len(tool)
-    assert (v.logprobs[v.mask] < 0).all() and not v.logprobs[~v.mask].any() and (v.version[~v.mask] == -1).all()
+    assert (
+        (v.logprobs[v.mask] < 0).all()
+        and not v.logprobs[~v.mask].any()
+        and (v.version[~v.mask] == -1).all()
+    )
 
 
 def test_roots_differ_by_seed_only():
@@ -65,7 +69,9 @@ def test_roots_differ_by_seed_only():
 
 
 def test_calls_beyond_the_budget_are_refused_in_the_context_and_counted():
-    tree, _, pool, _ = grow(say("<python>1</python>", "<python>2</python>", "<answer>3</answer>"), roots=1, calls=1)
+    tree, _, pool, _ = grow(
+        say("<python>1</python>", "<python>2</python>", "<answer>3</answer>"), roots=1, calls=1
+    )
     assert pool.calls == [("python", "1")] and len(tree.leaves[0].tool_calls) == 1
     text = TEXT.text(tree.trajectory(0).response_ids.tolist())
     assert "no tool calls left" in text and text.endswith("<answer>3</answer>")
@@ -97,7 +103,10 @@ def test_branches_inherit_exactly_the_prefix(resample, version):
         root = tree.trajectory(leaf.parent_leaf)
         split = point.position + (resample == "after")
         assert leaf.split == split and leaf.root == point.root
-        assert view.token_ids[: view.prompt_len + split].tolist() == root.token_ids[: root.prompt_len + split].tolist()
+        assert (
+            view.token_ids[: view.prompt_len + split].tolist()
+            == root.token_ids[: root.prompt_len + split].tolist()
+        )
         assert np.array_equal(view.logprobs[:split], root.logprobs[:split])
         assert root.mask[point.position] and TEXT.drawable[root.response_ids[point.position]]
         calls_before = TEXT.text(root.response_ids[:split].tolist()).count("</result>")
@@ -136,10 +145,15 @@ def test_closing_tokens_and_blanks_are_never_branch_points():
             leaf = tree.leaves[i]
             ids = tree.trajectory(leaf.parent_leaf).response_ids
             before = TEXT.text(ids[: leaf.split + 1].tolist())
-            assert not before.endswith(("</python>", "</answer>")) and ids[leaf.split] not in (*b" \n", EOS)
+            assert not before.endswith(("</python>", "</answer>")) and ids[leaf.split] not in (
+                *b" \n",
+                EOS,
+            )
 
 
 def test_leaves_count_shared_tokens_once():
     tree, *_ = grow(say("ab ? cd <answer>2</answer>"), ALGORITHMS["appo"])
     assert tree.unique_tokens() < tree.total_tokens()
-    assert tree.total_tokens() == sum(len(tree.trajectory(i).token_ids) for i in range(len(tree.leaves)))
+    assert tree.total_tokens() == sum(
+        len(tree.trajectory(i).token_ids) for i in range(len(tree.leaves))
+    )

@@ -38,7 +38,9 @@ BUCKET = 8  # deterministic mode: rows are padded to a multiple of this (GEMMs w
 class NativeEngine:
     """See `appo.rollout.engine.RolloutEngine` for the contract of each method."""
 
-    accepts_adapters = True  # load_weights takes `<module>.lora_A` and `.lora_B` beside Hugging Face names
+    accepts_adapters = (
+        True  # load_weights takes `<module>.lora_A` and `.lora_B` beside Hugging Face names
+    )
 
     def __init__(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -31,8 +30,10 @@ Plain = Annotated[bool, typer.Option("--plain", help="plain lines instead of liv
 
 def main() -> None:
     """Entry point: an AppoError becomes one paragraph and its exit code (2 for what the user can mend)."""
-    # DeepSpeed and tokenizers read these at import.
+    # These are read at import of torch, DeepSpeed and tokenizers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # OpenMP threads that spin starve each other as soon as something else runs (a sandbox, a grader): let them sleep.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not _cuda_device_files():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -54,7 +55,7 @@ def _cuda_device_files() -> bool:
 def _fail(error: AppoError) -> NoReturn:
     from appo.obs.progress import Console
 
-    Console(stderr=True).error(type(error).__name__, str(error))
+    Console().error(type(error).__name__, str(error))
     sys.exit(error.exit_code)
 
 

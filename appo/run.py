@@ -258,6 +258,13 @@ class Session:
         """Prompt ids, each checked against the context."""
         return [self.builder.ids(t) for t in tasks]
 
+    def check_prompts(self, most: int = 512) -> None:
+        """Render the first prompts of each split, so that one that is too long is found before the first step."""
+        for split in ("train", "eval"):
+            source = tasks_of(self.plan.cfg, split)
+            wanted = self.plan.cfg.eval.questions if split == "eval" else most
+            self.prompts([source[i] for i in range(min(wanted, most, len(source)))])
+
     def evaluate(self, step: int) -> dict[str, Any]:
         """Accuracy and tool use on the held-out questions."""
         from appo.evals.runner import evaluate_policy

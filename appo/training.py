@@ -7,11 +7,10 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from appo.algo.branching import BranchPlan
 from appo.config import Config, dump
 from appo.data.datasets import Cursor
 from appo.errors import CheckpointError, LearnerError
@@ -20,6 +19,9 @@ from appo.obs.metrics import MetricsWriter
 from appo.obs.progress import Console
 from appo.run import Plan, Session, card_rows, card_warnings, plan, tasks_of
 from appo.types import RolloutTree
+
+if TYPE_CHECKING:  # it loads torch, and a user's mistake is found sooner without
+    from appo.algo.branching import BranchPlan
 
 
 def train(cfg: Config, console: Console | None = None) -> Path:
@@ -34,6 +36,7 @@ def train(cfg: Config, console: Console | None = None) -> Path:
     if not p.resume:
         (p.output / "config.yaml").write_text(dump(cfg))
     with Session(p, console) as session:
+        session.check_prompts()
         TrainingRun(session).go()
     return p.output
 
@@ -86,8 +89,9 @@ class TrainingRun:
             while self.done < cfg.steps:
                 self._one_step(self.done + 1)
         except LearnerError as e:
-            self.console.warn(f"stopping: {e}")
-            self._checkpoint(self.done)
+            if self.done % cfg.save_every:  # else the checkpoint of this step is there
+                self._checkpoint(self.done)
+            self.console.warn(f"stopping after step {self.done}; continue with resume={out}")
             raise
         finally:
             self.learner.close()

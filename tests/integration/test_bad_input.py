@@ -43,7 +43,7 @@ def edit(path, **values):
         (["tinny"], ["tinny", "did you mean 'tiny'"]),
         (["tiny", "steps=three"], ["steps='three'", "expected int"]),
         (["tiny", "algo.rollouts=7"], ["algo.roots", "7"]),
-        (["tiny", "model.name=no/such-model", "model.offline=true"], ["no/such-model", "tried"]),
+        (["tiny", "model.name=no/such-model", "model.offline=true"], ["no/such-model", "Tried"]),
         (["tiny", "model.name=./nowhere"], ["./nowhere"]),
         (["tiny", "data.task=arithmatic"], ["arithmatic", "did you mean"]),
         (["tiny", "tools.python.level=rlimit"], ["tools.python.allow_unsafe"]),
@@ -91,14 +91,16 @@ def test_tokenizer_without_chat_template(model, tmp_path):
 
 
 def test_prompt_longer_than_the_context(tmp_path):
-    row = {"data_source": "x", "prompt": [{"role": "user", "content": "word " * 2000}], "ability": "maths",
-           "reward_model": {"ground_truth": "1", "style": "rule"}, "extra_info": {}}  # fmt: skip
-    (tmp_path / "rows.jsonl").write_text(
-        "\n".join(json.dumps(row | {"extra_info": {"i": i}}) for i in range(4))
-    )
-    done = appo("train", "tiny", "data.task=records", f"data.train={tmp_path}/rows.jsonl", f"output={tmp_path}/run",
-                f"data.eval={tmp_path}/rows.jsonl", "--plain")  # fmt: skip
-    check(done, "tokens", "context")
+    def row(i):
+        return {"data_source": "x", "prompt": [{"role": "user", "content": f"{i} word " * 1000}], "ability": "maths",
+                "reward_model": {"ground_truth": "1", "style": "rule"}, "extra_info": {}}  # fmt: skip
+
+    for name, numbers in {"train": range(4), "eval": range(4, 8)}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row(i)) for i in numbers))
+    done = appo("train", "tiny", "data.task=records", f"data.train={tmp_path}/train.jsonl", f"output={tmp_path}/run",
+                f"data.eval={tmp_path}/eval.jsonl", "--plain")  # fmt: skip
+    check(done, "tokens", "context", "rollout.max_new_tokens")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path):
@@ -121,5 +123,5 @@ def test_dry_run_writes_the_resolved_config_and_prints_the_card(tmp_path):
         "memory",
     ):
         assert word in text, text
-    assert "lr: 0.0005" in (tmp_path / "run" / "config.resolved.yaml").read_text()
+    assert "lr: 0.0007" in (tmp_path / "run" / "config.resolved.yaml").read_text()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

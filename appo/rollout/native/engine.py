@@ -95,6 +95,7 @@ class NativeEngine:
                 max_slots=max_batch,
             )
             self.sampler = Sampler(config.vocab, where)
+        self.loaded: set[str] = set()  # names written by the last load_weights
         self.tree = Tree()
         self.scheduler = Scheduler(self.store, max_batch, prefill_chunk, kv_tokens)
         self._batch: Batch | None = None
@@ -313,7 +314,7 @@ class NativeEngine:
                 f"load_weights: {len(self.scheduler.by_seq)} sequences are decoding; let them stop or cancel them first"
             )
         start = time.perf_counter()
-        self.model.load(named_tensors)
+        self.loaded = self.model.load(named_tensors)
         self.policy_version = version
         for node in self.tree.nodes.values():
             if node.kv:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -62,7 +63,18 @@ def _fail(error: AppoError) -> NoReturn:
 def _console(plain: bool) -> Any:
     from appo.obs.progress import Console
 
-    return Console(plain=True if plain else None)
+    console = Console(plain=True if plain else None)
+    usual = warnings.showwarning
+
+    def show(message: Any, category: Any, filename: str, *rest: Any) -> None:
+        # Our own warnings are written for the user; those of libraries keep their place in the code.
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            console.warn(str(message))
+        else:
+            usual(message, category, filename, *rest)
+
+    warnings.showwarning = show
+    return console
 
 
 @app.command()
@@ -80,8 +92,8 @@ def train(
     """Train a policy: `appo train quickstart`, `appo train tiny algo=grpo`, `appo train quickstart resume=RUN`."""
     from appo.config import dump, load_config
 
-    cfg = load_config(recipe, overrides or [])
     console = _console(plain)
+    cfg = load_config(recipe, overrides or [])
     if dry_run:
         from appo.run import card_rows, card_warnings, plan
 

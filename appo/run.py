@@ -32,6 +32,9 @@ from appo.tools.sandbox import choose_level
 from appo.types import RolloutTree, Task
 
 
+NO_OUTPUT = Path()  # of a plan that writes nothing
+
+
 @dataclass(frozen=True)
 class Plan:
     """A run that has passed every check which needs no model in memory."""
@@ -50,7 +53,7 @@ def plan(cfg: Config, console: Console, *, need_output: bool = True) -> Plan:
     """Check everything that can be checked early. Raises ConfigError and its kin; loads no weights."""
     algo = resolve(cfg.algo)
     threads = cfg.threads or len(os.sched_getaffinity(0))
-    output = _output_folder(cfg, algo) if need_output else Path()
+    output = _output_folder(cfg, algo) if need_output else NO_OUTPUT
     level = "none"
     if "python" in cfg.tools.enabled:
         level = choose_level(cfg.tools.python.level, cfg.tools.python.allow_unsafe).level
@@ -170,7 +173,7 @@ def card_rows(p: Plan) -> list[tuple[str, str]]:
                    ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in memory.items()) + ")"),
         ("tools", f"{', '.join(cfg.tools.enabled) or 'none'}; sandbox level: {p.tool_level}"),
         ("threads", f"{p.threads}{' · deterministic mode' if cfg.deterministic else ''}"),
-        ("output", str(p.output)),
+        *([("output", str(p.output))] if p.output != NO_OUTPUT else []),
     ]  # fmt: skip
 
 

@@ -93,7 +93,7 @@ class Trainer:
         self, number: int, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]
     ) -> StepResult:
         """One training step on a batch of prompts."""
-        clock = Clock()
+        clock, waited = Clock(), self.sampler.tool_wait_s
         size = len(tasks) // self.minibatches
         plans: dict[int, BranchPlan] = {}
         with clock("rollout"):
@@ -124,6 +124,7 @@ class Trainer:
             result.plans += [plans.get(id(g)) for g in part]
             result.minibatch += [k] * len(part)
         result.metrics = self._metrics(result, clock, sums, learned)
+        result.metrics["time/tool_wait"] = self.sampler.tool_wait_s - waited
         return result
 
     def _branch_early(self, growth: Any, first: set[int], plans: dict[int, BranchPlan]) -> None:

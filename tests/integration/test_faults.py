@@ -29,7 +29,9 @@ TINY = ["train", "tiny", "--plain", "threads=1", "prompts_per_step=4", "algo.roo
 def run(code, *args, tmp_path):
     argv = ["appo", *TINY, f"output={tmp_path / 'run'}", *args]
     script = PREAMBLE + textwrap.dedent(code) + f"\nsys.argv = {argv!r}\nmain()\n"
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=200
+    )
 
 
 def steps(tmp_path):
@@ -95,4 +97,9 @@ def test_a_grader_timeout_is_counted_and_never_a_zero(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (record,) = steps(tmp_path)
-    assert record["grade/errors"] == record["grade/error:timeout"] == record["group/ungraded_leaves"] == 8
+    assert (
+        record["grade/errors"]
+        == record["grade/error:timeout"]
+        == record["group/ungraded_leaves"]
+        == 8
+    )

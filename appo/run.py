@@ -31,7 +31,6 @@ from appo.obs.progress import Console
 from appo.tools.sandbox import choose_level
 from appo.types import RolloutTree, Task
 
-
 NO_OUTPUT = Path()  # of a plan that writes nothing
 
 

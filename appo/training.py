@@ -88,7 +88,7 @@ class TrainingRun:
                 self._checkpoint(0)
             while self.done < cfg.steps:
                 self._one_step(self.done + 1)
-        except LearnerError as e:
+        except LearnerError:
             if self.done % cfg.save_every:  # else the checkpoint of this step is there
                 self._checkpoint(self.done)
             self.console.warn(f"stopping after step {self.done}; continue with resume={out}")

@@ -14,6 +14,7 @@ import numpy as np
 
 from appo.algo.branching import BranchPlan, BranchPoint, eligible_positions, plan_branches
 from appo.algo.presets import Algorithm
+from appo.errors import EngineError
 from appo.rollout.agent import Agent, AgentSettings, Line, State
 from appo.rollout.engine import RolloutEngine
 from appo.rollout.protocol import TagEvent, TokenText
@@ -105,6 +106,11 @@ class Rollouts:
                 for event in self.engine.step():
                     line = self._lines[event.seq]
                     done += self._dispatch(line, self.agent.on_stopped(line, event))
+            elif not self._calls:
+                raise EngineError(
+                    f"{len(self._lines)} rollouts are unfinished, but the engine has no work and no tool is running: the "
+                    "engine lost a sequence"
+                )
             done += self._collect_tools()
             for growth in done if on_roots_done else ():
                 on_roots_done(growth)

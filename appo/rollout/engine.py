@@ -90,7 +90,11 @@ class RolloutEngine(Protocol):
         """Tokens of the sequence, inherited ones included."""
 
     def load_weights(self, named_tensors: Iterable[tuple[str, object]], version: int) -> None:
-        """Replace weights in place (Hugging Face names). KV of older versions becomes invalid."""
+        """Replace weights in place (Hugging Face names). KV of older versions becomes invalid.
+
+        An engine with a true attribute `accepts_adapters` also takes `<module>.lora_A` and `<module>.lora_B` (scaling
+        folded in) and applies them; one with an attribute `loaded` keeps there the names it has written.
+        """
 
     def stats(self) -> dict[str, float]:
         """Counters since construction: prefill_tokens, decode_tokens, scored_tokens, forks, live_sequences, kv_tokens …"""

@@ -189,10 +189,11 @@ def sft_tiny(
     from appo.config import load_config
     from appo.errors import ConfigError
     from appo.learner.sft import SftSettings, run_sft
+    from appo.run import usable_cores
 
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"--output={output}: the folder is not empty; choose another one")
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads or usable_cores())
     console = _console(plain)
     settings = SftSettings(steps=steps, batch=batch, lr=lr, seed=seed)
     with console.phase(f"cold start, {steps} steps", steps) as bar:

@@ -76,7 +76,6 @@ class RolloutConfig:
     max_tool_calls: int = 2  # per trajectory; a branch keeps what its prefix has used
     max_batch: int = 32  # sequences decoded at once
     prefill_chunk: int = 512  # prompt tokens per forward
-    kv_tokens: int | None = None  # cache size in tokens; None: grows as needed
     max_context: int | None = None  # None: the model's own
 
 
@@ -144,7 +143,6 @@ class EvalConfig:
     questions: int = 128
     every: int = 0  # steps between evaluations; 0: only before the first and after the last
     temperature: float = 1.0
-    max_batch: int | None = None  # None: rollout.max_batch
 
 
 @dataclass
@@ -184,13 +182,24 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError for an unknown recipe or key, a wrong type, or values that contradict each other.
     """
     path = _recipe_path(recipe)
-    values, places = _read_yaml(path)
-    for text in overrides:
+    run = _resumed_run(overrides)
+    values, places = _read_yaml(run or path)
+    # A switch of algorithm or task resets what belonged to the old one, so it goes first: nothing the user wrote is lost.
+    for text in sorted(overrides, key=lambda t: t.partition("=")[0] not in ("algo", "data.task")):
         _apply_override(values, places, text)
     cfg = _build(Config, values, places, prefix="")
     cfg.recipe = path.stem
     validate(cfg)
     return cfg
+
+
+def _resumed_run(overrides: Sequence[str]) -> Path | None:
+    """The configuration of the run that `resume=` names: it stands in for the recipe, overrides included."""
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key == "resume" and (Path(value) / "config.yaml").is_file():
+            return Path(value) / "config.yaml"
+    return None
 
 
 def dump(cfg: Config) -> str:
@@ -227,6 +236,25 @@ def validate(cfg: Config) -> None:
         raise ConfigError(
             "rollout.temperature is 0: greedy rollouts are all alike and give no learning signal; "
             "use a temperature above 0 (eval.temperature may be 0)"
+        )
+    if len(cfg.learner.betas) != 2 or not all(0 <= b < 1 for b in cfg.learner.betas):
+        raise ConfigError(
+            f"learner.betas is {cfg.learner.betas}, but must be two numbers in [0, 1), e.g. [0.9,0.999]"
+        )
+    if cfg.learner.zero_stage == 0 and cfg.model.dtype == "bfloat16":
+        raise ConfigError(
+            "learner.zero_stage is 0 and model.dtype is bfloat16: stage 0 keeps no float32 master weights; use stage 1 "
+            "(the same cost in one process) or model.dtype=float32"
+        )
+    total = cfg.steps * cfg.minibatches
+    if cfg.learner.schedule != "constant" and cfg.learner.warmup_steps >= total:
+        raise ConfigError(
+            f"learner.warmup_steps is {cfg.learner.warmup_steps}, but the run has steps·minibatches = {total} updates"
+        )
+    if cfg.tools.timeout_s <= cfg.tools.python.wall_s:
+        raise ConfigError(
+            f"tools.timeout_s is {cfg.tools.timeout_s:g} and tools.python.wall_s is {cfg.tools.python.wall_s:g}: the pool "
+            "would give up calls that the sandbox still runs; make timeout_s at least a few seconds longer"
         )
     if not 0 < cfg.rollout.top_p <= 1:
         raise ConfigError(f"rollout.top_p is {cfg.rollout.top_p}, but must be in (0, 1]")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata as metadata
-import os
 import platform
 import shutil
 from typing import Any
@@ -24,6 +23,7 @@ EXTRAS = {"vllm": "pip install 'appo[vllm]'", "flash-attn": "pip install 'appo[f
 def run_doctor(console: Any) -> bool:
     """Print the card; → True when training can run here."""
     from appo import __version__
+    from appo.run import usable_cores
     from appo.tools.sandbox import probe
 
     warnings: list[str] = []
@@ -31,7 +31,7 @@ def run_doctor(console: Any) -> bool:
         ("appo", __version__),
         ("python", f"{platform.python_version()} on {platform.platform(terse=True)}"),
     ]
-    rows += [("cores", f"{len(os.sched_getaffinity(0))} usable ({_cpu()})"), ("memory", _memory())]
+    rows += [("cores", f"{usable_cores()} usable ({_cpu()})"), ("memory", _memory())]
     rows += [
         (name, version)
         for name in PACKAGES

@@ -51,7 +51,7 @@ class Plan:
 def plan(cfg: Config, console: Console, *, need_output: bool = True) -> Plan:
     """Check everything that can be checked early. Raises ConfigError and its kin; loads no weights."""
     algo = resolve(cfg.algo)
-    threads = cfg.threads or len(os.sched_getaffinity(0))
+    threads = cfg.threads or usable_cores()
     output = _output_folder(cfg, algo) if need_output else NO_OUTPUT
     level = "none"
     if "python" in cfg.tools.enabled:
@@ -59,7 +59,17 @@ def plan(cfg: Config, console: Console, *, need_output: bool = True) -> Plan:
     _probe_tasks(cfg)
     source = resolve_model(cfg.model.name, offline=cfg.model.offline, log=console.note)
     info = check_model_folder(source.path)
+    lora = cfg.learner.lora.layers
+    if cfg.learner.mode == "lora" and lora is not None and not 1 <= lora <= info.layers:
+        raise ConfigError(
+            f"learner.lora.layers is {lora}, but {source.name} has {info.layers} layers; use 1 to {info.layers} or null"
+        )
     return Plan(cfg, algo, source, info, level, threads, output, cfg.resume is not None)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _output_folder(cfg: Config, algo: Algorithm) -> Path:
@@ -131,10 +141,7 @@ def memory_estimate(p: Plan) -> dict[str, float]:
         "engine weights (packed copy included)": 2 * weights,
         "learner weights": weights,
         "gradients and AdamW state": trained * (width + 8 + master),
-        "KV cache (if every rollout runs to the limit)": min(
-            tokens, p.cfg.rollout.kv_tokens or tokens
-        )
-        * kv_bytes,
+        "KV cache (if every rollout runs to the limit)": tokens * kv_bytes,
     }
 
 
@@ -208,9 +215,8 @@ class Session:
         self.engine = NativeEngine(
             p.source.path,
             dtype=cfg.model.dtype,
-            max_batch=max(cfg.rollout.max_batch, cfg.eval.max_batch or 0),
+            max_batch=cfg.rollout.max_batch,
             prefill_chunk=cfg.rollout.prefill_chunk,
-            kv_tokens=cfg.rollout.kv_tokens,
             max_context=cfg.rollout.max_context,
             deterministic=cfg.deterministic,
         )

@@ -15,7 +15,7 @@ from appo.config import Config, dump
 from appo.data.datasets import Cursor
 from appo.errors import CheckpointError, LearnerError
 from appo.obs.branches import BranchLog
-from appo.obs.metrics import MetricsWriter
+from appo.obs.metrics import MetricsWriter, read_metrics
 from appo.obs.progress import Console
 from appo.run import Plan, Session, card_rows, card_warnings, plan, tasks_of
 from appo.types import RolloutTree
@@ -33,11 +33,12 @@ def train(cfg: Config, console: Console | None = None) -> Path:
     console = console or Console()
     p = plan(cfg, console)
     console.card(f"appo train {cfg.recipe}", card_rows(p), card_warnings(p))
-    if not p.resume:
-        (p.output / "config.yaml").write_text(dump(cfg))
     with Session(p, console) as session:
         session.check_prompts()
-        TrainingRun(session).go()
+        run = TrainingRun(session)
+        if not p.resume:  # from here on the folder is a run that can be resumed
+            (p.output / "config.yaml").write_text(dump(cfg))
+        run.go()
     return p.output
 
 
@@ -59,11 +60,17 @@ class TrainingRun:
             algo=p.algo,
             sampler=session.rollouts,
             learner=self.learner,
-            objective=make_objective(p.algo, entropy_coef=self.cfg.learner.entropy_coef),
+            objective=make_objective(
+                p.algo,
+                entropy_coef=self.cfg.learner.entropy_coef,
+                version=lambda: self.trainer.version,
+            ),
             grade=session.grade,
             push=self._push,
             token_budget=self.cfg.learner.token_budget,
             minibatches=self.cfg.minibatches,
+            rescore_roots=self.cfg.model.dtype == "bfloat16",
+            keep_all_rows=self.cfg.learner.entropy_coef != 0,
         )
         self._probe = [session.builder.ids(self.cursor.tasks[i]) for i in range(2)]
 
@@ -83,15 +90,17 @@ class TrainingRun:
         self.branches = BranchLog(out, resume_after=keep)
         _cut_trees(out / "trees.jsonl", keep)
         try:
-            if self.done == 0 and not self.plan.resume:
-                self._evaluate(0)
+            if self.done == 0:
                 self._checkpoint(0)
+                if not any(r["kind"] == "eval" for r in read_metrics(out)):
+                    self._evaluate(0)
             while self.done < cfg.steps:
                 self._one_step(self.done + 1)
         except LearnerError:
-            if self.done % cfg.save_every:  # else the checkpoint of this step is there
-                self._checkpoint(self.done)
-            self.console.warn(f"stopping after step {self.done}; continue with resume={out}")
+            # Weights may hold half a step: the newest checkpoint, of a whole one, stays what the run resumes from.
+            self.console.warn(
+                f"stopping in step {self.done + 1}; resume={out} goes on from the newest checkpoint"
+            )
             raise
         finally:
             self.learner.close()
@@ -229,6 +238,11 @@ def _seed_everything(seed: int) -> None:
 # Keys that may differ between a run and its resumption without changing what is computed.
 FREE_KEYS = ("output", "resume", "steps", "save_every", "keep_last", "save_trees", "threads")
 
+RESOURCE_KEYS = (
+    ("model", "offline"), ("tools", "workers"), ("tools", "timeout_s"),
+    ("reward", "workers"), ("reward", "timeout_s"), ("learner", "max_nonfinite"),
+)  # fmt: skip
+
 
 def _fingerprint(cfg: Config) -> str:
     import yaml
@@ -236,6 +250,10 @@ def _fingerprint(cfg: Config) -> str:
     values = yaml.safe_load(dump(cfg))
     for key in (*FREE_KEYS, "eval"):
         values.pop(key)
+    if cfg.learner.schedule != "constant":  # the schedule depends on the number of updates
+        values["steps"] = cfg.steps
+    for group, name in RESOURCE_KEYS:
+        values[group].pop(name)
     return hashlib.sha256(yaml.safe_dump(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -56,6 +56,7 @@ class Node:
     logprobs   behaviour log-probabilities at the sampling temperature, one per token; None unless role == "model"
     entropy    entropy in nats of the distribution each token was drawn from; None unless role == "model"
     path       position in the tree, the source of all randomness below it: (root index, branch index, …)
+    closed     its last token closed a tool call or the answer
 
     >>> prompt = Node(None, "prompt", 0, [5, 6, 7])
     >>> root = Node(0, "model", 3, [8, 9], logprobs=[-0.1, -2.0], entropy=[0.3, 1.9], policy_version=4, path=(0,))
@@ -69,6 +70,7 @@ class Node:
     entropy: list[float] | None = None
     policy_version: int = -1
     path: tuple[int, ...] = ()
+    closed: bool = False  # its last token closed a block: never a branch point
 
     @property
     def sampled(self) -> bool:

@@ -22,11 +22,13 @@ class MiniBatchCredit:
     ungraded: int  # leaves left out because their grader failed
 
 
-def assign(trees: Sequence[RolloutTree], algo: Algorithm) -> MiniBatchCredit:
-    """Advantages for every trained leaf of a mini-batch.
+def assign(
+    trees: Sequence[RolloutTree], algo: Algorithm, *, keep_all: bool = False
+) -> MiniBatchCredit:
+    """Advantages for every trained leaf of a mini-batch. keep_all: also rows without any (for an entropy bonus).
 
     A leaf without reward (its grader failed) is in no group and is not trained. Denominators follow the algorithm's
-    definition over all graded leaves, so dropping zero rows does not change the gradient.
+    definition over all graded leaves, so dropping zero rows does not change the gradient of the policy term.
     """
     kept: list[list[Credit]] = []
     tokens = rows = rollouts = 0
@@ -38,7 +40,7 @@ def assign(trees: Sequence[RolloutTree], algo: Algorithm) -> MiniBatchCredit:
         credits = rule(tree, graded, algo)
         signal = [c for c in credits if np.any(c.advantage[c.loss_mask])]
         zero_groups += not signal
-        kept.append(signal)
+        kept.append(credits if keep_all else signal)
         tokens += sum(int(c.loss_mask.sum()) for c in credits)
         rows += len(credits)
         rollouts += len(graded)

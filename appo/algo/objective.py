@@ -25,6 +25,7 @@ class Rows(Protocol):
 
     offsets: Tensor  # [R+1]
     mask: Tensor  # [E] bool
+    version: Tensor  # [E] policy version that drew the token
     behaviour: Tensor  # [E]
     advantage: Tensor  # [E]
     weight: Tensor  # [R]
@@ -34,12 +35,21 @@ Metrics = dict[str, tuple[float, float]]  # name → (sum, count), so that micro
 Objective = Callable[[TokenStats, Rows, Counts], tuple[Tensor, Metrics]]
 
 
-def make_objective(algo: Algorithm, *, entropy_coef: float = 0.0) -> Objective:
-    """Loss of `algo` on one micro-batch, divided by the global denominators, and its metrics."""
+def make_objective(
+    algo: Algorithm, *, entropy_coef: float = 0.0, version: Callable[[], int] = lambda: -2
+) -> Objective:
+    """Loss of `algo` on one micro-batch, divided by the global denominators, and its metrics.
+
+    version() is the policy version under training. A token drawn by that very version has ratio 1 exactly: what two
+    implementations of one policy differ by (engine and learner: 0.02 a token in bfloat16) is rounding, not policy,
+    and summed by Ω it would look like information.
+    """
 
     def objective(stats: TokenStats, rows: Rows, counts: Counts) -> tuple[Tensor, Metrics]:
         mask = rows.mask
-        d = log_ratio_of(stats.logp, rows.behaviour, mask)
+        on_policy = rows.version == version()
+        behaviour = torch.where(on_policy, stats.logp.detach(), rows.behaviour)
+        d = log_ratio_of(stats.logp, behaviour, mask)
         scale = torch.ones_like(d)
         if algo.future_weight:
             fut = future_scale(d, mask, rows.offsets, gamma=algo.gamma, clip=algo.future_clip)

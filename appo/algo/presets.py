@@ -93,7 +93,12 @@ def resolve(cfg: AlgoConfig) -> Algorithm:
         k: v for k in keys - {"name", "roots", "branches"} if (v := getattr(cfg, k)) is not None
     }
     roots, branches = _arithmetic(cfg, preset)
+    if given.get("dual_clip") == 0:
+        given["dual_clip"] = (
+            None  # 0 switches it off; None in the configuration means "as the preset"
+        )
     algo = dataclasses.replace(preset, roots=roots, branches=branches, **given)
+    _refuse_idle_keys(algo, {k for k, v in given.items() if v is not False})
     _check(algo)
     return algo
 
@@ -132,6 +137,23 @@ def _arithmetic(cfg: AlgoConfig, preset: Algorithm) -> tuple[int, int]:
             f"algo.roots·(algo.branches+1) = {n}·({b}+1) = {n * (b + 1)}, but algo.rollouts is {m}"
         )
     return n, b
+
+
+def _refuse_idle_keys(a: Algorithm, given: set[str]) -> None:
+    """A key that changes nothing would be believed in: say so instead."""
+    idle = set()
+    if a.flat:
+        idle |= {"branch_by", "resample", "score_clip", "train_branches"}
+    if a.flat and not a.future_weight:
+        idle |= {"half_life"}
+    if a.branch_by != "score":
+        idle |= {"score_clip"}
+    if a.advantage != "dual_group":
+        idle |= {"credit"}
+    for key in sorted(idle & given):
+        raise ConfigError(
+            f"algo.{key} has no effect on {a.name} as configured ({a.describe()}, branch_by={a.branch_by}); remove it"
+        )
 
 
 def _check(a: Algorithm) -> None:

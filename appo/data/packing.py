@@ -41,6 +41,7 @@ class PackedBatch:
     offsets[R+1] int64   row r owns edges offsets[r] … offsets[r+1], in response order
     mask[E] bool         True where the token is trained
     behaviour[E] float32 log-prob recorded when the token was sampled, 0 for tool tokens
+    version[E] int64     policy version that sampled the token, -1 for tool tokens
     advantage[E] float32 · weight[R] float32 · rows[R] (tree index, leaf index)
     total_tokens         tokens of the same rows laid out as independent sequences
 
@@ -57,6 +58,7 @@ class PackedBatch:
     offsets: Tensor
     mask: Tensor
     behaviour: Tensor
+    version: Tensor
     advantage: Tensor
     weight: Tensor
     rows: list[tuple[int, int]]
@@ -84,10 +86,12 @@ def pack(
     credits: Sequence[Sequence[Credit]],
     *,
     token_budget: int,
+    keep_all: bool = False,
 ) -> list[PackedBatch]:
     """Lay the trained rows of `trees` out in streams of at most `token_budget` tokens each. O(tokens).
 
-    `credits[i]` are the rows of tree i; rows for which `trains` is False are left out. Whole trees share a stream in
+    `credits[i]` are the rows of tree i; rows for which `trains` is False are left out, unless `keep_all` (a loss with
+    a term that does not depend on the advantage, such as an entropy bonus). Whole trees share a stream in
     order; a tree over the budget is cut between root rollouts (its prompt is repeated), a root over the budget
     between rows; a single row over the budget gets a stream of its own.
 
@@ -97,7 +101,7 @@ def pack(
     for i, (tree, rows) in enumerate(zip(trees, credits, strict=True)):
         for c in rows:
             _check(tree, c)
-        kept = [c for c in rows if trains(c)]
+        kept = [c for c in rows if keep_all or trains(c)]
         for unit in _cut(tree, kept, token_budget):
             if (
                 streams[-1].size
@@ -283,6 +287,7 @@ def _add_row(
     edges["target"].append(token_ids[path[view.prompt_len :]])
     edges["mask"].append(np.asarray(credit.loss_mask, bool))
     edges["behaviour"].append(np.asarray(view.logprobs, np.float32))
+    edges["version"].append(np.asarray(view.version, np.int64))
     edges["advantage"].append(np.asarray(credit.advantage, np.float32))
 
 
@@ -310,6 +315,7 @@ def pack_sequences(sequences: Sequence[Sequence[int]]) -> PackedBatch:
         offsets=torch.from_numpy(np.cumsum([0, *(lengths - 1)]).astype(np.int64)),
         mask=torch.ones(edges, dtype=torch.bool),
         behaviour=torch.zeros(edges),
+        version=torch.full((edges,), -1),
         advantage=torch.zeros(edges),
         weight=torch.ones(len(lengths)),
         rows=[(i, 0) for i in range(len(lengths))],

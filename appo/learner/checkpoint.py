@@ -67,12 +67,14 @@ def save_checkpoint(
             _publish(scratch, final)
             _retire(root, step, keep_last)
         barrier()
-    except OSError as error:
+    except Exception as error:  # torch reports a full disk as RuntimeError
         if rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
+        if not isinstance(error, OSError | RuntimeError):
+            raise
         full = (
             " (the disk is full: free some space or lower keep_last)"
-            if error.errno == errno.ENOSPC
+            if getattr(error, "errno", None) == errno.ENOSPC or not _free(root)
             else ""
         )
         raise CheckpointError(
@@ -100,6 +102,11 @@ def load_latest(run_dir: Path | str) -> tuple[Path, dict[str, Any]]:
     raise CheckpointError(
         f"no usable checkpoint in {root}" + (": " + "; ".join(reasons) if reasons else "")
     )
+
+
+def _free(folder: Path) -> bool:
+    """Whether the disk of `folder` has a megabyte left."""
+    return shutil.disk_usage(folder if folder.exists() else folder.parent).free > 1 << 20
 
 
 def verify(path: Path) -> str | None:

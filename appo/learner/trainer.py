@@ -7,7 +7,7 @@ score, branch, grade, assign credit, learn, push the new weights; then write dow
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +28,11 @@ class Sampler(Protocol):
 
     tool_wait_s: float
 
-    def plant(self, task: Task, prompt_ids: Sequence[int], roots: int, step: int) -> Any: ...
+    def plant(
+        self, task: Task, prompt_ids: Sequence[int], roots: int, step: int, copy: int = 0
+    ) -> Any: ...
+
+    def remember(self, growths: Sequence[Any]) -> None: ...
 
     def run(self, on_roots_done: Callable[[Any], None] | None = None,
             on_progress: Callable[[int], None] | None = None) -> None: ...  # fmt: skip
@@ -45,6 +49,8 @@ COUNTED = (
     "learner/nonfinite",
     "learner/micro_batches",
 )  # summed over mini-batches, others are means
+
+LAST = ("push/crc32", "learner/nonfinite_total", "learner/lr")  # of the last mini-batch
 
 
 class Clock:
@@ -87,6 +93,10 @@ class Trainer:
     token_budget: int
     minibatches: int
     version: int = 0
+    rescore_roots: bool = (
+        False  # Ω from two scoring passes; wanted where decoding rounds (bfloat16)
+    )
+    keep_all_rows: bool = False  # also rows without advantage (entropy bonus)
     on_phase: Callable[[str, int, int], None] = lambda name, done, total: None
 
     def step(
@@ -97,10 +107,11 @@ class Trainer:
         size = len(tasks) // self.minibatches
         plans: dict[int, BranchPlan] = {}
         with clock("rollout"):
-            growths = [
-                self.sampler.plant(t, ids, self.algo.roots, number)
-                for t, ids in zip(tasks, prompts, strict=True)
-            ]
+            growths = []
+            seen: Counter[str] = Counter()
+            for t, ids in zip(tasks, prompts, strict=True):
+                growths.append(self.sampler.plant(t, ids, self.algo.roots, number, seen[t.task_id]))
+                seen[t.task_id] += 1
             first = {id(g) for g in growths[:size]}
             self.sampler.run(
                 # The first mini-batch is drawn from unmoved weights: its prompts branch as soon as they can.
@@ -109,6 +120,10 @@ class Trainer:
                     "rollout", len(tasks) * self.algo.roots - left, 0
                 ),
             )
+        if self.rescore_roots and not self.algo.flat and self.algo.branch_by == "score":
+            with clock("score"):
+                for k in range(1, self.minibatches):
+                    self.sampler.remember(growths[k * size : (k + 1) * size])
         result = StepResult([], [], [])
         sums: dict[str, float] = defaultdict(float)
         learned: dict[str, list[float]] = defaultdict(list)
@@ -118,7 +133,7 @@ class Trainer:
             with clock("reward"):
                 for key, value in self.grade(trees).items():
                     sums[key] += value
-            credit = assign(trees, self.algo)
+            credit = assign(trees, self.algo, keep_all=self.keep_all_rows)
             self._learn(trees, credit, clock, sums, learned)
             result.trees += trees
             result.plans += [plans.get(id(g)) for g in part]
@@ -158,7 +173,12 @@ class Trainer:
         learned: dict[str, list[float]],
     ) -> None:
         with clock("learn"):
-            batches = pack(trees, credit.credits, token_budget=self.token_budget)
+            batches = pack(
+                trees,
+                credit.credits,
+                token_budget=self.token_budget,
+                keep_all=self.keep_all_rows,
+            )
             self.on_phase("learn", 0, len(batches))
             out = self.learner.train_minibatch(batches, credit.counts, self.objective)
         sums["learn/rows"] += sum(len(c) for c in credit.credits)
@@ -185,7 +205,7 @@ class Trainer:
     ) -> dict[str, float]:
         out = tree_metrics(result.trees)
         out |= branch_metrics(result)
-        out |= {k: float(np.mean(v)) for k, v in learned.items()}
+        out |= {k: v[-1] if k in LAST else float(np.mean(v)) for k, v in learned.items()}
         out |= dict(sums)
         out["policy/version"] = self.version
         out |= {
@@ -199,7 +219,10 @@ def tree_metrics(trees: Sequence[RolloutTree]) -> dict[str, float]:
     """Rewards, tool use and token counts over all leaves."""
     leaves = [leaf for t in trees for leaf in t.leaves]
     rewards = [leaf.reward for leaf in leaves if leaf.reward is not None]
-    calls = [c for leaf in leaves for c in leaf.tool_calls]
+    graded = [x for x in leaves if x.reward is not None]
+    calls = {
+        id(c): c for leaf in leaves for c in leaf.tool_calls
+    }.values()  # branches share those they inherit
     n = max(len(leaves), 1)
     drawn = sum(len(node.token_ids) for t in trees for node in t.nodes if node.sampled)
     entropy = sum(sum(node.entropy or ()) for t in trees for node in t.nodes)
@@ -207,8 +230,8 @@ def tree_metrics(trees: Sequence[RolloutTree]) -> dict[str, float]:
         "reward/mean": _mean(rewards),
         "reward/roots": _mean([x.reward for x in leaves if x.is_root and x.reward is not None]),
         "reward/std": float(np.std(rewards)) if rewards else 0.0,
-        "reward/accuracy": sum(leaf.reward_parts.get("accuracy", 0.0) for leaf in leaves) / n,
-        "format/ok": sum(leaf.reward_parts.get("format_ok", 0.0) for leaf in leaves) / n,
+        "reward/accuracy": _mean([x.reward_parts.get("accuracy", 0.0) for x in graded]),
+        "format/ok": _mean([x.reward_parts.get("format_ok", 0.0) for x in graded]),
         "tool/use": sum(any(c.ok for c in leaf.tool_calls) for leaf in leaves) / n,
         "tool/calls": len(calls) / n,
         "tool/errors": sum(not c.ok for c in calls) / max(len(calls), 1),

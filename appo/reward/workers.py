@@ -234,7 +234,7 @@ class _Worker:
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.write(json.dumps(message, default=str).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             self.deadline = 0.0  # it is dead; the next look at it says so

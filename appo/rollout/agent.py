@@ -98,6 +98,7 @@ class Agent:
         node.logprobs += event.logprobs
         node.entropy += event.entropy
         node.policy_version = event.policy_version
+        node.closed = bool(line.closed)
         line.sampled += len(event.token_ids)
         if event.reason == "stop_token" or any(e.tag == ANSWER for e in line.closed):
             # Calls before the answer in the same token would have no reader.

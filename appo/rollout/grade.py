@@ -15,11 +15,15 @@ Text = Callable[[Sequence[int]], str]
 
 def spans_of(tree: RolloutTree, leaf: int, text: Text) -> list[tuple[str, bool]]:
     """(text, sampled) along the response of one leaf; what the format gate and the graders read."""
-    return [
-        (text(n.token_ids[:k]), n.sampled)
-        for n, k in tree.walk(tree.leaves[leaf].node)
-        if n.role != "prompt"
-    ]
+    runs: list[tuple[list[int], bool]] = []
+    for n, k in tree.walk(tree.leaves[leaf].node):
+        if n.role == "prompt":
+            continue
+        if runs and runs[-1][1] == n.sampled:  # a fork may split a character: join ids, not text
+            runs[-1][0].extend(n.token_ids[:k])
+        else:
+            runs.append((list(n.token_ids[:k]), n.sampled))
+    return [(text(ids), sampled) for ids, sampled in runs]
 
 
 def grade_trees(

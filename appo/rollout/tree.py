@@ -20,7 +20,7 @@ from appo.rollout.engine import RolloutEngine
 from appo.rollout.protocol import TagEvent, TokenText
 from appo.rollout.seeds import derive_seed
 from appo.tools.pool import ToolPool
-from appo.types import Finish, Leaf, Node, RolloutTree, Task
+from appo.types import Leaf, Node, RolloutTree, Task
 
 POLL_S = 0.02  # how long the loop sleeps when only tools are running
 
@@ -33,6 +33,8 @@ class Growth:
     prompt_seq: int
     roots: list[Line] = field(default_factory=list)
     branches: list[Line] = field(default_factory=list)
+    copy: int = 0  # the same task may come twice in a step; it must not draw the same noise
+    baseline: dict[int, np.ndarray] = field(default_factory=dict)  # see `Rollouts.remember`
 
     @property
     def roots_done(self) -> bool:
@@ -66,22 +68,25 @@ class Rollouts:
 
     # -- roots ---------------------------------------------------------------------------------------------------
 
-    def plant(self, task: Task, prompt_ids: Sequence[int], roots: int, step: int) -> Growth:
-        """A tree with `roots` lines that start sampling at the next `run`."""
+    def plant(
+        self, task: Task, prompt_ids: Sequence[int], roots: int, step: int, copy: int = 0
+    ) -> Growth:
+        """A tree with `roots` lines that start sampling at the next `run`. copy: how often the task came before."""
         tree = RolloutTree(task, [Node(None, "prompt", 0, list(prompt_ids))], step=step)
-        growth = Growth(tree, self.engine.add_prompt(prompt_ids))
+        growth = Growth(tree, self.engine.add_prompt(prompt_ids), copy=copy)
         for r in range(roots):
             seq = self.engine.fork(growth.prompt_seq, len(prompt_ids))
             tree.nodes.append(Node(0, "model", len(prompt_ids), logprobs=[], entropy=[], path=(r,)))
             tree.leaves.append(Leaf(node=len(tree.nodes) - 1, root=r))
-            line = Line(tree, len(tree.leaves) - 1, seq, self._seed(tree, (r,)))
+            line = Line(tree, len(tree.leaves) - 1, seq, self._seed(growth, (r,)))
             growth.roots.append(line)
             self._root_of[seq] = growth
             self._start(line)
         return growth
 
-    def _seed(self, tree: RolloutTree, path: tuple[int, ...]) -> int:
-        return derive_seed(self.run_seed, tree.step, tree.task.task_id, *path)
+    def _seed(self, g: Growth, path: tuple[int | str, ...]) -> int:
+        again = (f"copy {g.copy}",) if g.copy else ()
+        return derive_seed(self.run_seed, g.tree.step, g.tree.task.task_id, *again, *path)
 
     def _start(self, line: Line, prefix: Sequence[int] = ()) -> None:
         self.agent.resume(line, prefix)
@@ -136,6 +141,7 @@ class Rollouts:
         begin = time.perf_counter()
         if self.deterministic:
             done = self.pool.wait_all()
+            self.tool_wait_s += time.perf_counter() - begin
         elif self.engine.has_work():
             done = self.pool.poll()
         else:
@@ -166,6 +172,17 @@ class Rollouts:
             self.release(g)
         return plans
 
+    def remember(self, growths: Sequence[Growth]) -> None:
+        """Score roots with the weights that drew them, for `grow_branches` after an update.
+
+        Ω compares policies. Decoding and scoring round differently (0.01 a token in bfloat16), and a sum of that over a
+        rollout looks like a moved policy; two scoring passes over the same rows differ by the policy alone.
+        """
+        lines = [(g, line) for g in growths for line in g.roots]
+        scored = self.engine.score([line.seq for _, line in lines], self.settings.temperature)
+        for (g, line), s in zip(lines, scored, strict=True):
+            g.baseline[line.seq] = s.logprobs[g.tree.prompt_len - 1 :]
+
     def _stale(self, line: Line) -> bool:
         version = line.tree.trajectory(line.leaf).version
         return bool(np.any((version >= 0) & (version != self.engine.policy_version)))
@@ -188,29 +205,25 @@ class Rollouts:
         views = [g.tree.trajectory(line.leaf) for line in g.roots]
         entropy, ratio = [], []
         for line, v in zip(g.roots, views, strict=True):
-            logp, h = scored.get(line.seq, (v.logprobs, v.entropy))
+            before = g.baseline.get(line.seq, v.logprobs)
+            logp, h = scored.get(line.seq, (before, v.entropy))
             entropy.append(np.where(v.mask, h, 0.0).astype(np.float32))
-            ratio.append(np.where(v.mask, logp - v.logprobs, 0.0).astype(np.float32))
+            ratio.append(np.where(v.mask, logp - before, 0.0).astype(np.float32))
         room = self.settings.max_new_tokens - (1 if algo.resample == "after" else 0)
         eligible = [
             eligible_positions(v, self._closing(g.tree, line), self.text.drawable, room)
             for line, v in zip(g.roots, views, strict=True)
         ]
-        seed = derive_seed(self.run_seed, g.tree.step, g.tree.task.task_id, "branch")
-        return plan_branches(entropy, ratio, [v.mask for v in views], eligible, algo, seed)
+        masks = [v.mask for v in views]
+        return plan_branches(entropy, ratio, masks, eligible, algo, self._seed(g, ("branch",)))
 
-    def _closing(self, tree: RolloutTree, line: Line) -> np.ndarray:
-        """bool[T]: the token after which a tool was called (or the last one of the leaf closed a block)."""
+    @staticmethod
+    def _closing(tree: RolloutTree, line: Line) -> np.ndarray:
+        """bool[T]: the token that closed a block (a tool was called after it, or the answer was complete)."""
         flags: list[bool] = []
         for node, k in tree.walk(line.record.node):
-            if node.role == "prompt":
-                continue
-            own = [False] * k
-            if node.sampled and k and k == len(node.token_ids):
-                own[-1] = True
-            flags += own
-        if flags and line.record.finish is Finish.LENGTH:
-            flags[-1] = False  # cut off, nothing was closed
+            if node.role != "prompt":
+                flags += [node.closed and i == len(node.token_ids) - 1 for i in range(k)]
         return np.asarray(flags, bool)
 
     @staticmethod
@@ -237,7 +250,7 @@ class Rollouts:
             )
         )  # fmt: skip
         seq = self.engine.fork(parent.seq, tree.prompt_len + split)
-        line = Line(tree, len(tree.leaves) - 1, seq, self._seed(tree, path), sampled=sampled)
+        line = Line(tree, len(tree.leaves) - 1, seq, self._seed(g, path), sampled=sampled)
         g.branches.append(line)
         self._start(line, tree.nodes[node].token_ids[:offset])
 

@@ -50,7 +50,9 @@ def test_learns_to_use_the_tool(algo, tmp_path):
     if algo == "appo":
         # Half of the mini-batches are drawn from unmoved weights: there Omega is flat by definition, and only there.
         assert all(
-            0.45 <= s["branch/omega_flat"] <= 0.75 for s in steps if s["learner/nonfinite"] == 0
+            0.45 <= s["branch/omega_flat"] <= 0.75
+            for s in steps
+            if not (s["learner/nonfinite"] or s["learner/empty"])
         )
         assert "branch" in (tmp_path / "run" / "report.md").read_text().lower()
     else:

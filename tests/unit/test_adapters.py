@@ -65,3 +65,15 @@ def test_half_an_adapter_or_a_wrong_shape_is_refused(tmp_path):
         engine.load_weights(
             [("model.layers.9.x" + s, pairs[down]) for s in (".lora_A", ".lora_B")], 1
         )
+
+
+def test_a_part_of_a_fused_adapter_is_refused_and_nothing_changes(tmp_path):
+    pairs = dict(adapter_tensors(adapted("llama", tmp_path)))
+    engine = NativeEngine(tmp_path, dtype="float32")
+    engine.load_weights(pairs.items(), 1)
+    ids = list(range(20))
+    before = scored(engine, ids)
+    q = {k: v for k, v in pairs.items() if ".q_proj." in k}
+    with pytest.raises(ModelError, match="push all"):
+        engine.load_weights(q.items(), 2)
+    assert engine.policy_version == 1 and torch.equal(scored(engine, ids), before)

@@ -209,6 +209,7 @@ class Rows:
     offsets = torch.tensor([0, 5, 8])
     mask = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1], dtype=torch.bool)
     weight = torch.ones(2)
+    version = torch.zeros(8, dtype=torch.int64)
 
     def __init__(self, generator):
         self.behaviour = -torch.rand(8, generator=generator)
@@ -225,7 +226,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(name):
 
     def loss_of(lo, hi, offsets):
         part = Rows(g)
-        for k in ("behaviour", "advantage"):
+        for k in ("behaviour", "advantage", "version"):
             setattr(part, k, getattr(rows, k)[lo:hi])
         part.mask, part.offsets, part.weight = (
             rows.mask[lo:hi],
@@ -253,3 +254,22 @@ def test_future_term_reads_raw_positions_through_a_tool_result():
     mask = torch.tensor([1, 1, 0, 1], dtype=torch.bool)
     f = losses.future_scale(d, mask, torch.tensor([0, 4]), gamma=0.5, clip=(0.0, 10.0))
     close({"tol": 1e-12}, f.log(), [0.1 + 0.1 + 0.0375, 0.2 + 0.075, 0.15, 0.3])
+
+
+def test_tokens_of_the_version_under_training_have_ratio_one_exactly():
+    g = torch.Generator().manual_seed(1)
+    rows = Rows(g)
+    rows.version = torch.tensor([4, 4, -1, 4, 4, 3, 3, 3])
+    logp = (
+        rows.behaviour + 0.02 * torch.randn(8, generator=g)
+    ).requires_grad_()  # engine and learner round differently
+    stats = LogProbEntropy(logp, torch.zeros(8), logp)
+    exact = make_objective(ALGORITHMS["appo"], version=lambda: 4)
+    loss, metrics = exact(stats, rows, Counts(7, 2, 4))
+    (grad,) = torch.autograd.grad(loss, logp)
+    # Row 0 is on policy: scale 1.5, mean over its 4 tokens, over 4 rollouts.
+    want = -rows.advantage[:5] * 1.5 / 4 / 4
+    torch.testing.assert_close(
+        grad[:5], torch.where(rows.mask[:5], want, 0.0), rtol=1e-6, atol=1e-9
+    )
+    assert 0 < metrics["policy/log_ratio_abs"][0] < 0.02 * 3 * 4  # row 1 only

@@ -93,3 +93,55 @@ def test_batch_arithmetic(given, roots, branches):
 def test_bad_algorithms(given, words):
     with pytest.raises(ConfigError, match=words):
         resolve(load_config("quickstart", given).algo)
+
+
+def test_order_of_overrides_loses_nothing():
+    cfg = load_config(
+        "quickstart",
+        [
+            "algo.clip_high=0.5",
+            "data.params.digits=1",
+            "algo=grpo",
+            "data.task=reasoning_gym:chain_sum",
+        ],
+    )
+    assert (
+        cfg.algo.name == "grpo" and cfg.algo.clip_high == 0.5 and cfg.data.params == {"digits": 1}
+    )
+
+
+def test_a_resumed_run_starts_from_its_own_configuration(tmp_path):
+    cfg = load_config("tiny", ["learner.lr=3e-4", "algo=grpo"])
+    (tmp_path / "config.yaml").write_text(dump(cfg))
+    again = load_config("tiny", [f"resume={tmp_path}", "steps=30"])
+    assert again.learner.lr == 3e-4 and again.algo.name == "grpo" and again.steps == 30
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["algo=grpo", "algo.credit=mean"], ["algo=grpo", "algo.branch_by=random"], ["algo=grpo", "algo.train_branches=true"],
+     ["algo=grpo", "algo.half_life=8"], ["algo.branch_by=entropy", "algo.score_clip=0.1"]],
+)  # fmt: skip
+def test_a_key_without_effect_is_refused(given):
+    with pytest.raises(ConfigError, match="has no effect"):
+        resolve(load_config("quickstart", given).algo)
+
+
+def test_dual_clip_can_be_switched_off():
+    assert resolve(load_config("quickstart", ["algo=grpo"]).algo).dual_clip == 3.0
+    assert (
+        resolve(load_config("quickstart", ["algo=grpo", "algo.dual_clip=0"]).algo).dual_clip is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("learner.betas=[0.9]", "two numbers"),
+        ("tools.python.wall_s=20", "timeout_s"),
+        ("learner.zero_stage=0", "stage 1"),
+    ],
+)
+def test_contradictions_are_found_early(override, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config("quickstart", [override])

@@ -509,3 +509,42 @@ def test_tokens_do_not_depend_on_the_batch(folder):
         return {seed: events[seq].token_ids for seq, seed in zip(seqs, seeds)}
 
     assert run(True) == run(False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scoring_twice_gives_the_same_bits(dtype, tmp_path):
+    """Rollouts.remember rests on it: Omega compares two scoring passes."""
+    build("llama", tmp_path)
+    engine = NativeEngine(tmp_path, dtype=dtype)
+    prompt = engine.add_prompt(list(range(20, 50)))
+    seqs = [engine.fork(prompt, 30) for _ in range(4)]
+    for i, seq in enumerate(seqs):
+        engine.submit(seq, SamplingParams(12 + i), i)
+    while engine.has_work():
+        engine.step()
+    first = engine.score(seqs)
+    engine.load_weights(engine_weights(tmp_path), 1)
+    second = engine.score(seqs)
+    for a, b in zip(first, second, strict=True):
+        assert np.array_equal(a.logprobs, b.logprobs) and np.array_equal(a.entropy, b.entropy)
+
+
+def engine_weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors").items()
+
+
+def test_a_cpu_without_bfloat16_support_falls_back_to_plain_linears(tmp_path, monkeypatch):
+    from appo.rollout.native import model
+
+    class Ops:
+        _reorder_linear_weight = _linear_pointwise = staticmethod(lambda *a: pytest.fail("packed"))
+        _is_mkldnn_bf16_supported = staticmethod(lambda: False)
+
+    class Torch:
+        mkldnn = Ops
+
+    weight = torch.zeros(4, 4, dtype=torch.bfloat16)
+    monkeypatch.setattr(model.torch, "ops", Torch)
+    assert not model.can_pack(weight, torch.bfloat16) and model.can_pack(weight, torch.float32)

@@ -6,9 +6,10 @@ from fakes import EOS, ByteTokenizer, InstantPool, ScriptedEngine
 
 from appo.algo.presets import ALGORITHMS
 from appo.rollout.agent import AgentSettings
+from appo.rollout.grade import spans_of
 from appo.rollout.protocol import TokenText
 from appo.rollout.tree import Rollouts
-from appo.types import Finish, Task
+from appo.types import Finish, Leaf, Node, RolloutTree, Task
 
 TEXT = TokenText(ByteTokenizer())
 TASK = Task("t0", [{"role": "user", "content": "q"}], "1", ("python",))
@@ -157,3 +158,63 @@ def test_leaves_count_shared_tokens_once():
     assert tree.total_tokens() == sum(
         len(tree.trajectory(i).token_ids) for i in range(len(tree.leaves))
     )
+
+
+def test_the_same_task_twice_in_a_step_draws_other_noise():
+    engine = ScriptedEngine(say("? <answer>1</answer>"))
+    r = Rollouts(engine, TEXT, InstantPool(), AgentSettings(99, 1, tools=("python",)), run_seed=7)
+    growths = [r.plant(TASK, PROMPT, 1, step=3, copy=k) for k in (0, 1)]
+    assert growths[0].roots[0].seed != growths[1].roots[0].seed
+
+
+def test_omega_compares_two_scoring_passes_when_roots_were_remembered():
+    """An engine whose decoding rounds: recorded log-probs differ from scored ones, the weights do not."""
+    algo = ALGORITHMS["appo"]
+
+    class Rounding(ScriptedEngine):
+        def step(self):
+            from dataclasses import replace
+
+            return [
+                replace(e, logprobs=[x + 0.02 * (-1) ** i for i, x in enumerate(e.logprobs)])
+                for e in super().step()
+            ]
+
+        def load_weights(self, named_tensors, version):
+            self.moved_to, self.policy_version = version, version
+
+        def stat(self, prefix):  # the policy itself never moves
+            version, self.policy_version = self.policy_version, 0
+            try:
+                return super().stat(prefix)
+            finally:
+                self.policy_version = version
+
+    def plan(remember):
+        engine = Rounding(say("ab ? cd <python>1+1</python>", "ef ? gh <answer>2</answer>"))
+        r = Rollouts(
+            engine, TEXT, InstantPool(), AgentSettings(200, 2, tools=("python",)), run_seed=7
+        )
+        g = r.plant(TASK, PROMPT, 2, step=0)
+        r.run()
+        if remember:
+            r.remember([g])
+        engine.load_weights([], 1)
+        return r.grow_branches([g], algo)[0]
+
+    assert not any(plan(remember=False).flat)  # rounding passes for information
+    assert all(plan(remember=True).flat)
+
+
+def test_a_character_split_by_a_fork_is_read_whole():
+    minus = list("\u2212".encode())
+    tree = RolloutTree(
+        TASK,
+        [
+            Node(None, "prompt", 0, PROMPT),
+            Node(0, "model", len(PROMPT), minus, [0.0] * 3, [0.0] * 3),
+        ],
+    )
+    tree.nodes.append(Node(1, "model", 2, [minus[2], *b"5"], [0.0] * 2, [0.0] * 2))
+    tree.leaves = [Leaf(2, 0)]
+    assert spans_of(tree, 0, TEXT.text) == [("\u22125", True)]

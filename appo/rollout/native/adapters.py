@@ -7,6 +7,7 @@ block-diagonal. A push of adapters alone neither touches nor repacks a weight.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,19 +35,32 @@ class Adapters:
         self.parts[name] = tensor.detach().clone()
         return True
 
-    def apply(self, model: Model) -> None:
-        """Check all of them, then replace the adapters of the linears they belong to. Raises ModelError."""
+    def check(self, model: Model) -> Callable[[], None]:
+        """Check all of them; → what installs them. Nothing is changed before. Raises ModelError."""
         by_linear: dict[int, list[tuple[Slice, Tensor, Tensor]]] = defaultdict(list)
+        names: dict[int, set[str]] = defaultdict(set)
         for name in self.parts:
             module = name.removesuffix(DOWN).removesuffix(UP)
             if name.endswith(DOWN):
                 s, down, up = self._pair(model, module)
                 by_linear[id(s.linear)].append((s, down, up))
+                names[id(s.linear)].add(module)
             elif module + DOWN not in self.parts:
                 raise ModelError(f"adapter {name!r} came without {module + DOWN!r}; push both")
-        for group in by_linear.values():
-            linear = group[0][0].linear
-            linear.adapter = _fuse(linear, group, model.dtype)
+        for key, group in by_linear.items():
+            lost = group[0][0].linear.adapted - names[key]
+            if lost:  # they share one fused adapter, which is replaced as a whole
+                raise ModelError(
+                    f"adapters of {sorted(names[key])} came without those of {sorted(lost)}; push all"
+                )
+
+        def install() -> None:
+            for key, group in by_linear.items():
+                linear = group[0][0].linear
+                linear.adapter = _fuse(linear, group, model.dtype)
+                linear.adapted = frozenset(names[key])
+
+        return install
 
     def _pair(self, model: Model, module: str) -> tuple[Slice, Tensor, Tensor]:
         s = model.slices.get(module)

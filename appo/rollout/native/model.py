@@ -34,9 +34,10 @@ class Linear:
         self.weight, self.bias, self.compute = weight, bias, compute
         self.ready, self.packed = weight, False
         self.adapter: tuple[Tensor, Tensor] | None = None
+        self.adapted: frozenset[str] = frozenset()  # modules in `adapter`
 
     def pack(self) -> None:
-        self.packed = can_pack(self.weight)
+        self.packed = can_pack(self.weight, self.compute)
         self.ready = self.weight.to(self.compute)
         if self.packed:
             self.ready = torch.ops.mkldnn._reorder_linear_weight(self.ready, 32)
@@ -52,11 +53,14 @@ class Linear:
         return torch.addmm(y, x @ down.T, up.T)
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether this build of torch has oneDNN's packed linear for such a weight."""
+def can_pack(weight: Tensor, compute: torch.dtype) -> bool:
+    """Whether this build of torch, on this CPU, has oneDNN's packed linear for such a weight."""
     ops = torch.ops.mkldnn
     have = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
-    return weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and have
+    if not (have and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()):
+        return False
+    # In bfloat16 oneDNN refuses CPUs without AVX-512 or AVX-NE-CONVERT, with an exception.
+    return compute != torch.bfloat16 or bool(ops._is_mkldnn_bf16_supported())
 
 
 @dataclass
@@ -149,10 +153,11 @@ class Model:
         if not pairs and not adapters.parts:
             raise ModelError("no weights given: named_tensors is empty")
         with torch.no_grad():
+            install = adapters.check(self)
             for name, _ in pairs:  # a new (merged) weight replaces what was applied to the old one
                 if (place := self.slices.get(name.removesuffix(".weight"))) is not None:
-                    place.linear.adapter = None
-            adapters.apply(self)
+                    place.linear.adapter, place.linear.adapted = None, frozenset()
+            install()
             for name, tensor in pairs:
                 self.targets[name].write(tensor.detach())
             if pairs:  # adapters alone leave every weight, and its packed copy, as it is

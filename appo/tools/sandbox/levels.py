@@ -125,7 +125,12 @@ def _praise(level: SandboxLevel) -> str:
 @contextlib.contextmanager
 def _targets() -> Iterator[dict[str, object]]:
     """Real things to attack, which the same program reaches without a sandbox: files, listeners, this process."""
-    with tempfile.TemporaryDirectory(prefix="appo-probe-") as name, socket.socket() as tcp:
+    # The path of a Unix socket may have 107 bytes; job schedulers hand out longer temporary folders.
+    base = None if len(tempfile.gettempdir().encode()) < 70 else "/tmp"
+    with (
+        tempfile.TemporaryDirectory(prefix="appo-probe-", dir=base) as name,
+        socket.socket() as tcp,
+    ):
         folder = Path(name)
         folder.chmod(0o777)  # the walls must hold, not the mode bits
         (folder / "secret").write_text("secret")

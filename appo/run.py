@@ -175,7 +175,7 @@ def card_rows(p: Plan) -> list[tuple[str, str]]:
                      f"{cfg.steps} steps = {cfg.steps * per_step} rollouts, {cfg.steps * cfg.minibatches} updates"),
         ("limits", f"{cfg.rollout.max_new_tokens} sampled tokens and {cfg.rollout.max_tool_calls} tool calls a rollout"),
         ("learner", f"{learner}, lr {cfg.learner.lr:g}, ZeRO stage {cfg.learner.zero_stage}"),
-        ("memory", f"about {sum(memory.values()) / 2**30:.1f} GiB (" +
+        ("memory", f"tensors about {sum(memory.values()) / 2**30:.1f} GiB, Python and PyTorch 1 to 2 GiB more (" +
                    ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in memory.items()) + ")"),
         ("tools", f"{', '.join(cfg.tools.enabled) or 'none'}; sandbox level: {p.tool_level}"),
         ("threads", f"{p.threads}{' · deterministic mode' if cfg.deterministic else ''}"),

@@ -205,6 +205,8 @@ class Trainer:
     ) -> dict[str, float]:
         out = tree_metrics(result.trees)
         out |= branch_metrics(result)
+        if self.algo.branch_by != "score":
+            out.pop("branch/omega_flat", None)  # Ω was not asked
         out |= {k: v[-1] if k in LAST else float(np.mean(v)) for k, v in learned.items()}
         out |= dict(sums)
         out["policy/version"] = self.version

@@ -37,9 +37,10 @@ COUNTERS = {
     "group/ungraded_leaves": "rollouts left out of their group",
     "group/zero_variance": "groups without signal (all rewards equal)",
     "branch/shortfall": "branch slots that stayed empty",
+    "learner/empty": "mini-batches without anything to learn",
+    "learner/nonfinite": "mini-batches skipped for a non-finite loss or gradient",
 }
 SHARES = {
-    "learner/nonfinite": "mini-batches skipped for a non-finite loss or gradient",
     "tool/errors": "tool calls that failed",
     "rollout/truncated": "rollouts cut off by the token limit",
 }

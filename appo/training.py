@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from appo.config import Config, dump
 from appo.data.datasets import Cursor
@@ -52,7 +49,6 @@ class TrainingRun:
 
         p = session.plan
         self.session, self.plan, self.cfg, self.console = session, p, p.cfg, session.console
-        _seed_everything(self.cfg.seed)
         self.learner = Learner(p.source.path, _learner_settings(p), seed=self.cfg.seed)
         self.cursor = Cursor(tasks_of(self.cfg, "train"))
         self.done = 0
@@ -224,15 +220,6 @@ def _cut_trees(path: Path, keep: int | None) -> None:
 
     if keep is not None and path.exists():
         cut_after(path, keep)
-
-
-def _seed_everything(seed: int) -> None:
-    """Only initialisation draws from global generators; sampling and data have their own derived seeds."""
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 # Keys that may differ between a run and its resumption without changing what is computed.

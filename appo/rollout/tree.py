@@ -178,10 +178,9 @@ class Rollouts:
         Ω compares policies. Decoding and scoring round differently (0.01 a token in bfloat16), and a sum of that over a
         rollout looks like a moved policy; two scoring passes over the same rows differ by the policy alone.
         """
-        lines = [(g, line) for g in growths for line in g.roots]
-        scored = self.engine.score([line.seq for _, line in lines], self.settings.temperature)
-        for (g, line), s in zip(lines, scored, strict=True):
-            g.baseline[line.seq] = s.logprobs[g.tree.prompt_len - 1 :]
+        scored = self._rescore(growths)
+        for g in growths:
+            g.baseline = {line.seq: scored[line.seq][0] for line in g.roots}
 
     def _stale(self, line: Line) -> bool:
         version = line.tree.trajectory(line.leaf).version

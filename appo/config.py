@@ -135,6 +135,7 @@ class LearnerConfig:
     token_budget: int = 4096  # tokens of one packed micro-batch
     zero_stage: Literal[0, 1, 2, 3] = 1
     gradient_checkpointing: bool = False
+    head_backend: Literal["auto", "torch", "cpu", "triton", "cublas32"] = "auto"
     max_nonfinite: int = 3  # skipped mini-batches in a row before the run stops
 
 

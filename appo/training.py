@@ -255,7 +255,7 @@ def _learner_settings(p: Plan) -> Any:
         warmup_steps=c.warmup_steps, schedule=c.schedule, total_steps=p.cfg.steps * p.cfg.minibatches,
         max_grad_norm=c.max_grad_norm, zero_stage=c.zero_stage, dtype=p.cfg.model.dtype,
         gradient_checkpointing=c.gradient_checkpointing, temperature=p.cfg.rollout.temperature,
-        max_nonfinite=c.max_nonfinite, threads=p.threads, dump_dir=str(p.output),
+        head_backend=c.head_backend, max_nonfinite=c.max_nonfinite, threads=p.threads, dump_dir=str(p.output),
     )  # fmt: skip
 
 

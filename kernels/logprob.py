@@ -1,9 +1,8 @@
-"""Log-probability and entropy of sampled tokens straight from hidden states: logits exist only block by block.
+"""Log-probability and entropy of sampled tokens straight from hidden states: no [T, V] tensor, forward or backward.
 
-This is the definition that every faster kernel is tested against, and the CPU path. The outer loop runs over blocks of
-the vocabulary, so that a bf16 head is widened to float32 once per pass; the inner one over blocks of tokens. Statistics
-are float32 for bf16 inputs as well: a bf16 matrix product would round every logit to 8 bits (an error of 6e-2 in logp,
-which the discounted sums of the branching score then add up).
+Two operators do the work, `appo::linear_stats` and `appo::linear_grads`; both are opaque to torch.compile and have fake
+implementations, so a compiled graph does not break at them. Between them lie a few lines on vectors of N tokens: the
+merge over ranks, logp, entropy and lse from the statistics, and the upstream factors of backward.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from appo.kernels import backends, debug
 from appo.kernels.blocks import (
     IGNORE,
-    Blocks,
-    add_at,
+    LinearCall,
+    Upstream,
     check_inputs,
-    check_targets,
+    check_values,
     inverse_temperature,
 )
-from appo.kernels.stats import EMPTY, LN2, LOG2E, Stats, column_stats, empty, finish, merge
-from appo.kernels.vocab_parallel import merge_ranks, sum_ranks
+from appo.kernels.stats import EMPTY, LN2, LOG2E, Stats, column_stats, finish
+from appo.kernels.vocab_parallel import check_shards, merge_ranks, sum_ranks
 
 
 class LogProbEntropy(NamedTuple):
@@ -45,6 +44,7 @@ def linear_logprob_entropy(
     vocab_start: int = 0,
     group: Any = None,
     backend: str = "auto",
+    deterministic: bool = True,
     block: tuple[int, int] | None = None,
 ) -> LogProbEntropy:
     """Statistics of softmax(inv_temp · cap(h @ w.T)) at `targets`, without a [T, V] tensor, forward or backward.
@@ -57,30 +57,30 @@ def linear_logprob_entropy(
     vocab_start, group  w is this rank's contiguous slice of the vocabulary; statistics are merged over the process group
                       in rank order, h and the upstream gradients must be the same on all its ranks, and the gradient of
                       h comes back summed
-    backend           "auto" | "torch"
-    block             (tokens, columns) per block; default BLOCK[device]
+    backend           "auto" | "torch" | "cpu" | "triton" | "cublas32"; see `backends`
+    deterministic     the bits of a token do not depend on the batch around it (same bits on every run in any case)
+    block             (tokens, columns) per block of the "torch" backend
 
     Gradients flow from logp, entropy and lse to h, w and inv_temp; what needs none is not computed (a frozen head costs
-    no dW). They are summed in float32 and rounded once. Same bits on every run on a CPU.
-    Workspace: about 3 logit blocks + one widened block of w + for backward an [N, H] float32 sum.
-    Raises ValueError or TypeError for shapes, dtypes and ids that do not fit.
+    no dW). They are summed in float32 and rounded once.
+    A logit of -inf lies outside the support; a row with a NaN or +inf logit gets NaN for all three, other rows are not
+    touched. IGNORE gets 0 for all three.
+    Raises ValueError or TypeError for shapes, dtypes, devices and ids that do not fit (ids on a GPU: in `debug` only,
+    because looking at them waits for the device).
     """
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend is {backend!r}, expected 'auto' or 'torch'")
-    n = targets.shape[0]
+    backends.check_name(backend)
     check_inputs(h, w, targets, rows, softcap)
+    n = targets.shape[0]
+    if n == 0:
+        empty = (h.sum() + w.sum()).to(inverse_temperature(1.0, 0, h, w).dtype) * h.new_zeros(0)
+        return LogProbEntropy(empty, empty, empty)
     scale = inverse_temperature(inv_temp, n, h, w)
     targets = targets.to(torch.int64)
-    keep = targets != IGNORE
-    check_targets(targets[keep], w.shape[0], vocab_start, group)
-    if bool(keep.all()):
-        out = _Fused.apply(h, w, targets, rows, scale, softcap, vocab_start, group, block)
-        return LogProbEntropy(*out)
-    # Ignored targets cost nothing: only the rows that count are computed, the others are zero.
-    at = keep.nonzero()[:, 0]
-    some = at if rows is None else rows[at]
-    out = _Fused.apply(h, w, targets[at], some, scale[at], softcap, vocab_start, group, block)
-    return LogProbEntropy(*(x.new_zeros(n).index_copy(0, at, x) for x in out))
+    vocabulary = (vocab_start, vocab_start + w.shape[0])
+    if group is not None:
+        vocabulary = check_shards(*vocabulary, targets.device, group)
+    call = (rows, softcap, vocab_start, vocabulary, group, backend, deterministic, block)
+    return LogProbEntropy(*_Fused.apply(h, w, targets, scale, *call))
 
 
 @torch.no_grad()
@@ -93,25 +93,22 @@ def logprob_entropy(
     targets[N] integer ids; inv_temp a number, [] or [N]. No gradient; logits are not changed. Works in row blocks.
     """
     n, vocab = logits.shape
-    scale = inverse_temperature(inv_temp, n, logits, logits) * LOG2E
+    scale = inverse_temperature(inv_temp, n, logits, logits)
     targets = targets.to(torch.int64)
-    check_targets(targets, vocab, 0, None)
+    check_values(targets, None, scale, n, (0, vocab))
+    scale = scale * LOG2E
     step = max(1, (1 << 20) // max(vocab, 1))
     parts = []
     for i in range(0, n, step):
         x2 = logits[i : i + step].to(scale.dtype) * scale[i : i + step, None]
-        parts.append(column_stats(x2.clamp_(min=EMPTY), targets[i : i + step]))
+        parts.append(column_stats(x2.masked_fill_(x2 < EMPTY, EMPTY), targets[i : i + step]))
     if not parts:
         return LogProbEntropy(*(scale.new_zeros(0) for _ in range(3)))
     return LogProbEntropy(*finish(Stats(*(torch.cat(x) for x in zip(*parts)))))
 
 
 class _Fused(torch.autograd.Function):
-    """Forward keeps h, w and three numbers per token; backward recomputes each logit block.
-
-    With upstream ga, he, le for logp, entropy, lse and p the softmax, the gradient of a capped logit is
-    G = inv_temp · (p · (le - ga - he·(H + log p)) + ga · [column = target]); then dh = G w and dw = Gᵀ h.
-    """
+    """Forward keeps h, w and four numbers per token; backward recomputes each logit block."""
 
     @staticmethod
     def forward(
@@ -119,84 +116,202 @@ class _Fused(torch.autograd.Function):
         h: Tensor,
         w: Tensor,
         targets: Tensor,
-        rows: Tensor | None,
         scale: Tensor,
+        rows: Tensor | None,
         softcap: float | None,
         vocab_start: int,
+        vocabulary: tuple[int, int],
         group: Any,
+        backend: str,
+        deterministic: bool,
         block: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        run = Blocks(h, w, rows, scale, softcap, block)
-        column = targets - vocab_start
-        total = [empty(t1 - t0, scale) for t0, t1 in run.tokens()]
-        with torch.autocast(h.device.type, enabled=False):
-            for v0, v1 in run.columns():
-                w_vh = run.head(v0, v1)
-                for i, (t0, t1) in enumerate(run.tokens()):
-                    x2 = run.scaled_logits(t0, t1, run.hidden(t0, t1), w_vh)
-                    total[i] = merge(total[i], column_stats(x2, column[t0:t1] - v0))
-            stats = Stats(*(torch.cat(x) for x in zip(*total))) if total else empty(0, scale)
-            if group is not None:
-                stats = merge_ranks(stats, group)
-            logp, entropy, lse = finish(stats)
-        ctx.save_for_backward(h, w, column, rows, scale, stats.m, torch.log2(stats.s), entropy, lse)
-        ctx.softcap, ctx.group, ctx.block = softcap, group, block
-        ctx.set_materialize_grads(False)
+        low, high = vocabulary
+        how = (rows, softcap, vocab_start, low, high, backend, deterministic, block)
+        stats = Stats(*linear_stats(h, w, targets, scale, *how).unbind(0))
+        if group is not None:
+            stats = merge_ranks(stats, group)
+        keep = targets != IGNORE
+        logp, entropy, lse = (torch.where(keep, x, 0.0) for x in finish(stats))
+        ctx.save_for_backward(
+            h, w, targets, scale, rows, stats.m, torch.log2(stats.s), entropy, lse
+        )
+        ctx.how, ctx.group = how[1:], group
         return logp, entropy, lse
 
     @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None
-    ) -> tuple[Any, ...]:
-        h, w, column, rows, scale, m, log2s, entropy, lse = ctx.saved_tensors
-        need_h, need_w, _, _, need_scale = ctx.needs_input_grad[:5]
-        ga, he, le = (torch.zeros_like(lse) if g is None else g for g in (d_logp, d_entropy, d_lse))
-        bent = None if d_entropy is None else he * LN2  # the part of G that bends with log2 p
-        run = Blocks(h, w, rows, scale, ctx.softcap, ctx.block)
-        constant = le - ga - he * entropy
-        dh = scale.new_zeros(scale.shape[0], h.shape[1]) if need_h else None
-        dw = torch.empty_like(w) if need_w else None
-        d_scale = torch.zeros_like(scale)
-        with torch.autocast(h.device.type, enabled=False):
-            for v0, v1 in run.columns():
-                w_vh = run.head(v0, v1)
-                dw_vh = scale.new_zeros(w_vh.shape) if need_w else None
-                for t0, t1 in run.tokens():
-                    t = slice(t0, t1)
-                    h_th = run.hidden(t0, t1)
-                    x2 = run.scaled_logits(t0, t1, h_th, w_vh)
-                    slope = run.cap_slope(t0, t1, x2)
-                    # Two steps: x2 - m is exact where p matters, x2 - (m + log2 s) rounds by the size of m.
-                    logp2 = x2.sub_(m[t, None]).sub_(log2s[t, None])
-                    p = torch.exp2(logp2)
-                    if bent is None:
-                        g = p.mul_(constant[t, None])
-                    else:
-                        g = p.mul_(torch.addcmul(constant[t, None], bent[t, None], logp2, value=-1))
-                    add_at(g, column[t] - v0, ga[t])
-                    if need_scale:
-                        d_scale[t] += torch.linalg.vecdot(g, logp2)
-                    g.mul_(scale[t, None])
-                    if slope is not None:
-                        g.mul_(slope)
-                    if dh is not None:
-                        dh[t].addmm_(g, w_vh)
-                    if dw_vh is not None:
-                        dw_vh.addmm_(g.T, h_th)
-                if dw is not None and dw_vh is not None:
-                    dw[v0:v1] = dw_vh
-            if ctx.group is not None:
-                dh = sum_ranks(dh, ctx.group)
+    def backward(ctx: Any, ga: Tensor, he: Tensor, le: Tensor) -> tuple[Tensor | None, ...]:
+        h, w, targets, scale, rows, m, log2s, entropy, lse = ctx.saved_tensors
+        need_h, need_w, _, need_scale = ctx.needs_input_grad[:4]
+        keep = targets != IGNORE
+        ga, he, le = (torch.where(keep, g, 0.0) for g in (ga, he, le))
+        needs = (need_h, need_w, need_scale)
+        wide = ctx.group is not None  # a sum over ranks is rounded after it, not before
+        up = (m, log2s, le - ga - he * entropy, he * LN2, ga)
+        dh, dw, d_scale = linear_grads(h, w, targets, scale, rows, *ctx.how, *up, *needs, wide)
+        if wide:
+            if need_h:
+                dh = sum_ranks(dh, ctx.group).to(h.dtype)
+            if need_scale:
                 d_scale = sum_ranks(d_scale, ctx.group)
         # Σ_j G_j x_j with x_j = log p_j + lse and Σ_j G_j = le: the large common part of x never enters a sum.
         d_inv_temp = (LN2 * d_scale + le * lse) / scale if need_scale else None
-        return _back_to_rows(dh, h, rows), dw, None, None, d_inv_temp, None, None, None, None
+        return dh if need_h else None, dw if need_w else None, None, d_inv_temp, *([None] * 8)
 
 
-def _back_to_rows(dh: Tensor | None, h: Tensor, rows: Tensor | None) -> Tensor | None:
-    if dh is None:
-        return None
-    if rows is None:
-        return dh.to(h.dtype)
-    return dh.new_zeros(h.shape).index_add_(0, rows, dh).to(h.dtype)
+@torch.library.custom_op("appo::linear_stats", mutates_args=())
+def linear_stats(
+    h: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    softcap: float | None,
+    vocab_start: int,
+    low: int,
+    high: int,
+    backend: str,
+    deterministic: bool,
+    block: list[int] | None,
+) -> Tensor:
+    """Statistics (m, s, u, z) over the columns of w, [4, N] in the dtype of `scale`; low … high-1 is the vocabulary of
+    all ranks. Rows without a target hold (0, 1, 0, 0)."""
+    if h.device.type == "cpu" or debug.active():
+        check_values(targets, rows, scale, h.shape[0], (low, high))
+    n = targets.shape[0]
+    at, call = _call(h, w, targets, scale, rows, softcap, vocab_start, deterministic, block)
+    if call.column.shape[0] == 0:
+        stats = scale.new_zeros(4, 0)
+    else:
+        with torch.autocast(h.device.type, enabled=False):
+            stats = backends.module(backends.choose(backend, h, w)).partial_stats(call)
+    debug.count_non_finite(stats)
+    if at is None:
+        return stats
+    neutral = scale.new_tensor([0.0, 1.0, 0.0, 0.0])[:, None].repeat(1, n)
+    return neutral.index_copy_(1, at, stats)
+
+
+@linear_stats.register_fake
+def _(
+    h: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    softcap: float | None,
+    vocab_start: int,
+    low: int,
+    high: int,
+    backend: str,
+    deterministic: bool,
+    block: list[int] | None,
+) -> Tensor:
+    return scale.new_empty(4, targets.shape[0])
+
+
+@torch.library.custom_op("appo::linear_grads", mutates_args=())
+def linear_grads(
+    h: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    softcap: float | None,
+    vocab_start: int,
+    low: int,
+    high: int,
+    backend: str,
+    deterministic: bool,
+    block: list[int] | None,
+    m: Tensor,
+    log2s: Tensor,
+    constant: Tensor,
+    bent: Tensor,
+    ga: Tensor,
+    need_h: bool,
+    need_w: bool,
+    need_scale: bool,
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh[T, H], dw[V, H], Σ_j g_j log2 p_j [N]) of one slice; an empty tensor for what is not needed.
+
+    The vectors are those of `Upstream`. dh has the dtype of h, or with `wide` that of `scale`.
+    """
+    at, call = _call(h, w, targets, scale, rows, softcap, vocab_start, deterministic, block)
+    up = Upstream(m, log2s, constant, bent, ga)
+    if at is not None:
+        up = Upstream(*(x[at] for x in (m, log2s, constant, bent, ga)))
+    if h.device.type == "cpu" and not bool(bent.any()):
+        up = up._replace(bent=None)  # no upstream of the entropy: one product per logit less
+    dtype = scale.dtype if wide else h.dtype
+    if call.column.shape[0] == 0:
+        dh, dw = h.new_zeros(h.shape, dtype=dtype), torch.zeros_like(w)
+        return dh if need_h else h.new_empty(0), dw if need_w else w.new_empty(0), scale * 0.0
+    with torch.autocast(h.device.type, enabled=False):
+        run = backends.module(backends.choose(backend, h, w)).gradients
+        dh, dw, d_scale = run(call, up, need_h, need_w, need_scale, dtype)
+    if at is not None and d_scale is not None:
+        d_scale = scale.new_zeros(targets.shape[0]).index_copy_(0, at, d_scale)
+    return (
+        h.new_empty(0) if dh is None else dh,
+        w.new_empty(0) if dw is None else dw,
+        scale.new_empty(0) if d_scale is None else d_scale,
+    )
+
+
+@linear_grads.register_fake
+def _(
+    h: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    softcap: float | None,
+    vocab_start: int,
+    low: int,
+    high: int,
+    backend: str,
+    deterministic: bool,
+    block: list[int] | None,
+    m: Tensor,
+    log2s: Tensor,
+    constant: Tensor,
+    bent: Tensor,
+    ga: Tensor,
+    need_h: bool,
+    need_w: bool,
+    need_scale: bool,
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        h.new_empty(h.shape if need_h else 0, dtype=scale.dtype if wide else h.dtype),
+        w.new_empty(w.shape if need_w else 0),
+        scale.new_empty(targets.shape[0] if need_scale else 0),
+    )
+
+
+def _call(
+    h: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    softcap: float | None,
+    vocab_start: int,
+    deterministic: bool,
+    block: list[int] | None,
+) -> tuple[Tensor | None, LinearCall]:
+    """(positions that have a target, or None for all; the call for them).
+
+    On a CPU ignored targets cost nothing: only the others are computed. On a GPU to find them out would wait for the
+    device, so they are computed and masked; leave them out with `rows`.
+    """
+    size = None if block is None else (block[0], block[1])
+    rows = None if rows is None else rows.to(torch.int64)
+    column = targets - vocab_start
+    at = None
+    if h.device.type == "cpu" and bool((targets == IGNORE).any()):
+        at = (targets != IGNORE).nonzero()[:, 0]
+        column, scale, rows = column[at], scale[at], at if rows is None else rows[at]
+    return at, LinearCall(h, w, column, rows, scale, softcap, deterministic, size)

@@ -21,6 +21,7 @@ _PUBLIC = {
     "logprob_entropy": "logprob",
     "LogProbEntropy": "logprob",
     "IGNORE": "blocks",
+    "watch": "debug",
     "future_value": "scan",
     "half_life_to_gamma": "scan",
     "branch_scores": "branching",

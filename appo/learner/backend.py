@@ -57,6 +57,7 @@ class LearnerSettings:
     zero_stage: int = 1
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     gradient_checkpointing: bool = False
+    head_backend: Literal["auto", "torch", "cpu", "triton", "cublas32"] = "auto"
     temperature: float = 1.0
     max_nonfinite: int = 3
     threads: int | None = None
@@ -68,6 +69,7 @@ class LearnerSettings:
             "schedule": ("constant", "linear", "cosine"),
             "zero_stage": (0, 1, 2, 3),
             "dtype": ("bfloat16", "float32"),
+            "head_backend": ("auto", "torch", "cpu", "triton", "cublas32"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -125,7 +127,11 @@ class Learner:
         }
         self.device = zero.join_group()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        policy = Policy(lm, gradient_checkpointing=cfg.gradient_checkpointing).to(self.device)
+        policy = Policy(
+            lm,
+            gradient_checkpointing=cfg.gradient_checkpointing,
+            head_backend=cfg.head_backend,
+        ).to(self.device)
         policy.train()  # gradient checkpointing asks for it; there is no dropout
         self.engine = zero.start_engine(policy, cfg)
         self._closed = False

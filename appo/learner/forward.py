@@ -155,11 +155,14 @@ def load_model(model_dir: Path | str, dtype: torch.dtype) -> nn.Module:
 
 
 class Policy(nn.Module):
-    """A causal LM that answers with statistics of the packed edges."""
+    """A causal LM that answers with statistics of the packed edges; head_backend as in `linear_logprob_entropy`."""
 
-    def __init__(self, lm: nn.Module, *, gradient_checkpointing: bool = False):
+    def __init__(
+        self, lm: nn.Module, *, gradient_checkpointing: bool = False, head_backend: str = "auto"
+    ):
         super().__init__()
         self.lm = lm
+        self.head_backend = head_backend
         if gradient_checkpointing:
             with warnings.catch_warnings():
                 warnings.simplefilter(
@@ -182,6 +185,7 @@ class Policy(nn.Module):
             batch.target[edges],
             rows=batch.source[edges],
             inv_temp=inv_temp,
+            backend=self.head_backend,
         )
         return LogProbEntropy(*(_scatter(x, edges, batch.mask.numel()) for x in stats))
 

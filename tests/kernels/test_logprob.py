@@ -226,9 +226,9 @@ def test_logits_outside_the_support():
 
 def test_wrong_arguments():
     h, w, y = problem(3, 4, 5, torch.float32)
-    with pytest.raises(ValueError, match=r"target 5 \(number 1 .* 0 … 4; use -100"):
+    with pytest.raises(ValueError, match=r"targets\[1\] is 5.* 0 … 4; use -100"):
         linear_logprob_entropy(h, w, torch.tensor([0, 5, 0]))
-    with pytest.raises(ValueError, match="target -1"):
+    with pytest.raises(ValueError, match=r"targets\[2\] is -1"):
         linear_logprob_entropy(h, w, torch.tensor([0, 0, -1]))
     with pytest.raises(ValueError, match="2 targets for 3 rows"):
         linear_logprob_entropy(h, w, y[:2])
@@ -240,7 +240,15 @@ def test_wrong_arguments():
         linear_logprob_entropy(h, w[:, :3], y)
     with pytest.raises(TypeError, match="targets must be integer"):
         linear_logprob_entropy(h, w, y.float())
-    with pytest.raises(ValueError, match="backend is 'triton'"):
-        linear_logprob_entropy(h, w, y, backend="triton")
+    with pytest.raises(ValueError, match="backend is 'cuda', expected one of 'auto', 'torch'"):
+        linear_logprob_entropy(h, w, y, backend="cuda")
+    with pytest.raises(ValueError, match=r"rows\[1\] is 3, but h has rows 0 … 2"):
+        linear_logprob_entropy(h, w, y, rows=torch.tensor([0, 3, 1]))
+    with pytest.raises(TypeError, match="rows must be integer"):
+        linear_logprob_entropy(h, w, y, rows=torch.zeros(3))
+    with pytest.raises(ValueError, match="the vocabulary or the hidden size is empty"):
+        linear_logprob_entropy(h, w[:0], y)
+    with pytest.raises(ValueError, match="targets is on meta, h on cpu"):
+        linear_logprob_entropy(h, w, y.to("meta"))
     with pytest.raises(ValueError, match="softcap is 0"):
         linear_logprob_entropy(h, w, y, softcap=0)

@@ -78,7 +78,7 @@ def linear_logprob_entropy(
     targets = targets.to(torch.int64)
     vocabulary = (vocab_start, vocab_start + w.shape[0])
     if group is not None:
-        vocabulary = check_shards(*vocabulary, targets.device, group)
+        vocabulary = check_shards(vocab_start, w.shape[0], targets.device, group)
     call = (rows, softcap, vocab_start, vocabulary, group, backend, deterministic, block)
     return LogProbEntropy(*_Fused.apply(h, w, targets, scale, *call))
 

@@ -345,7 +345,7 @@ class NativeEngine:
             raise EngineError(
                 f"score needs {more} tokens of KV, {free} of kv_tokens={limit} are free; release sequences"
             )
-        score = TreeScore(self.model, self.store, self.sampler, self.policy_version, temperature)
+        score = TreeScore(self.model, self.store, self.policy_version, temperature)
         self._count["scored_tokens"] += score.run(needs, self.scheduler.prefill_chunk, self._padded)
         return [score.of(leaf) for leaf in leaves]
 

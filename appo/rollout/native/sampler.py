@@ -73,17 +73,6 @@ class Sampler:
         tokens, logp, entropy = (torch.cat(column) for column in zip(*out))
         return tokens.tolist(), logp.tolist(), entropy.tolist()
 
-    def score(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """logprob and entropy (float32 [R]) of given `targets`[R] under logits[R,V] at `temperature`."""
-        logp, entropy = [], []
-        inv_temp = torch.full((1, 1), 1.0 / temperature, device=self.device)
-        for a in range(0, len(targets), ROWS):
-            z, _, total, ent = self._statistics(logits[a : a + ROWS], inv_temp)
-            drawn = z.gather(1, targets[a : a + ROWS, None]).squeeze(1).double()
-            logp.append((drawn - total.log()).float())
-            entropy.append(ent)
-        return torch.cat(logp), torch.cat(entropy)
-
     def _statistics(
         self, logits: Tensor, inv_temp: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,14 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from appo.kernels import linear_logprob_entropy
 from appo.rollout.engine import Scored
 from appo.rollout.native.batch import Batch, Unit
 from appo.rollout.native.kv import KVStore
 from appo.rollout.native.model import Model
-from appo.rollout.native.sampler import Sampler
 from appo.rollout.native.tree import Node
-
-LOGIT_ROWS = 64  # logits of this many rows exist at a time
 
 
 def _pieces(leaf: Node) -> list[tuple[Node, int]]:
@@ -41,10 +39,8 @@ def positions_needed(leaves: Sequence[Node]) -> list[tuple[Node, int]]:
 class TreeScore:
     """One pass. `run` computes, `of(leaf)` reads the result for one sequence."""
 
-    def __init__(
-        self, model: Model, store: KVStore, sampler: Sampler, version: int, temperature: float
-    ):
-        self.model, self.store, self.sampler = model, store, sampler
+    def __init__(self, model: Model, store: KVStore, version: int, temperature: float):
+        self.model, self.store = model, store
         self.version, self.temperature = version, temperature
         self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
@@ -75,12 +71,9 @@ class TreeScore:
         for u in batch.units:
             targets += u.node.tokens[u.start + 1 : u.start + u.count + 1]
         y = torch.tensor(targets, device=self.store.device)
-        parts = []
-        for a in range(0, batch.rows, LOGIT_ROWS):
-            b = min(a + LOGIT_ROWS, batch.rows)
-            logits = self.model.logits(hidden[a:b])
-            parts.append(self.sampler.score(logits, y[a:b], self.temperature))
-        logp, entropy = (torch.cat(column) for column in zip(*parts))
+        logp, entropy, _ = linear_logprob_entropy(
+            hidden[: batch.rows], self.model.head.weight, y, inv_temp=1.0 / self.temperature
+        )
         for u in batch.units:
             rows_of = slice(batch.first_row[u.node.id], batch.first_row[u.node.id] + u.count)
             self._parts.setdefault(u.node.id, []).append((logp[rows_of], entropy[rows_of]))

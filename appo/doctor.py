@@ -41,8 +41,7 @@ def run_doctor(console: Any) -> bool:
         (name, _version(name) or f"not installed ({fix}) — not needed on CPU")
         for name, fix in EXTRAS.items()
     ]
-    native = _native(warnings)
-    rows += [("kernels", native)]
+    rows += [("kernels", _native(warnings)), ("fused head", _head())]
     usable = []
     for level in ("strict", "landlock", "rlimit"):
         found = probe(level)
@@ -108,6 +107,16 @@ def _native(warnings: list[str]) -> str:
         warnings.append("the native library is older than csrc/: run pip install -e . again")
     build = info.get("build") or {}
     return f"{info.get('backend')} ({build.get('compiler', 'no native build')}, {build.get('target', 'PyTorch only')})"
+
+
+def _head() -> str:
+    """What backend="auto" of linear_logprob_entropy means here."""
+    from appo.kernels import backends
+
+    isa, triton = backends.linear_isa(), backends.triton_version()
+    on_cpu = f"CPU: cpu ({isa})" if isa else "CPU: torch (no native matrix kernels here)"
+    on_gpu = f"triton {triton}" if triton else "torch (pip install 'appo[triton]' for the kernels)"
+    return f"{on_cpu}; CUDA: {on_gpu}"
 
 
 def _gpu() -> str:

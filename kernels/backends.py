@@ -49,10 +49,7 @@ def choose(name: str, h: Tensor, w: Tensor) -> str:
 
 def linear_isa() -> str | None:
     """The instruction set of the native matrix kernels on this machine; None: they cannot run here."""
-    try:  # TEMP
-        run = native.function("linear_isa")
-    except AttributeError:
-        return None
+    run = native.function("linear_isa")
     return (str(run()) or None) if run is not None else None
 
 

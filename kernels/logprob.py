@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from appo.kernels import backends, debug
 from appo.kernels.blocks import (
@@ -21,6 +22,7 @@ from appo.kernels.blocks import (
     check_values,
     inverse_temperature,
 )
+from appo.kernels.operators import operator
 from appo.kernels.stats import EMPTY, LN2, LOG2E, Stats, column_stats, finish
 from appo.kernels.vocab_parallel import check_shards, merge_ranks, sum_ranks
 
@@ -128,7 +130,7 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         low, high = vocabulary
         how = (rows, softcap, vocab_start, low, high, backend, deterministic, block)
-        stats = Stats(*linear_stats(h, w, targets, scale, *how).unbind(0))
+        stats = Stats(*stats_op(h, w, targets, scale, *how).unbind(0))
         if group is not None:
             stats = merge_ranks(stats, group)
         keep = targets != IGNORE
@@ -140,6 +142,7 @@ class _Fused(torch.autograd.Function):
         return logp, entropy, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, ga: Tensor, he: Tensor, le: Tensor) -> tuple[Tensor | None, ...]:
         h, w, targets, scale, rows, m, log2s, entropy, lse = ctx.saved_tensors
         need_h, need_w, _, need_scale = ctx.needs_input_grad[:4]
@@ -148,7 +151,7 @@ class _Fused(torch.autograd.Function):
         needs = (need_h, need_w, need_scale)
         wide = ctx.group is not None  # a sum over ranks is rounded after it, not before
         up = (m, log2s, le - ga - he * entropy, he * LN2, ga)
-        dh, dw, d_scale = linear_grads(h, w, targets, scale, rows, *ctx.how, *up, *needs, wide)
+        dh, dw, d_scale = grads_op(h, w, targets, scale, rows, *ctx.how, *up, *needs, wide)
         if wide:
             if need_h:
                 dh = sum_ranks(dh, ctx.group).to(h.dtype)
@@ -159,7 +162,6 @@ class _Fused(torch.autograd.Function):
         return dh if need_h else None, dw if need_w else None, None, d_inv_temp, *([None] * 8)
 
 
-@torch.library.custom_op("appo::linear_stats", mutates_args=())
 def linear_stats(
     h: Tensor,
     w: Tensor,
@@ -192,8 +194,7 @@ def linear_stats(
     return neutral.index_copy_(1, at, stats)
 
 
-@linear_stats.register_fake
-def _(
+def _fake_stats(
     h: Tensor,
     w: Tensor,
     targets: Tensor,
@@ -210,7 +211,6 @@ def _(
     return scale.new_empty(4, targets.shape[0])
 
 
-@torch.library.custom_op("appo::linear_grads", mutates_args=())
 def linear_grads(
     h: Tensor,
     w: Tensor,
@@ -260,8 +260,7 @@ def linear_grads(
     )
 
 
-@linear_grads.register_fake
-def _(
+def _fake_grads(
     h: Tensor,
     w: Tensor,
     targets: Tensor,
@@ -289,6 +288,10 @@ def _(
         w.new_empty(w.shape if need_w else 0),
         scale.new_empty(targets.shape[0] if need_scale else 0),
     )
+
+
+stats_op = operator(linear_stats, _fake_stats)
+grads_op = operator(linear_grads, _fake_grads)
 
 
 def _call(

@@ -20,10 +20,15 @@ INTERPRETED = ("triton", "cublas32")
 
 
 def backend_params(*names):
-    """pytest parameters for backends; one that cannot run here is skipped with the reason."""
-    return [
-        pytest.param(n, marks=pytest.mark.skipif(bool(w := why_not(n)), reason=w)) for n in names
-    ]
+    """pytest parameters for backends; one that cannot run here is skipped with the reason, one that uses the device is
+    marked `gpu`."""
+    return [pytest.param(name, marks=_marks(name)) for name in names]
+
+
+def _marks(name):
+    reason = why_not(name)
+    marks = [pytest.mark.skipif(bool(reason), reason=reason)]
+    return [*marks, pytest.mark.gpu] if device_of(name) == "cuda" else marks
 
 
 def why_not(name):

@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from appo.algo.losses import aggregate, clipped_policy_loss, future_scale, log_ratio_of
+from appo.algo.losses import aggregate, row_sums
 from appo.algo.presets import Algorithm
+from appo.kernels import PolicyLoss, policy_loss
 from appo.types import Counts
 
 
@@ -49,41 +50,44 @@ def make_objective(
         mask = rows.mask
         on_policy = rows.version == version()
         behaviour = torch.where(on_policy, stats.logp.detach(), rows.behaviour)
-        d = log_ratio_of(stats.logp, behaviour, mask)
-        scale = torch.ones_like(d)
-        if algo.future_weight:
-            fut = future_scale(d, mask, rows.offsets, gamma=algo.gamma, clip=algo.future_clip)
-            scale = 1 + algo.future_weight * fut
-        advantage = rows.advantage * scale
-        per_token = clipped_policy_loss(
-            d,
-            advantage,
+        fused = policy_loss(
+            stats.logp,
+            behaviour,
+            rows.advantage,
+            mask,
+            rows.offsets,
+            _row_weight(rows, algo, counts),
+            gamma=algo.gamma if algo.future_weight else None,
+            future_clip=algo.future_clip,
+            future_weight=algo.future_weight,
             clip_low=algo.clip_low,
             clip_high=algo.clip_high,
             dual_clip=algo.dual_clip,
         )
-        loss = aggregate(per_token, mask, rows.offsets, algo.aggregate, counts, rows.weight)
+        loss = fused.loss
         if entropy_coef:
             loss = loss - entropy_coef * aggregate(
                 stats.entropy, mask, rows.offsets, algo.aggregate, counts, rows.weight
             )
-        return loss, _metrics(d, rows.advantage, scale, stats.entropy, mask, algo)
+        return loss, _metrics(fused, stats.entropy, mask)
 
     return objective
 
 
 @torch.no_grad()
-def _metrics(
-    d: Tensor, advantage: Tensor, scale: Tensor, entropy: Tensor, mask: Tensor, algo: Algorithm
-) -> Metrics:
-    n = float(mask.sum())
-    d, a = d[mask].double(), advantage[mask]
-    ratio = d.clamp(-20, 20).exp()
-    clipped = ((a > 0) & (ratio > 1 + algo.clip_high)) | ((a < 0) & (ratio < 1 - algo.clip_low))
-    return {
-        "policy/clip_fraction": (float(clipped.sum()), n),
-        "policy/kl_behaviour": (float((ratio - 1 - d).sum()), n),  # k3 of KL(behaviour ‖ current)
-        "policy/log_ratio_abs": (float(d.abs().sum()), n),
-        "policy/entropy": (float(entropy[mask].double().sum()), n),
-        "policy/future_scale": (float(scale[mask].double().sum()), n),
-    }
+def _row_weight(rows: Rows, algo: Algorithm, counts: Counts) -> Tensor:
+    """The denominators of `losses.aggregate` as one factor per row. float64[R]"""
+    weight = rows.weight.double()
+    if algo.aggregate == "token-mean":
+        return weight / max(counts.tokens, 1.0)
+    total = counts.rows if algo.aggregate == "seq-mean-token-mean" else counts.rollouts
+    return weight / row_sums(rows.mask, rows.offsets).clamp(min=1.0) / max(total, 1.0)
+
+
+@torch.no_grad()
+def _metrics(fused: PolicyLoss, entropy: Tensor, mask: Tensor) -> Metrics:
+    entropy_sum = torch.where(mask, entropy, 0.0).double().sum()
+    sums = (fused.clipped, fused.kl, fused.log_ratio_abs, entropy_sum, fused.scale)
+    n, *values = torch.stack([fused.tokens, *sums]).tolist()  # the one wait for the device
+    names = ("clip_fraction", "kl_behaviour", "log_ratio_abs", "entropy", "future_scale")
+    return {f"policy/{name}": (value, n) for name, value in zip(names, values)}

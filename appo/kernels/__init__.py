@@ -23,11 +23,14 @@ _PUBLIC = {
     "IGNORE": "blocks",
     "watch": "debug",
     "future_value": "scan",
+    "tree_future_value": "scan",
     "half_life_to_gamma": "scan",
     "branch_scores": "branching",
     "BranchScores": "branching",
-    "select_branch_points": "branching",
-    "BranchPoints": "branching",
+    "select_branch_points": "selection",
+    "BranchPoints": "selection",
+    "policy_loss": "loss",
+    "PolicyLoss": "loss",
     "backend_info": "native",
 }
 

@@ -125,7 +125,7 @@ def test_gradient_of_each_output(output, dtype):
         assert got.grad.dtype == dtype
         assert ref.grad.norm() > 0.1
         error = (got.grad.double() - ref.grad).norm() / ref.grad.norm()
-        assert error < (2e-6 if dtype == torch.float32 else 2e-3)
+        assert error < (2e-6 if dtype == torch.float32 else 3e-3)
 
 
 def test_target_gradient_of_a_likely_token():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from appo.kernels import IGNORE, linear_logprob_entropy, watch
-from appo.kernels.logprob import linear_grads, linear_stats
+from appo.kernels.logprob import grads_op, stats_op
 
 torch.set_num_threads(1)
 
@@ -43,9 +43,9 @@ def test_operators_keep_their_promises():
     how = (None, None, 0, 0, 50, "torch", True, None)
     n = [torch.randn(20) for _ in range(5)]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(linear_stats, (h, w, y, scale, *how), test_utils=tests)
+    torch.library.opcheck(stats_op, (h, w, y, scale, *how), test_utils=tests)
     torch.library.opcheck(
-        linear_grads, (h, w, y, scale, *how, *n, True, False, True, False), test_utils=tests
+        grads_op, (h, w, y, scale, *how, *n, True, False, True, False), test_utils=tests
     )
 
 

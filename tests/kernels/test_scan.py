@@ -1,4 +1,4 @@
-"""future_value: golden vectors, the plain recurrence as oracle, ragged segments, native against torch."""
+"""future_value and its tree variant: golden vectors, the plain recurrence as oracle, ragged segments, all backends."""
 
 import math
 
@@ -7,17 +7,18 @@ import torch
 from golden_vectors import vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_backends import on, packed_backends, packed_offsets, random_tree
 
-from appo.kernels import future_value, half_life_to_gamma, native
+from appo.kernels import future_value, half_life_to_gamma, native, tree_future_value
 
 torch.set_num_threads(1)
 HAS_NATIVE = native.load()[0] is not None
-BACKENDS = [
-    pytest.param("torch"),
-    pytest.param(
-        "cpu", marks=pytest.mark.skipif(not HAS_NATIVE, reason="native library not built")
-    ),
-]
+BACKENDS = packed_backends()
+
+
+def scan(backend, x, mask, offsets, gamma):
+    x, mask, offsets = on(backend, x, mask, offsets)
+    return future_value(x, mask, offsets, gamma, backend=backend).cpu()
 
 
 def plain(x, mask, offsets, gamma):
@@ -40,7 +41,7 @@ def double(values):
 def test_golden(name, backend):
     v = vector(name)
     x, mask = double(v["inputs"]["log_ratio"]), torch.tensor(v["inputs"]["mask"])
-    s = future_value(x, mask, torch.tensor([0, len(x)]), v["params"]["gamma"], backend=backend)
+    s = scan(backend, x, mask, torch.tensor([0, len(x)]), v["params"]["gamma"])
     want = v["expected"]
     if "S" in want or "S_raw" in want:
         torch.testing.assert_close(
@@ -56,12 +57,12 @@ def test_golden_loss_terms(backend):
     clamped, dropped = vector("A7"), vector("A8")
     one = torch.tensor([0, 4])
     x = double(clamped["inputs"]["log_ratio"]).clamp(-20, 20)
-    got = future_value(x, torch.ones(4), one, clamped["params"]["gamma"], backend=backend)
+    got = scan(backend, x, torch.ones(4), one, clamped["params"]["gamma"])
     torch.testing.assert_close(got, double(clamped["expected"]["S"]), rtol=0, atol=clamped["tol"])
     x = double(dropped["inputs"]["log_ratio"])
     takes_part = x <= dropped["params"]["log_c"]
     assert takes_part.int().tolist() == dropped["expected"]["participates"]
-    got = future_value(x, takes_part, one, dropped["params"]["gamma"], backend=backend)
+    got = scan(backend, x, takes_part, one, dropped["params"]["gamma"])
     torch.testing.assert_close(got, double(dropped["expected"]["S"]), rtol=0, atol=dropped["tol"])
 
 
@@ -78,12 +79,14 @@ def test_half_life():
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ragged_segments(backend, lengths, gamma, dtype):
+    if backend == "triton" and sum(lengths) == 1000 and dtype == torch.float64:
+        pytest.skip("the interpreter takes seconds; float32 runs the same kernel")
     generator = torch.Generator().manual_seed(len(lengths))
     n = sum(lengths)
     x = torch.randn(n, generator=generator, dtype=dtype)
     mask = torch.rand(n, generator=generator) > 0.3
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    got = future_value(x, mask, offsets, gamma, backend=backend)
+    offsets = packed_offsets(lengths)
+    got = scan(backend, x, mask, offsets, gamma)
     want = double(plain(x.tolist(), mask.tolist(), offsets.tolist(), gamma))
     assert got.dtype == dtype
     # One rounding of the result for float32: the sum itself runs in float64.
@@ -114,7 +117,7 @@ def test_backends_agree(data):
 def test_nan_stays_in_its_segment_and_behind_the_mask(backend, gamma):
     x = torch.tensor([1.0, math.nan, 1.0, 2.0, math.nan, 2.0])
     mask = torch.tensor([True, False, True, True, True, True])
-    got = future_value(x, mask, torch.tensor([0, 3, 6]), gamma, backend=backend)
+    got = scan(backend, x, mask, torch.tensor([0, 3, 6]), gamma)
     assert got[:3].tolist() == [1 + gamma**2, gamma, 1.0]
     assert got[3].isnan() == (gamma > 0)
     assert got[4].isnan()
@@ -125,16 +128,11 @@ def test_nan_stays_in_its_segment_and_behind_the_mask(backend, gamma):
 def test_other_layouts(backend):
     """Non-contiguous input, bfloat16, integer mask, int32 offsets, a tensor that requires grad."""
     x = torch.arange(8.0)[::2].requires_grad_()
-    got = future_value(
-        x,
-        torch.ones(4, dtype=torch.int32),
-        torch.tensor([0, 4], dtype=torch.int32),
-        1.0,
-        backend=backend,
-    )
+    ones, offsets = torch.ones(4, dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
+    got = scan(backend, x, ones, offsets, 1.0)
     assert got.tolist() == [12.0, 12.0, 10.0, 6.0]
     assert not got.requires_grad
-    half = future_value(x.bfloat16(), torch.ones(4), torch.tensor([0, 4]), 1.0, backend=backend)
+    half = scan(backend, x.bfloat16(), torch.ones(4), torch.tensor([0, 4]), 1.0)
     assert half.dtype == torch.bfloat16
     assert half.tolist() == got.tolist()
 
@@ -158,6 +156,8 @@ def test_wrong_arguments():
         future_value(x, x, o, 1.5)
     with pytest.raises(ValueError, match=r"gamma is nan"):
         future_value(x, x, o, math.nan)
+    with pytest.raises(ValueError, match=r"offsets \(0,\)"):
+        future_value(x, x, o[:0], 0.5)
     with pytest.raises(ValueError, match="backend is 'cuda'"):
         future_value(x, x, o, 0.5, backend="cuda")
     with pytest.raises(ValueError, match=r"mask \(3,\)"):
@@ -180,3 +180,84 @@ def test_same_bits_for_any_thread_count():
     torch.testing.assert_close(
         one, future_value(x, mask, offsets, 0.98, backend="torch"), rtol=1e-6, atol=1e-6
     )
+
+
+# -- along a tree --------------------------------------------------------------------------------------------------
+
+
+def plain_tree(x, mask, offsets, parents, weights, gamma):
+    """F of every token by following the definition, the last node first."""
+    out, first = [0.0] * len(x), [0.0] * len(parents)
+    for node in range(len(parents) - 1, -1, -1):
+        children = [c for c, p in enumerate(parents) if p == node]
+        ahead = sum(
+            (1 / len(children) if weights is None else weights[c]) * first[c] for c in children
+        )
+        for i in range(offsets[node + 1] - 1, offsets[node] - 1, -1):
+            ahead = out[i] = (x[i] if mask[i] else 0.0) + gamma * ahead
+        first[node] = ahead
+    return out
+
+
+def tree_scan(backend, x, mask, offsets, parents, gamma, weights=None):
+    x, mask = on(backend, x, mask)
+    return tree_future_value(
+        x, mask, offsets, parents, gamma, weights=weights, backend=backend
+    ).cpu()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("lengths", [[], [3], [0, 2, 0, 3], [40, 70, 1, 0, 65, 5, 9]])
+def test_tree_against_the_definition(backend, lengths, gamma):
+    generator = torch.Generator().manual_seed(len(lengths))
+    n = sum(lengths)
+    x = torch.randn(n, generator=generator, dtype=torch.float64)
+    mask = torch.rand(n, generator=generator) > 0.2
+    offsets, parents = packed_offsets(lengths), random_tree(len(lengths), generator)
+    given = torch.randn(len(lengths), generator=generator, dtype=torch.float64)
+    lists = [t.tolist() for t in (x, mask, offsets, parents)]
+    for weights in (None, given):
+        got = tree_scan(backend, x, mask, offsets, parents, gamma, weights)
+        want = plain_tree(*lists, None if weights is None else weights.tolist(), gamma)
+        torch.testing.assert_close(got, double(want), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_chain_of_nodes_is_one_segment(backend):
+    x = torch.randn(90, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(90)
+    got = tree_scan(backend, x, mask, packed_offsets([20, 0, 30, 40]), torch.arange(-1, 3), 0.97)
+    want = scan(backend, x, mask, packed_offsets([90]), 0.97)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    alone = tree_scan(backend, x, mask, packed_offsets([20, 70]), torch.tensor([-1, -1]), 0.97)
+    want = scan(backend, x, mask, packed_offsets([20, 70]), 0.97)
+    torch.testing.assert_close(alone, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_branches_average_and_a_weight_of_zero_hides_a_child(backend):
+    """Root of 2 tokens with two branches of 1: what lies ahead of the root is their mean."""
+    x = torch.tensor([1.0, 2.0, 4.0, math.nan])
+    tree = (torch.ones(4), packed_offsets([2, 1, 1]), torch.tensor([-1, 0, 0]), 0.5)
+    assert tree_scan(backend, x, *tree)[:2].isnan().all()
+    only = tree_scan(backend, x, *tree, weights=torch.tensor([1.0, 1.0, 0.0]))
+    assert only[:3].tolist() == [3.0, 4.0, 4.0]
+    x[3] = 8.0
+    assert tree_scan(backend, x, *tree).tolist() == [3.5, 5.0, 4.0, 8.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wrong_trees(backend):
+    x, offsets = torch.ones(4), packed_offsets([2, 2])
+    for parents, found in (
+        ([-1, 1], r"parents\[1\] is 1"),
+        ([-2, 0], r"parents\[0\] is -2"),
+        ([0], "expected"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            tree_scan(backend, x, x, offsets, torch.tensor(parents), 0.5)
+    with pytest.raises(ValueError, match="weights must be finite"):
+        tree_scan(backend, x, x, offsets, torch.tensor([-1, 0]), 0.5, torch.tensor([1.0, math.nan]))
+    with pytest.raises(ValueError, match="offsets"):
+        tree_scan(backend, x, x, packed_offsets([2, 3]), torch.tensor([-1, 0]), 0.5)

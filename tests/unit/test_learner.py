@@ -315,7 +315,8 @@ def test_other_zero_stages_train_alike(model_dir: Path, stage: int, mode: str, d
     for name, w in weights[0].items():
         assert w.shape == weights[1][name].shape
         if dtype == "float32":
-            assert torch.allclose(w, weights[1][name], atol=1e-4)
+            # By norm: Adam divides a gradient by its own size, so one that is all rounding moves its weight anywhere.
+            assert (w - weights[1][name]).norm() <= 1e-4 * w.norm()
 
 
 def test_an_empty_minibatch_is_no_step(lora: Learner) -> None:

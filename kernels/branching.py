@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from appo.kernels import native, packed
+from appo.kernels.operators import operator
 from appo.kernels.scan import future_value_torch
 
 SUM_CLAMP = 20.0  # on the discounted sum of log-ratios, before exp
@@ -69,8 +70,7 @@ def branch_scores(
     return BranchScores(*branch_scores_op(entropy, log_ratio, mask, offsets, *numbers))
 
 
-@torch.library.custom_op("appo::branch_scores", mutates_args=())
-def branch_scores_op(
+def _branch_scores(
     entropy: Tensor,
     log_ratio: Tensor,
     mask: Tensor,
@@ -98,8 +98,7 @@ def branch_scores_op(
     return omega, z_entropy, z_omega, score, out[4].view(torch.bool)
 
 
-@branch_scores_op.register_fake
-def _(
+def _fake_branch_scores(
     entropy: Tensor,
     log_ratio: Tensor,
     mask: Tensor,
@@ -112,6 +111,9 @@ def _(
     omega, z_entropy, z_omega, score = (log_ratio.new_empty(log_ratio.shape) for _ in range(4))
     flat = log_ratio.new_empty(offsets.shape[0] - 1, dtype=torch.bool)
     return omega, z_entropy, z_omega, score, flat
+
+
+branch_scores_op = operator("branch_scores", _branch_scores, _fake_branch_scores)
 
 
 def _scores_torch(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from appo.kernels import backends, debug
+from appo.kernels import backends, debug, linear_cpu
 from appo.kernels.blocks import (
     IGNORE,
     LinearCall,
@@ -25,6 +25,8 @@ from appo.kernels.blocks import (
 from appo.kernels.operators import operator
 from appo.kernels.stats import EMPTY, LN2, LOG2E, Stats, column_stats, finish
 from appo.kernels.vocab_parallel import check_shards, merge_ranks, sum_ranks
+
+KEEP_BYTES = 48 << 20
 
 
 class LogProbEntropy(NamedTuple):
@@ -47,6 +49,7 @@ def linear_logprob_entropy(
     group: Any = None,
     backend: str = "auto",
     deterministic: bool = True,
+    keep_bytes: int = KEEP_BYTES,
     block: tuple[int, int] | None = None,
 ) -> LogProbEntropy:
     """Statistics of softmax(inv_temp · cap(h @ w.T)) at `targets`, without a [T, V] tensor, forward or backward.
@@ -60,7 +63,11 @@ def linear_logprob_entropy(
                       in rank order, h and the upstream gradients must be the same on all its ranks, and the gradient of
                       h comes back summed
     backend           "auto" | "torch" | "cpu" | "triton" | "cublas32"; see `backends`
-    deterministic     the bits of a token do not depend on the batch around it (same bits on every run in any case)
+    deterministic     the bits of a token's results do not depend on the batch around it (same bits on every run in any
+                      case; gradients are sums over the batch)
+    keep_bytes        what forward may keep for backward where a gradient is wanted: probabilities of the leading columns,
+                      for which backward then needs no logits (backend "cpu", bfloat16). 0: nothing. Nothing is kept
+                      where less than a quarter would fit
     block             (tokens, columns) per block of the "torch" backend
 
     Gradients flow from logp, entropy and lse to h, w and inv_temp; what needs none is not computed (a frozen head costs
@@ -81,7 +88,10 @@ def linear_logprob_entropy(
     vocabulary = (vocab_start, vocab_start + w.shape[0])
     if group is not None:
         vocabulary = check_shards(vocab_start, w.shape[0], targets.device, group)
-    call = (rows, softcap, vocab_start, vocabulary, group, backend, deterministic, block)
+    # A gradient of the temperature sums over all logits: half-precision probabilities would show in it.
+    wanted = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
+    keep = keep_bytes if wanted and not scale.requires_grad else 0
+    call = (rows, softcap, vocab_start, vocabulary, group, backend, deterministic, block, keep)
     return LogProbEntropy(*_Fused.apply(h, w, targets, scale, *call))
 
 
@@ -110,7 +120,8 @@ def logprob_entropy(
 
 
 class _Fused(torch.autograd.Function):
-    """Forward keeps h, w and four numbers per token; backward recomputes each logit block."""
+    """Forward keeps h, w, four numbers per token and at most `keep` bytes; backward computes the logits again, block by
+    block, where they were not kept."""
 
     @staticmethod
     def forward(
@@ -127,16 +138,18 @@ class _Fused(torch.autograd.Function):
         backend: str,
         deterministic: bool,
         block: tuple[int, int] | None,
+        keep: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         low, high = vocabulary
-        how = (rows, softcap, vocab_start, low, high, backend, deterministic, block)
-        stats = Stats(*stats_op(h, w, targets, scale, *how).unbind(0))
+        how = (rows, softcap, vocab_start, backend, deterministic, block)
+        packed, kept = stats_op(h, w, targets, scale, *how, low, high, keep)
+        stats = Stats(*packed.unbind(0))
         if group is not None:
             stats = merge_ranks(stats, group)
-        keep = targets != IGNORE
-        logp, entropy, lse = (torch.where(keep, x, 0.0) for x in finish(stats))
+        real = targets != IGNORE
+        logp, entropy, lse = (torch.where(real, x, 0.0) for x in finish(stats))
         ctx.save_for_backward(
-            h, w, targets, scale, rows, stats.m, torch.log2(stats.s), entropy, lse
+            h, w, targets, scale, rows, kept, stats.m, torch.log2(stats.s), entropy, lse
         )
         ctx.how, ctx.group = how[1:], group
         return logp, entropy, lse
@@ -144,14 +157,14 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, ga: Tensor, he: Tensor, le: Tensor) -> tuple[Tensor | None, ...]:
-        h, w, targets, scale, rows, m, log2s, entropy, lse = ctx.saved_tensors
+        h, w, targets, scale, rows, kept, m, log2s, entropy, lse = ctx.saved_tensors
         need_h, need_w, _, need_scale = ctx.needs_input_grad[:4]
-        keep = targets != IGNORE
-        ga, he, le = (torch.where(keep, g, 0.0) for g in (ga, he, le))
+        real = targets != IGNORE
+        ga, he, le = (torch.where(real, g, 0.0) for g in (ga, he, le))
         needs = (need_h, need_w, need_scale)
         wide = ctx.group is not None  # a sum over ranks is rounded after it, not before
         up = (m, log2s, le - ga - he * entropy, he * LN2, ga)
-        dh, dw, d_scale = grads_op(h, w, targets, scale, rows, *ctx.how, *up, *needs, wide)
+        dh, dw, d_scale = grads_op(h, w, targets, scale, rows, *ctx.how, kept, *up, *needs, wide)
         if wide:
             if need_h:
                 dh = sum_ranks(dh, ctx.group).to(h.dtype)
@@ -159,7 +172,7 @@ class _Fused(torch.autograd.Function):
                 d_scale = sum_ranks(d_scale, ctx.group)
         # Σ_j G_j x_j with x_j = log p_j + lse and Σ_j G_j = le: the large common part of x never enters a sum.
         d_inv_temp = (LN2 * d_scale + le * lse) / scale if need_scale else None
-        return dh if need_h else None, dw if need_w else None, None, d_inv_temp, *([None] * 8)
+        return dh if need_h else None, dw if need_w else None, None, d_inv_temp, *([None] * 9)
 
 
 def linear_stats(
@@ -170,28 +183,43 @@ def linear_stats(
     rows: Tensor | None,
     softcap: float | None,
     vocab_start: int,
-    low: int,
-    high: int,
     backend: str,
     deterministic: bool,
     block: list[int] | None,
-) -> Tensor:
-    """Statistics (m, s, u, z) over the columns of w, [4, N] in the dtype of `scale`; low … high-1 is the vocabulary of
-    all ranks. Rows without a target hold (0, 1, 0, 0)."""
+    low: int,
+    high: int,
+    keep: int,
+) -> tuple[Tensor, Tensor]:
+    """(statistics (m, s, u, z) over the columns of w, [4, N] in the dtype of `scale`; what was kept for backward, uint8).
+
+    low … high-1 is the vocabulary of all ranks. Rows without a target hold (0, 1, 0, 0).
+    """
     if h.device.type == "cpu" or debug.active():
         check_values(targets, rows, scale, h.shape[0], (low, high))
     n = targets.shape[0]
     at, call = _call(h, w, targets, scale, rows, softcap, vocab_start, deterministic, block)
+    kept = torch.empty(_kept_size(h, w, n, backend, keep), dtype=torch.uint8, device=h.device)
     if call.column.shape[0] == 0:
         stats = scale.new_zeros(4, 0)
     else:
+        how = {"kept": kept} if kept.numel() else {}
         with torch.autocast(h.device.type, enabled=False):
-            stats = backends.module(backends.choose(backend, h, w)).partial_stats(call)
+            stats = backends.module(backends.choose(backend, h, w)).partial_stats(call, **how)
     debug.count_non_finite(stats)
-    if at is None:
-        return stats
-    neutral = scale.new_tensor([0.0, 1.0, 0.0, 0.0])[:, None].repeat(1, n)
-    return neutral.index_copy_(1, at, stats)
+    if at is not None:
+        neutral = scale.new_tensor([0.0, 1.0, 0.0, 0.0])[:, None].repeat(1, n)
+        stats = neutral.index_copy_(1, at, stats)
+    return stats, kept
+
+
+def _kept_size(h: Tensor, w: Tensor, n: int, backend: str, keep: int) -> int:
+    """Bytes of `kept`: none where less than a quarter of the probabilities would fit."""
+    if not keep or backends.choose(backend, h, w) != "cpu":
+        return 0
+    if torch.float32 in (h.dtype, w.dtype):
+        return 0
+    every = linear_cpu.kept_bytes(n, w.shape[0])
+    return min(every, keep) if every <= 4 * keep else 0
 
 
 def _fake_stats(
@@ -202,13 +230,16 @@ def _fake_stats(
     rows: Tensor | None,
     softcap: float | None,
     vocab_start: int,
-    low: int,
-    high: int,
     backend: str,
     deterministic: bool,
     block: list[int] | None,
-) -> Tensor:
-    return scale.new_empty(4, targets.shape[0])
+    low: int,
+    high: int,
+    keep: int,
+) -> tuple[Tensor, Tensor]:
+    n = targets.shape[0]
+    kept = h.new_empty(_kept_size(h, w, n, backend, keep), dtype=torch.uint8)
+    return scale.new_empty(4, n), kept
 
 
 def linear_grads(
@@ -219,11 +250,10 @@ def linear_grads(
     rows: Tensor | None,
     softcap: float | None,
     vocab_start: int,
-    low: int,
-    high: int,
     backend: str,
     deterministic: bool,
     block: list[int] | None,
+    kept: Tensor,
     m: Tensor,
     log2s: Tensor,
     constant: Tensor,
@@ -250,7 +280,8 @@ def linear_grads(
         return dh if need_h else h.new_empty(0), dw if need_w else w.new_empty(0), scale * 0.0
     with torch.autocast(h.device.type, enabled=False):
         run = backends.module(backends.choose(backend, h, w)).gradients
-        dh, dw, d_scale = run(call, up, need_h, need_w, need_scale, dtype)
+        how = {"kept": kept} if kept.numel() else {}
+        dh, dw, d_scale = run(call, up, need_h, need_w, need_scale, dtype, **how)
     if at is not None and d_scale is not None:
         d_scale = scale.new_zeros(targets.shape[0]).index_copy_(0, at, d_scale)
     return (
@@ -268,11 +299,10 @@ def _fake_grads(
     rows: Tensor | None,
     softcap: float | None,
     vocab_start: int,
-    low: int,
-    high: int,
     backend: str,
     deterministic: bool,
     block: list[int] | None,
+    kept: Tensor,
     m: Tensor,
     log2s: Tensor,
     constant: Tensor,
@@ -290,8 +320,8 @@ def _fake_grads(
     )
 
 
-stats_op = operator(linear_stats, _fake_stats)
-grads_op = operator(linear_grads, _fake_grads)
+stats_op = operator("linear_stats", linear_stats, _fake_stats)
+grads_op = operator("linear_grads", linear_grads, _fake_grads)
 
 
 def _call(

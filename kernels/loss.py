@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from appo.kernels import native, packed
+from appo.kernels.operators import operator
 from appo.kernels.scan import future_value_torch
 
 CLAMP = 20.0  # on log-ratios and on their discounted sums, before exp
@@ -128,8 +129,7 @@ class _Fused(torch.autograd.Function):
         return gradient * d_sums[0].to(gradient.dtype), *([None] * 7)
 
 
-@torch.library.custom_op("appo::policy_loss", mutates_args=())
-def policy_loss_op(
+def _policy_loss(
     logp: Tensor,
     behaviour: Tensor,
     advantage: Tensor,
@@ -166,8 +166,7 @@ def policy_loss_op(
     return sums, future.to(logp.dtype), gradient.to(logp.dtype)
 
 
-@policy_loss_op.register_fake
-def _(
+def _fake_policy_loss(
     logp: Tensor,
     behaviour: Tensor,
     advantage: Tensor,
@@ -186,6 +185,9 @@ def _(
     n = logp.shape[0]
     sums, future = logp.new_empty(6, dtype=torch.float64), 0 if gamma is None else n
     return sums, logp.new_empty(future), logp.new_empty(n)
+
+
+policy_loss_op = operator("policy_loss", _policy_loss, _fake_policy_loss)
 
 
 def policy_loss_torch(

@@ -13,13 +13,14 @@ import torch
 _LIBRARY = torch.library.Library("appo", "FRAGMENT")
 
 
-def operator(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as torch.ops.appo.<its name>, for every device; `fake` gives shapes and dtypes only.
+def operator(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`function` as torch.ops.appo.<name>, for every device; `fake` gives shapes and dtypes only.
 
     The schema is read from the annotations. The operator has no derivative of its own: call it inside an
     autograd.Function. Its results never alias its inputs.
     """
-    name = function.__name__
     schema = torch.library.infer_schema(function, mutates_args=())
     _LIBRARY.define(name + schema)
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from appo.kernels import native, packed
+from appo.kernels.operators import operator
 
 
 def half_life_to_gamma(tau: float) -> float:
@@ -48,8 +49,7 @@ def future_value(
     return future_value_op(log_ratio, mask, offsets, float(gamma), backend, threads)
 
 
-@torch.library.custom_op("appo::future_value", mutates_args=())
-def future_value_op(
+def _future_value(
     log_ratio: Tensor,
     mask: Tensor,
     offsets: Tensor,
@@ -70,8 +70,7 @@ def future_value_op(
     return out.to(log_ratio.dtype)
 
 
-@future_value_op.register_fake
-def _(
+def _fake_future_value(
     log_ratio: Tensor,
     mask: Tensor,
     offsets: Tensor,
@@ -80,6 +79,9 @@ def _(
     threads: int | None,
 ) -> Tensor:
     return torch.empty_like(log_ratio, memory_format=torch.contiguous_format)
+
+
+future_value_op = operator("future_value", _future_value, _fake_future_value)
 
 
 def future_value_torch(log_ratio: Tensor, mask: Tensor, offsets: Tensor, gamma: float) -> Tensor:

@@ -249,3 +249,20 @@ def test_backends_agree(pair):
         torch.testing.assert_close(x, z, rtol=1e-6, atol=6e-6)
     for x, z in zip(da, db):
         assert relative(x.double(), z.double()) <= 4e-3
+
+
+def test_what_forward_keeps_changes_no_result_and_little_in_the_gradients():
+    """Kept probabilities are rounded to 11 bits, gradients to 8: the same accuracy, and exactly the same outputs."""
+    if reason := why_not("cpu"):
+        pytest.skip(reason)
+    h, w, y = problem(131, 72, 3000)
+    upstream = [torch.ones(131), 0.3 * torch.ones(131), 0.1 * torch.ones(131)]
+    want = oracle_gradients(h, w, y, upstream)
+    outputs = []
+    for size in (0, 400_000, 1 << 20):  # nothing, the leading columns, everything
+        out, grads = run("cpu", h, w, y, upstream=upstream, keep_bytes=size)
+        outputs.append(out)
+        for a, b in zip(grads, want):
+            assert relative(a, b) <= 3e-3
+    for out in outputs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(out, outputs[0]))

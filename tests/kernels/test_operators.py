@@ -40,12 +40,13 @@ def test_operators_keep_their_promises():
     """torch's own checker: schema, fake tensors, no hidden mutation."""
     h, w, y = problem()
     scale = torch.ones(20)
-    how = (None, None, 0, 0, 50, "torch", True, None)
+    how = (None, None, 0, "torch", True, None)
+    kept = torch.empty(0, dtype=torch.uint8)
     n = [torch.randn(20) for _ in range(5)]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(stats_op, (h, w, y, scale, *how), test_utils=tests)
+    torch.library.opcheck(stats_op, (h, w, y, scale, *how, 0, 50, 0), test_utils=tests)
     torch.library.opcheck(
-        grads_op, (h, w, y, scale, *how, *n, True, False, True, False), test_utils=tests
+        grads_op, (h, w, y, scale, *how, kept, *n, True, False, True, False), test_utils=tests
     )
 
 

@@ -106,8 +106,6 @@ LinearProblem problem_of(const ffi::TensorView& h, const ffi::TensorView& w, con
   TVM_FFI_CHECK(softcap >= 0.0, ValueError) << "softcap is " << softcap << ", expected > 0, or 0 for none";
   p.softcap = static_cast<float>(softcap);
   p.k = &choose(isa, p.h, p.w);
-  // A thread must have enough to do to be worth starting: 10 million multiplications are about 0.1 ms.
-  const double work = static_cast<double>(p.used_rows) * static_cast<double>(p.vocab) * static_cast<double>(p.hidden);
   // Both directions find the same number of kept tiles. Float32 inputs keep none: halves are too coarse for them.
   if (kept.has_value() && softcap == 0.0 && p.h.dtype != Dtype::f32 && p.w.dtype != Dtype::f32) {
     const ffi::TensorView bytes = *kept;
@@ -115,6 +113,8 @@ LinearProblem problem_of(const ffi::TensorView& h, const ffi::TensorView& w, con
     p.kept_tiles = std::clamp<int64_t>((bytes.numel() / n - kKeptHead) / kKeptTile, 0, ceil_div(p.vocab, kTile));
     p.kept = p.kept_tiles > 0 ? data<char>(bytes) : nullptr;
   }
+  // A thread must have enough to do to be worth starting: 10 million multiplications are about 0.1 ms.
+  const double work = static_cast<double>(p.used_rows) * static_cast<double>(p.vocab) * static_cast<double>(p.hidden);
   p.threads = std::clamp<int64_t>(static_cast<int64_t>(work / 1e7), 1, std::max<int64_t>(threads, 1));
   return p;
 }

@@ -27,7 +27,9 @@ constexpr int64_t kTile = 256;  // columns per tile of logits; statistics are re
 constexpr int64_t kRows = 48;   // rows per tile of logits: 48 x 256 floats stay in L2 beside the panel
 
 // Forward may keep 2^(x2 - m) of the leading tiles of every target as float16, m being the largest of its lane so far.
-// Per target: z in kKeptHead bytes, then one record per tile: kTile halves and the m of each lane.
+// Per target: z in kKeptHead bytes, then one record per tile: kTile halves and the m of each lane. A half holds
+// 2^(x2 - m + kKeptRaise), so that it keeps its 11 bits down to 2^-29 of the largest in its lane.
+constexpr float kKeptRaise = 15.0f;
 constexpr int64_t kKeptHead = 64;
 constexpr int64_t kKeptTile = kTile * 2 + 64;
 
@@ -71,11 +73,11 @@ struct LinearKernels {
   // state[3][lanes] (m, s, u) absorbs n logits; `record`, if any, keeps them. `collapse` merges the lanes into out[3].
   void (*stats)(const float* x, int64_t n, float scale2, float* state, char* record);
   void (*collapse)(const float* state, float* out);
-  // g (+)= the gradient of n logits; returns Σ g log2 p. Columns n … next multiple of 16 become 0.
+  // g (+)= the gradient of n logits; returns Σ g log2 p. Columns n … next multiple of the lanes become 0.
   float (*grad)(const float* x, float* g, int64_t n, const GradRow& row, bool add);
   float (*grad_kept)(const char* record, float* g, int64_t n, const GradRow& row, bool add);  // the same from a record
   void (*slope)(const float* capped, float* g, int64_t n, float softcap);                     // g *= 1 - tanh²
-  // Two rows of g, rounded to numbers: row by row and, for bf16, as words along the rows; either may be null.
+  // Two rows of g, rounded to numbers: row by row and, for bf16, as words along the rows unless `pairs` is null.
   void (*store)(const float* g0, const float* g1, int64_t n, void* row0, void* row1, float* pairs);
   void (*emit)(const float* c, int64_t n, Dtype dtype, void* out);  // rounds to nearest even
 };

@@ -1,7 +1,7 @@
 // Backward of the fused output head. For every chunk of the vocabulary and block of rows, three steps with all threads:
 //
-//   1  logits again (or what forward kept of them), from them the gradient G of each logit, rounded to bf16 for bf16
-//      inputs  [rows, chunk]
+//   1  logits again (or what forward kept of them), from them the gradient G of each logit, rounded to bf16 where
+//      products are in bf16  [rows, chunk]
 //   2  dw[chunk, H] += Gᵀ h      3  dh[rows, H] += G w
 //
 // Chunks and blocks come in order, the size of a chunk follows from H alone, and every item of a result belongs to one

@@ -21,7 +21,7 @@ typename V::F exp2(typename V::F x) {
   return V::scale(p, n);
 }
 
-// log2 x to 3e-6 for positive normal x: enough for numbers that were kept with 11 bits.
+// log2 x to 3e-6 for positive normal x: enough for numbers kept with 11 bits.
 template <class V>
 typename V::F log2(typename V::F x) {
   const auto f = V::sub(V::mantissa(x), V::set(1.0f));

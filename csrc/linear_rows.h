@@ -25,6 +25,7 @@ void cap(float* x, int64_t n, float softcap) {
 template <class V>
 void stats(const float* x, int64_t n, float scale2, float* state, char* record) {
   const auto factor = V::set(scale2), low = V::set(kEmpty), zero = V::set(0.0f);
+  const auto raise = V::set(0x1p15f);  // 2^kKeptRaise
   auto top = low;
   for_vectors<V>(n, [&](int64_t j, int64_t count) {
     auto y = V::mul(V::load(x + j), factor);
@@ -40,7 +41,7 @@ void stats(const float* x, int64_t n, float scale2, float* state, char* record) 
     const auto y = V::sub(V::max(low, V::mul(V::load(x + j), factor)), m);  // -inf becomes kEmpty, NaN stays
     auto e = exp2<V>(y);
     if (count < V::lanes) e = V::keep(e, count, zero);
-    if (record) V::store_f16(reinterpret_cast<uint16_t*>(record) + j, e);
+    if (record) V::store_f16(reinterpret_cast<uint16_t*>(record) + j, V::mul(e, raise));
     s = V::add(s, e);
     u = V::fma(e, count < V::lanes ? V::keep(y, count, zero) : y, u);
   });
@@ -81,10 +82,10 @@ float grad(const float* x, float* g, int64_t n, const GradRow& row, bool add) {
 
 template <class V>
 float grad_kept(const char* record, float* g, int64_t n, const GradRow& row, bool add) {
-  const auto zero = V::set(0.0f), tiny = V::set(0x1p-30f);
+  const auto zero = V::set(0.0f), tiny = V::set(0x1p-30f), raised = V::set(kKeptRaise);
   const auto constant = V::set(row.constant), bent = V::set(row.bent);
   const auto m = V::load(reinterpret_cast<const float*>(record + kTile * 2));
-  const auto shift = V::sub(V::sub(m, V::set(row.m)), V::set(row.log2s)), weight = exp2<V>(shift);
+  const auto shift = V::sub(V::sub(V::sub(m, V::set(row.m)), V::set(row.log2s)), raised), weight = exp2<V>(shift);
   auto dot = zero;
   for_vectors<V>(n, [&](int64_t j, int64_t count) {
     const auto e = V::widen(record + j * 2, Dtype::f16);
@@ -110,9 +111,8 @@ template <class V, class Dot>
 void store(const float* g0, const float* g1, int64_t n, void* row0, void* row1, float* pairs) {
   for (int64_t j = 0; j < n; j += V::lanes) {
     if constexpr (Dot::pair == 2) {
-      alignas(64) uint16_t some[2][V::lanes];
-      uint16_t* to0 = row0 ? static_cast<uint16_t*>(row0) + j : some[0];
-      uint16_t* to1 = row0 ? static_cast<uint16_t*>(row1) + j : some[1];
+      uint16_t* to0 = static_cast<uint16_t*>(row0) + j;
+      uint16_t* to1 = static_cast<uint16_t*>(row1) + j;
       V::store_bf16(to0, V::load(g0 + j));
       V::store_bf16(to1, V::load(g1 + j));
       if (pairs) V::store(pairs + j, V::words(to0, to1));

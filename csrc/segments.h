@@ -9,7 +9,7 @@
 
 // Functions that are arithmetic on arrays of double: compiled for wider vectors too, the loader picks what the processor
 // has. Neither fused nor reordered operations, so every version gives the same bits.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define APPO_VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define APPO_VECTOR

@@ -8,6 +8,7 @@ cublas32  float32 logit blocks by the vendor's matrix product, one Triton row ke
 
 from __future__ import annotations
 
+import functools
 from importlib import import_module, metadata
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from appo.kernels import native
 
+TRITON_NEEDED = (3, 7)
 BACKENDS = ("torch", "cpu", "triton", "cublas32")
 
 
@@ -33,7 +35,7 @@ def check_name(name: str) -> None:
 def choose(name: str, h: Tensor, w: Tensor) -> str:
     """The backend that `name` means for these inputs; a named one that cannot run them says so itself.
 
-    auto: float64 → torch; CUDA → triton when it is installed, else torch; CPU → cpu when the native library runs here.
+    auto: float64 → torch; CUDA → triton where it runs (`triton_runs`), else torch; CPU → cpu when the native library runs here.
     """
     check_name(name)
     if name != "auto":
@@ -41,7 +43,7 @@ def choose(name: str, h: Tensor, w: Tensor) -> str:
     if torch.float64 in (h.dtype, w.dtype):
         return "torch"
     if h.device.type == "cuda":
-        return "triton" if triton_version() else "torch"
+        return "triton" if triton_runs(h.device) else "torch"
     if h.device.type == "cpu" and linear_isa() is not None:
         return "cpu"
     return "torch"
@@ -53,6 +55,15 @@ def linear_isa() -> str | None:
     return (str(run()) or None) if run is not None else None
 
 
+def triton_runs(device: torch.device) -> bool:
+    """Whether "auto" takes Triton on a GPU: 3.7 or newer, and a device that multiplies bfloat16 (sm_80, gfx90a or newer)."""
+    found = triton_version()
+    if found is None or tuple(int(x) for x in found.split(".")[:2]) < TRITON_NEEDED:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
 def triton_version() -> str | None:
     """Version of the installed Triton, or None."""
     try:

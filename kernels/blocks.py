@@ -113,7 +113,10 @@ def inverse_temperature(inv_temp: float | Tensor, n: int, h: Tensor, w: Tensor) 
     """inv_temp as [N] in the dtype of the statistics."""
     wide = torch.float64 in (h.dtype, w.dtype)
     dtype = torch.float64 if wide else torch.float32
-    scale = torch.as_tensor(inv_temp, dtype=dtype, device=h.device)
+    if isinstance(inv_temp, Tensor):
+        scale = inv_temp.to(device=h.device, dtype=dtype)
+    else:  # filled on the device: copying a number there would wait for it
+        scale = torch.full((), inv_temp, dtype=dtype, device=h.device)
     if scale.shape not in ((), (n,)):
         raise ValueError(f"inv_temp has shape {tuple(scale.shape)}, expected a number or [{n}]")
     return scale.expand(n)
@@ -131,9 +134,9 @@ def check_inputs(
         raise TypeError(f"h and w must be floating point, not {h.dtype} and {w.dtype}")
     if w.shape[0] == 0 or w.shape[1] == 0:
         raise ValueError(f"w is {tuple(w.shape)}: the vocabulary or the hidden size is empty")
-    if targets.is_floating_point() or targets.ndim != 1:
+    if not _integer(targets) or targets.ndim != 1:
         raise TypeError(f"targets must be integer [N], not {targets.dtype} {tuple(targets.shape)}")
-    if rows is not None and (rows.is_floating_point() or rows.ndim != 1):
+    if rows is not None and (not _integer(rows) or rows.ndim != 1):
         raise TypeError(f"rows must be integer [N], not {rows.dtype} {tuple(rows.shape)}")
     for name, x in (("w", w), ("targets", targets), ("rows", rows)):
         if x is not None and x.device != h.device:
@@ -141,8 +144,13 @@ def check_inputs(
     expected = h.shape[0] if rows is None else rows.shape[0]
     if targets.shape[0] != expected:
         raise ValueError(f"{targets.shape[0]} targets for {expected} rows of h")
-    if cap is not None and not cap > 0:
-        raise ValueError(f"softcap is {cap}, expected > 0 or None")
+    if cap is not None and not 1e-30 < cap < 1e30:  # a normal float32, and so are its multiples
+        raise ValueError(f"softcap is {cap}, expected a number > 0 (1e-30 … 1e30) or None")
+
+
+def _integer(x: Tensor) -> bool:
+    """True for integers; a mask is none: read as numbers it would silently mean rows 0 and 1."""
+    return not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
 
 
 def check_values(
@@ -160,5 +168,7 @@ def check_values(
     if rows is not None and bool(((rows < 0) | (rows >= tokens)).any()):
         i = int(((rows < 0) | (rows >= tokens)).nonzero()[0, 0])
         raise ValueError(f"rows[{i}] is {int(rows[i])}, but h has rows 0 … {tokens - 1}")
-    if not bool((scale > 0).all()):
-        raise ValueError("inv_temp must be > 0 (a greedy policy has no finite inverse temperature)")
+    if not bool(((scale > 0) & (scale < torch.inf)).all()):
+        raise ValueError(
+            "inv_temp must be > 0 and finite (a greedy policy has no finite inverse temperature)"
+        )

@@ -64,6 +64,7 @@ def branch_scores(
     check_variant(variant)
     packed.check_gamma(gamma)
     packed.check_vectors(offsets, log_ratio=log_ratio, entropy=entropy, mask=mask)
+    packed.check_floating(log_ratio=log_ratio, entropy=entropy)
     if not 0.0 <= clip < math.inf:
         raise ValueError(f"clip is {clip}, expected ≥ 0 and finite")
     numbers = (float(gamma), float(clip), variant, backend)

@@ -18,11 +18,7 @@ from appo.kernels import native
 from appo.kernels.blocks import LinearCall, Upstream
 
 _WIDE_SUMS = 1 << 23  # numbers of dh up to which its float32 sums are simply kept (32 MiB)
-_TILE, _KEPT_HEAD, _KEPT_TILE = (
-    256,
-    64,
-    576,
-)  # as in csrc/linear.h: columns, and bytes of what forward keeps
+_TILE, _KEPT_HEAD, _KEPT_TILE = 256, 64, 576  # csrc/linear.h: columns, bytes of what forward keeps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -82,7 +78,7 @@ def gradients(
     """(dh[T, H] in dh_dtype, dw[V, H] in the dtype of w, Σ_j g_j log2 p_j [N]); None for what was not asked.
 
     Sums are float32 and rounded once. G, the gradient of the logits, is rounded to bf16 for a bf16 product. Columns that
-    `partial_stats` has kept need no logits: a quarter less work where all are; their p is rounded to 11 bits (that of the
+    `partial_stats` has kept need no logits: a quarter less work where all are; their p is rounded to 11 bits (fewer below 2^-29 of the largest) (that of the
     target is not), so then the bits of dh depend on how many columns were kept.
     Workspace: 10 to 20 MB, and the sums of dh: 4 B per number, 2 B for a bf16 dh above 8 million numbers.
     """
@@ -153,6 +149,6 @@ def _threads(threads: int | None) -> int:
 
 def _native(name: str) -> Any:
     if isa() is None:
-        native.function(name, "cpu")  # says why there is no library
+        native.function("linear_isa", "cpu")  # says why there is no library
         raise RuntimeError("backend='cpu' needs a machine with AVX2 and a library built for it")
     return native.function(name, "cpu")

@@ -20,7 +20,7 @@ from appo.kernels.gpu.rowstats import rowstats
 
 def float_logits(h: Tensor, w: Tensor) -> Tensor:
     """h @ w.T in float32: [N, V]."""
-    if h.is_cuda and h.dtype == w.dtype and h.element_size() == 2:
+    if backward.widening_products(h) and h.dtype == w.dtype and h.element_size() == 2:
         return torch.mm(h, w.T, out_dtype=torch.float32)
     return h.float() @ w.float().T
 

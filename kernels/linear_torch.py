@@ -42,7 +42,7 @@ def gradients(
     run = Blocks(call)
     n, scale = call.scale.shape[0], call.scale
     dh = scale.new_zeros(n, call.h.shape[1]) if need_h else None
-    dw = torch.empty_like(call.w) if need_w else None
+    dw = call.w.new_empty(call.w.shape) if need_w else None
     d_scale = torch.zeros_like(scale) if need_scale else None
     for v0, v1 in run.columns():
         w_vh = run.head(v0, v1)
@@ -74,6 +74,7 @@ def gradients(
             dw[v0:v1] = dw_vh
     if dh is not None:
         if call.rows is not None:
-            dh = dh.new_zeros(call.h.shape).index_add_(0, call.rows, dh)
+            # Not index_add: on a GPU it adds repeats in any order.
+            dh = dh.new_zeros(call.h.shape).index_put_((call.rows,), dh, accumulate=True)
         dh = dh.to(dh_dtype)
     return dh, dw, d_scale

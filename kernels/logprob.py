@@ -81,7 +81,8 @@ def linear_logprob_entropy(
     check_inputs(h, w, targets, rows, softcap)
     n = targets.shape[0]
     if n == 0:
-        empty = (h.sum() + w.sum()).to(inverse_temperature(1.0, 0, h, w).dtype) * h.new_zeros(0)
+        scale = inverse_temperature(inv_temp, 0, h, w)  # no item, but a part of the graph
+        empty = scale * 1.0 + (h[:0].sum() + w[:0].sum()).to(scale.dtype)
         return LogProbEntropy(empty, empty, empty)
     scale = inverse_temperature(inv_temp, n, h, w)
     targets = targets.to(torch.int64)
@@ -102,12 +103,19 @@ def logprob_entropy(
     """The same statistics for logits[N, V] that exist anyway (a sampler's). -inf logits are outside the support
     (as a target they get a logp near -7e29, never NaN).
 
-    targets[N] integer ids; inv_temp a number, [] or [N]. No gradient; logits are not changed. Works in row blocks.
+    targets[N] integer ids or IGNORE (0 for all three); inv_temp a number, [] or [N]. No gradient; logits are not changed.
+    Works in row blocks. On a GPU ids are looked at in `debug` only.
     """
     n, vocab = logits.shape
+    if targets.shape != (n,) or targets.is_floating_point() or targets.dtype == torch.bool:
+        raise TypeError(
+            f"targets must be integer [{n}], not {targets.dtype} {tuple(targets.shape)}"
+        )
     scale = inverse_temperature(inv_temp, n, logits, logits)
     targets = targets.to(torch.int64)
-    check_values(targets, None, scale, n, (0, vocab))
+    real = targets != IGNORE
+    if logits.device.type == "cpu" or debug.active():
+        check_values(targets, None, scale, n, (0, vocab))
     scale = scale * LOG2E
     step = max(1, (1 << 20) // max(vocab, 1))
     parts = []
@@ -116,7 +124,8 @@ def logprob_entropy(
         parts.append(column_stats(x2.masked_fill_(x2 < EMPTY, EMPTY), targets[i : i + step]))
     if not parts:
         return LogProbEntropy(*(scale.new_zeros(0) for _ in range(3)))
-    return LogProbEntropy(*finish(Stats(*(torch.cat(x) for x in zip(*parts)))))
+    found = finish(Stats(*(torch.cat(x) for x in zip(*parts))))
+    return LogProbEntropy(*(torch.where(real, x, 0.0) for x in found))
 
 
 class _Fused(torch.autograd.Function):
@@ -149,7 +158,7 @@ class _Fused(torch.autograd.Function):
         real = targets != IGNORE
         logp, entropy, lse = (torch.where(real, x, 0.0) for x in finish(stats))
         ctx.save_for_backward(
-            h, w, targets, scale, rows, kept, stats.m, torch.log2(stats.s), entropy, lse
+            h, w, targets, scale, rows, kept, stats.m.clone(), torch.log2(stats.s), entropy, lse
         )
         ctx.how, ctx.group = how[1:], group
         return logp, entropy, lse
@@ -198,7 +207,9 @@ def linear_stats(
         check_values(targets, rows, scale, h.shape[0], (low, high))
     n = targets.shape[0]
     at, call = _call(h, w, targets, scale, rows, softcap, vocab_start, deterministic, block)
-    kept = torch.empty(_kept_size(h, w, n, backend, keep), dtype=torch.uint8, device=h.device)
+    kept = torch.empty(
+        _kept_size(h, w, n, softcap, backend, keep), dtype=torch.uint8, device=h.device
+    )
     if call.column.shape[0] == 0:
         stats = scale.new_zeros(4, 0)
     else:
@@ -212,11 +223,11 @@ def linear_stats(
     return stats, kept
 
 
-def _kept_size(h: Tensor, w: Tensor, n: int, backend: str, keep: int) -> int:
+def _kept_size(h: Tensor, w: Tensor, n: int, softcap: float | None, backend: str, keep: int) -> int:
     """Bytes of `kept`: none where less than a quarter of the probabilities would fit."""
-    if not keep or backends.choose(backend, h, w) != "cpu":
+    if not keep or softcap is not None or torch.float32 in (h.dtype, w.dtype):
         return 0
-    if torch.float32 in (h.dtype, w.dtype):
+    if backends.choose(backend, h, w) != "cpu":
         return 0
     every = linear_cpu.kept_bytes(n, w.shape[0])
     return min(every, keep) if every <= 4 * keep else 0
@@ -238,7 +249,7 @@ def _fake_stats(
     keep: int,
 ) -> tuple[Tensor, Tensor]:
     n = targets.shape[0]
-    kept = h.new_empty(_kept_size(h, w, n, backend, keep), dtype=torch.uint8)
+    kept = h.new_empty(_kept_size(h, w, n, softcap, backend, keep), dtype=torch.uint8)
     return scale.new_empty(4, n), kept
 
 
@@ -276,8 +287,11 @@ def linear_grads(
         up = up._replace(bent=None)  # no upstream of the entropy: one product per logit less
     dtype = scale.dtype if wide else h.dtype
     if call.column.shape[0] == 0:
-        dh, dw = h.new_zeros(h.shape, dtype=dtype), torch.zeros_like(w)
-        return dh if need_h else h.new_empty(0), dw if need_w else w.new_empty(0), scale * 0.0
+        return (
+            h.new_zeros(h.shape if need_h else 0, dtype=dtype),
+            w.new_zeros(w.shape if need_w else 0),
+            scale.new_zeros(targets.shape[0] if need_scale else 0),
+        )
     with torch.autocast(h.device.type, enabled=False):
         run = backends.module(backends.choose(backend, h, w)).gradients
         how = {"kept": kept} if kept.numel() else {}
@@ -285,7 +299,7 @@ def linear_grads(
     if at is not None and d_scale is not None:
         d_scale = scale.new_zeros(targets.shape[0]).index_copy_(0, at, d_scale)
     return (
-        h.new_empty(0) if dh is None else dh,
+        h.new_empty(0, dtype=dtype) if dh is None else dh,
         w.new_empty(0) if dw is None else dw,
         scale.new_empty(0) if d_scale is None else d_scale,
     )

@@ -90,8 +90,7 @@ def policy_loss(
     rows = offsets.shape[0] - 1
     if row_weight is not None and row_weight.shape != (rows,):
         raise ValueError(f"row_weight has shape {tuple(row_weight.shape)}, expected [{rows}]")
-    if not logp.is_floating_point():
-        raise TypeError(f"logp is {logp.dtype}, expected a floating-point type")
+    packed.check_floating(logp=logp)
     limit = math.inf if dual_clip is None else dual_clip
     rules = Rules(gamma, *future_clip, future_weight, clip_low, clip_high, limit)
     _check(rules)
@@ -119,6 +118,7 @@ class _Fused(torch.autograd.Function):
         vectors = (behaviour.detach(), advantage.detach(), mask, offsets, weight)
         sums, future, gradient = policy_loss_op(logp.detach(), *vectors, backend, *rules)
         ctx.save_for_backward(gradient)
+        ctx.dtype = logp.dtype
         ctx.mark_non_differentiable(future)
         return sums, future
 
@@ -126,7 +126,7 @@ class _Fused(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * d_sums[0].to(gradient.dtype), *([None] * 7)
+        return (gradient * d_sums[0].to(gradient.dtype)).to(ctx.dtype), *([None] * 7)
 
 
 def _policy_loss(
@@ -163,7 +163,12 @@ def _policy_loss(
         native.function("policy_loss", "cpu")(
             x, mu, a, m, cuts, w, *numbers, future, gradient, sums, torch.get_num_threads()
         )
-    return sums, future.to(logp.dtype), gradient.to(logp.dtype)
+    return sums, future.to(logp.dtype), gradient.to(_stored(logp))
+
+
+def _stored(logp: Tensor) -> torch.dtype:
+    """The dtype of the saved gradient: 1/tokens is below the range of float16, and a loss scale comes only afterwards."""
+    return torch.promote_types(logp.dtype, torch.float32)
 
 
 def _fake_policy_loss(
@@ -184,7 +189,7 @@ def _fake_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = logp.shape[0]
     sums, future = logp.new_empty(6, dtype=torch.float64), 0 if gamma is None else n
-    return sums, logp.new_empty(future), logp.new_empty(n)
+    return sums, logp.new_empty(future), logp.new_empty(n, dtype=_stored(logp))
 
 
 policy_loss_op = operator("policy_loss", _policy_loss, _fake_policy_loss)
@@ -227,7 +232,7 @@ def policy_loss_torch(
     metrics = (torch.ones_like(d), clipped.double(), ratio - 1.0 - d, d.abs(), scale)
     sums = torch.stack([weight @ row_sums(value), *(row_sums(x).sum() for x in metrics)])
     gradient = torch.where(keep, weight[segment] * slope, 0.0)
-    return sums, future.to(logp.dtype), gradient.to(logp.dtype)
+    return sums, future.to(logp.dtype), gradient.to(_stored(logp))
 
 
 def _check(rules: Rules) -> None:

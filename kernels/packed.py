@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from appo.kernels import native
+from appo.kernels import backends, native
 
 BACKENDS = ("torch", "cpu", "triton")
 
@@ -36,7 +36,7 @@ def choose(backend: str, x: Tensor) -> str:
         return backend
     if device == "cpu" and native.load()[0] is not None:
         return "cpu"
-    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device == "cuda" and backends.triton_runs(x.device):
         return "triton"
     return "torch"
 
@@ -57,6 +57,13 @@ def check_vectors(offsets: Tensor, **vectors: Tensor) -> None:
     if len({x.device for x in vectors.values()}) != 1:
         found = ", ".join(f"{name} on {x.device}" for name, x in vectors.items())
         raise ValueError(f"{found}; expected one device")
+
+
+def check_floating(**vectors: Tensor) -> None:
+    """TypeError for integers: results take the dtype of the inputs and would be truncated."""
+    for name, x in vectors.items():
+        if not x.is_floating_point():
+            raise TypeError(f"{name} is {x.dtype}, expected a floating-point type")
 
 
 def check_gamma(gamma: float) -> None:

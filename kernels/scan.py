@@ -46,6 +46,7 @@ def future_value(
     """
     packed.check_gamma(gamma)
     packed.check_vectors(offsets, log_ratio=log_ratio, mask=mask)
+    packed.check_floating(log_ratio=log_ratio)
     return future_value_op(log_ratio, mask, offsets, float(gamma), backend, threads)
 
 
@@ -97,6 +98,8 @@ def future_value_torch(log_ratio: Tensor, mask: Tensor, offsets: Tensor, gamma: 
     while reach < longest:
         inside = position[:-reach] + reach < end[:-reach]
         ahead = torch.where(inside, total[reach:], 0.0)
+        if gamma**reach == 0.0:
+            break  # not 0 · inf: what is that far ahead has no weight
         total = torch.cat([total[:-reach] + gamma**reach * ahead, total[-reach:]])
         reach *= 2
     return total.to(log_ratio.dtype)
@@ -128,6 +131,7 @@ def tree_future_value(
     how = packed.choose(backend, log_ratio)
     packed.check_gamma(gamma)
     packed.check_vectors(offsets, log_ratio=log_ratio, mask=mask)
+    packed.check_floating(log_ratio=log_ratio)
     nodes = offsets.shape[0] - 1
     at = packed.on_host(parents)
     _check_tree(at, weights, nodes)

@@ -38,7 +38,7 @@ def check_shards(start: int, size: int, device: torch.device, group: Any) -> tup
     mine = torch.tensor([start, size], device=device)
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
-    slices = [(int(p[0]), int(p[1])) for p in parts]
+    slices = torch.stack(parts).tolist()  # the one wait for the device
     expected = 0
     for rank, (first, length) in enumerate(slices):
         if first != expected:

@@ -10,7 +10,8 @@ for key, value in {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFL
 
 # Triton kernels run in its interpreter where there is no device; the flag is read when triton is first imported.
 # Compiling for a device cannot share a process with the interpreter: tests/kernels/test_aot.py starts its own.
-if not any(Path("/dev").glob("nvidia[0-9]*")):
+DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA, AMD, and either under WSL
+if not any(found for name in DEVICES for found in Path("/dev").glob(name)):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))

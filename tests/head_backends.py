@@ -15,17 +15,18 @@ import torch
 from appo.kernels import linear_logprob_entropy
 from appo.kernels.backends import linear_isa, triton_version
 
-ON_DEVICE = torch.cuda.is_available()
+ON_DEVICE = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 INTERPRETED = ("triton", "cublas32")
 
 
 def backend_params(*names):
     """pytest parameters for backends; one that cannot run here is skipped with the reason, one that uses the device is
     marked `gpu`."""
-    return [pytest.param(name, marks=_marks(name)) for name in names]
+    return [pytest.param(name, marks=marks_of(name)) for name in names]
 
 
-def _marks(name):
+def marks_of(name):
+    """Skipped with the reason where it cannot run; `gpu` where it uses the device."""
     reason = why_not(name)
     marks = [pytest.mark.skipif(bool(reason), reason=reason)]
     return [*marks, pytest.mark.gpu] if device_of(name) == "cuda" else marks

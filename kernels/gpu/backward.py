@@ -18,22 +18,34 @@ from appo.kernels.gpu.config import gradient_block
 Fill = Callable[[Tensor, Tensor, slice, int, Tensor, Tensor | None], None]
 
 
+# Before torch 2.10, addmm wants its float32 summand in the dtype of the factors.
+ADDMM_WIDENS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 10)
+
+
+def widening_products(x: Tensor) -> bool:
+    """Whether torch multiplies 16-bit matrices into float32 ones on the device of x: on NVIDIA GPUs."""
+    return x.is_cuda and torch.version.hip is None
+
+
 def product_dtype(h: Tensor, w: Tensor) -> torch.dtype:
     """What G and its partners are multiplied in: bfloat16 for 16-bit operands, float32 otherwise and on a CPU.
 
     float16 operands are converted: a small p · upstream is below the range of float16, not of bfloat16.
     """
-    half = max(h.element_size(), w.element_size()) == 2 and h.is_cuda
+    half = max(h.element_size(), w.element_size()) == 2 and widening_products(h)
     return torch.bfloat16 if half else torch.float32
 
 
 def multiply_add(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (float32) += a @ b; = on the `first` strip. 16-bit operands are summed in float32, never in 16 bits."""
-    beta = 0.0 if first else 1.0
     if a.dtype == torch.float32:
-        torch.addmm(total, a, b, beta=beta, out=total)
+        torch.addmm(total, a, b, beta=0.0 if first else 1.0, out=total)
+    elif first:
+        torch.mm(a, b, out_dtype=torch.float32, out=total)
+    elif ADDMM_WIDENS:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
+        total += torch.mm(a, b, out_dtype=torch.float32)
 
 
 def gradients(
@@ -55,7 +67,7 @@ def gradients(
     dtype = product_dtype(h, call.w)
     tokens, columns = block or gradient_block(n, v)
     dh = call.scale.new_empty(n, h.shape[1]) if need_h else None
-    dw = torch.empty_like(call.w) if need_w else None
+    dw = call.w.new_empty(call.w.shape) if need_w else None
     dw_sum = call.scale.new_empty(min(columns, v), h.shape[1]) if need_w else None
     weighted = torch.zeros_like(call.scale) if need_scale else None
     strip = torch.empty(min(tokens, n), min(columns, v), dtype=dtype, device=h.device)

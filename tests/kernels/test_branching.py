@@ -317,13 +317,12 @@ def test_wrong_arguments():
 @each_backend
 @pytest.mark.parametrize("offsets", [[0, 2, 1, 3], [1, 3], [0, 2]])
 def test_wrong_offsets(offsets, backend):
-    offsets, three = torch.tensor(offsets), torch.ones(3)
+    offsets, (three,) = torch.tensor(offsets), on(backend, torch.ones(3))
+    scores = BranchScores(*on(backend, *scores_of([1.0] * 3, [1.0] * 3)))
     with pytest.raises(ValueError, match="offsets"):
         branch_scores(three, three, three, offsets, gamma=0.5, clip=0.2, backend=backend)
     with pytest.raises(ValueError, match="offsets"):
-        select_branch_points(
-            scores_of([1.0] * 3, [1.0] * 3), three, offsets, None, 1, backend=backend
-        )
+        select_branch_points(scores, three, offsets, None, 1, backend=backend)
 
 
 @each_backend

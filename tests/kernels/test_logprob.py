@@ -250,5 +250,10 @@ def test_wrong_arguments():
         linear_logprob_entropy(h, w[:0], y)
     with pytest.raises(ValueError, match="targets is on meta, h on cpu"):
         linear_logprob_entropy(h, w, y.to("meta"))
-    with pytest.raises(ValueError, match="softcap is 0"):
-        linear_logprob_entropy(h, w, y, softcap=0)
+    for cap in (0, 1e-46, math.inf, math.nan):
+        with pytest.raises(ValueError, match="softcap is"):
+            linear_logprob_entropy(h, w, y, softcap=cap)
+    with pytest.raises(ValueError, match="inv_temp must be > 0 and finite"):
+        linear_logprob_entropy(h, w, y, inv_temp=math.inf)
+    with pytest.raises(TypeError, match="rows must be integer"):
+        linear_logprob_entropy(h, w, y, rows=torch.ones(3, dtype=torch.bool))

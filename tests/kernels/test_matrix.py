@@ -4,6 +4,8 @@ Bounds for bfloat16 inputs with |logit| ≤ 20: logp 1e-5, entropy 5e-5 (5e-5 an
 float32 logit itself is that coarse); gradients 3e-3 by norm (one rounding of G or of the result to 8 bits).
 """
 
+import itertools
+
 import pytest
 import torch
 from golden_vectors import vector
@@ -12,6 +14,7 @@ from head_backends import (
     backend_params,
     device_of,
     dtype_of,
+    marks_of,
     oracle,
     oracle_gradients,
     problem,
@@ -237,11 +240,15 @@ def test_golden_entropy(backend):
         assert exact.item() == pytest.approx(want, abs=2e-2)  # logits rounded to 8 bits
 
 
-@pytest.mark.parametrize("pair", [("torch", "cpu"), ("torch", "triton"), ("triton", "cublas32")])
+PAIRS = [
+    pytest.param(pair, marks=[m for name in pair for m in marks_of(name)])
+    for pair in itertools.combinations(("torch", "cpu", "triton", "cublas32"), 2)
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
 def test_backends_agree(pair):
     """Pairwise, closer than each is asked to be to float64: outputs 4e-6, gradients one bfloat16 rounding."""
-    if reason := why_not(pair[0]) or why_not(pair[1]):
-        pytest.skip(reason)
     h, w, y = problem(130, 72, 1100)
     upstream = [torch.ones(130), 0.3 * torch.ones(130), 0.1 * torch.ones(130)]
     (a, da), (b, db) = (run(name, h, w, y, upstream=upstream) for name in pair)

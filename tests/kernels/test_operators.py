@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from appo.kernels import IGNORE, linear_logprob_entropy, watch
+from appo.kernels import IGNORE, linear_logprob_entropy, logprob_entropy, watch
 from appo.kernels.logprob import grads_op, stats_op
 
 torch.set_num_threads(1)
@@ -48,6 +48,41 @@ def test_operators_keep_their_promises():
     torch.library.opcheck(
         grads_op, (h, w, y, scale, *how, kept, *n, True, False, True, False), test_utils=tests
     )
+
+
+@pytest.mark.parametrize("ignored", [0, 3, 20])
+@pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_shapes_dtypes_and_strides_are_what_the_fake_says(backend, needs, ignored):
+    """A transposed head, ignored targets, any mix of wanted gradients, with and without a sum over ranks to come."""
+    h, w, y = problem(dtype=torch.bfloat16)
+    w = w.T.contiguous().T
+    y[:ignored] = IGNORE
+    how = (None, None, 0, backend, True, None)
+    kept = torch.empty(0, dtype=torch.uint8)
+    n = [torch.randn(20) for _ in range(5)]
+    for wide in (False, True):
+        flags = [*map(bool, needs), wide]
+        args = (h, w, y, torch.ones(20), *how, kept, *n, *flags)
+        torch.library.opcheck(grads_op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_existing_logits_with_ignored_targets():
+    out = logprob_entropy(torch.randn(2, 5), torch.tensor([IGNORE, 1]))
+    assert [float(x[0]) for x in out] == [0.0, 0.0, 0.0]
+    assert out.logp[1] < 0
+    with pytest.raises(TypeError, match="targets must be integer"):
+        logprob_entropy(torch.randn(2, 5), torch.tensor([True, False]))
+
+
+def test_dtypes_of_nothing():
+    """No token: still float32 (float64), and a part of the graph."""
+    h, w, _ = problem(dtype=torch.bfloat16)
+    inv_temp = torch.ones(0, requires_grad=True)
+    out = linear_logprob_entropy(h[:0], w, torch.zeros(0, dtype=torch.int64), inv_temp=inv_temp)
+    assert out.logp.dtype == torch.float32
+    out.logp.sum().backward()
+    assert inv_temp.grad.shape == (0,)
 
 
 def test_second_derivatives_are_refused():

@@ -325,6 +325,6 @@ def test_wrong_arguments():
 @each_backend
 @pytest.mark.parametrize("offsets", [[0, 3], [1, 4], [0, 3, 2, 4]])
 def test_wrong_offsets(offsets, backend):
-    x = torch.zeros(4)
+    (x,) = on(backend, torch.zeros(4))
     with pytest.raises(ValueError, match="offsets"):
         policy_loss(x, x, x, x, torch.tensor(offsets), backend=backend)

@@ -142,8 +142,7 @@ def test_other_layouts(backend):
 def test_wrong_offsets(backend, offsets):
     with pytest.raises(ValueError, match="offsets"):
         future_value(
-            torch.ones(4),
-            torch.ones(4),
+            *on(backend, torch.ones(4), torch.ones(4)),
             torch.tensor(offsets, dtype=torch.int64),
             0.5,
             backend=backend,

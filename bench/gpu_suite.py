@@ -200,9 +200,17 @@ def document(results: Sequence[Result], args: argparse.Namespace) -> dict[str, A
         "command": shlex.join(["python", *sys.argv]),
         "quick": args.quick,
         "parts": [{k: v for k, v in asdict(r).items() if k != "rows"} for r in results],
-        "cases": [{"part": r.part, **row} for r in results for row in r.rows if "case" in row],
+        "cases": [_case(r.part, row) for r in results for row in r.rows if "case" in row],
         "notes": [f"{r.part}: {row['note']}" for r in results for row in r.rows if "note" in row],
     }
+
+
+def _case(part: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A row in the form that all benchmarks share; `values` has every figure, ours is the one called so, if any."""
+    values = row["values"]
+    ours = values.get("ours")
+    rest = {"peers": {}, "unit": "", "ratio_best_peer": None, "error": None}
+    return {**rest, "part": part, "name": row["case"], "ours": ours, **row}
 
 
 def as_markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:

@@ -143,17 +143,21 @@ def show(table: list[tuple[int, str, Work]], title: str) -> None:
 
 def document(table: list[tuple[int, str, Work]], args: argparse.Namespace) -> dict[str, object]:
     return {
-        "machine": "none: computed from formulas",
+        "machine": {"cpu": "none: computed from formulas"},
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
         "quick": args.quick,
         "cases": [
             {
                 "name": f"{name}, T={n:,}",
+                "unit": "ms at least, by formula",
+                "ours": work.milliseconds,
+                "peers": {},
+                "ratio_best_peer": None,
+                "error": None,
                 "bytes": work.bytes,
                 "flop": work.flop,
                 "workspace": work.workspace,
-                "estimated_ms": work.milliseconds,
             }
             for n, name, work in table
         ],

@@ -53,7 +53,6 @@ class Backward {
         own_(static_cast<size_t>(p.threads)) {}
 
   void run() {
-    if (need_w_) prefer_huge_pages(g_.dw, p_.vocab * p_.hidden * bytes_of(g_.dw_dtype));
     if (g_.d_scale) std::fill_n(g_.d_scale, p_.users[p_.used_rows], 0.0f);
     const int64_t blocks = ceil_div(p_.used_rows, block_);
     for (v0_ = 0; v0_ < p_.vocab; v0_ += chunk_) {

@@ -7,9 +7,6 @@
 #include <memory>
 #include <new>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "linear.h"
 #include "threads.h"
@@ -19,26 +16,13 @@ namespace appo {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Asks for huge pages inside memory that is about to be written: with small ones, the first touch of a large result
-// costs up to a tenth of the time that its numbers take. A hint; without it all works.
-inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t huge = 2 << 20;
-  const auto first = (reinterpret_cast<uintptr_t>(data) + huge - 1) / huge * huge;
-  const auto last = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / huge * huge;
-  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-// Scratch memory: aligned to cache lines (large ones to huge pages), not initialised.
+// Scratch memory: aligned to cache lines, not initialised.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {
     if (floats <= 0) return;
-    const int64_t align = floats >= (1 << 18) ? 2 << 20 : 64, bytes = round_up(floats * 4, align);
-    data_.reset(static_cast<float*>(std::aligned_alloc(static_cast<size_t>(align), static_cast<size_t>(bytes))));
+    data_.reset(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(round_up(floats * 4, 64)))));
     if (!data_) throw std::bad_alloc();
-    prefer_huge_pages(data_.get(), bytes);
   }
   float* get() const { return data_.get(); }
 

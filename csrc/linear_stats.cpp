@@ -103,7 +103,6 @@ void linear_forward(const LinearProblem& p, float* out) {
   for (int64_t b = 0; b < blocks; ++b) {
     targets = std::max(targets, p.users[std::min((b + 1) * step, p.used_rows)] - p.users[b * step]);
   }
-  if (p.kept) prefer_huge_pages(p.kept, p.kept_of(n) - p.kept);
   Scratch parts(splits * n * 4);
   auto* stats = reinterpret_cast<Stats*>(parts.get());
   std::vector<std::unique_ptr<Block>> scratch(static_cast<size_t>(p.threads));

@@ -78,8 +78,8 @@ def gradients(
     """(dh[T, H] in dh_dtype, dw[V, H] in the dtype of w, Σ_j g_j log2 p_j [N]); None for what was not asked.
 
     Sums are float32 and rounded once. G, the gradient of the logits, is rounded to bf16 for a bf16 product. Columns that
-    `partial_stats` has kept need no logits: a quarter less work where all are; their p is rounded to 11 bits (fewer below 2^-29 of the largest) (that of the
-    target is not), so then the bits of dh depend on how many columns were kept.
+    `partial_stats` has kept need no logits: a quarter less work where all are. Their p is rounded to 11 bits (fewer below
+    2^-29 of the largest), that of the target is not, and the bits of dh then depend on how many columns were kept.
     Workspace: 10 to 20 MB, and the sums of dh: 4 B per number, 2 B for a bf16 dh above 8 million numbers.
     """
     order, users = _users(call)

@@ -26,7 +26,7 @@ from appo.kernels.operators import operator
 from appo.kernels.stats import EMPTY, LN2, LOG2E, Stats, column_stats, finish
 from appo.kernels.vocab_parallel import check_shards, merge_ranks, sum_ranks
 
-KEEP_BYTES = 48 << 20
+KEEP_BYTES = 128 << 20
 
 
 class LogProbEntropy(NamedTuple):
@@ -67,7 +67,7 @@ def linear_logprob_entropy(
                       case; gradients are sums over the batch)
     keep_bytes        what forward may keep for backward where a gradient is wanted: probabilities of the leading columns,
                       for which backward then needs no logits (backend "cpu", bfloat16). 0: nothing. Nothing is kept
-                      where less than a quarter would fit
+                      where less than half would fit
     block             (tokens, columns) per block of the "torch" backend
 
     Gradients flow from logp, entropy and lse to h, w and inv_temp; what needs none is not computed (a frozen head costs
@@ -224,13 +224,13 @@ def linear_stats(
 
 
 def _kept_size(h: Tensor, w: Tensor, n: int, softcap: float | None, backend: str, keep: int) -> int:
-    """Bytes of `kept`: none where less than a quarter of the probabilities would fit."""
+    """Bytes of `kept`: none where less than half of the probabilities would fit."""
     if not keep or softcap is not None or torch.float32 in (h.dtype, w.dtype):
         return 0
     if backends.choose(backend, h, w) != "cpu":
         return 0
     every = linear_cpu.kept_bytes(n, w.shape[0])
-    return min(every, keep) if every <= 4 * keep else 0
+    return min(every, keep) if every <= 2 * keep else 0
 
 
 def _fake_stats(

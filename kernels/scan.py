@@ -126,7 +126,7 @@ def tree_future_value(
     weights[B]     w_c, finite, of each node in its parent's sum; None: the mean over the children. With all weights 1 and
                    no forks this is `future_value` of the joined segments. A child of weight 0 does not count, NaN or not.
     The rest is as in `future_value`. "cpu" runs in one thread; "triton" looks at parents and offsets on the host, so it
-    waits for the device once unless they are on the CPU.
+    waits for the device, and again for the copy of each level of the tree.
     """
     how = packed.choose(backend, log_ratio)
     packed.check_gamma(gamma)

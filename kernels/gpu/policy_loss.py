@@ -99,7 +99,8 @@ def policy_loss(
     weight: Tensor,
     rules: Rules,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sums[6], future, gradient) as kernels/loss.py wants them; float32 or float64 vectors. Does not wait."""
+    """(sums[6], future, gradient) as kernels/loss.py wants them; float32 or float64 vectors. Waits for the
+    device only where offsets or groups lie on the CPU."""
     launch.check_tensors("triton", mask)
     n, with_future = logp.shape[0], rules.gamma is not None
     size = block_size() if with_future else min(block_size(), ALONE)

@@ -151,7 +151,8 @@ def carries(x: Tensor, minus: Tensor | None, mask: Tensor, cuts: Tensor, gamma: 
 def future_value(
     x: Tensor, mask: Tensor, offsets: Tensor, gamma: float, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """x[N] float32 or float64, mask[N] uint8, offsets[B+1] → [N] in `dtype` (that of x). Does not wait."""
+    """x[N] float32 or float64, mask[N] uint8, offsets[B+1] → [N] in `dtype` (that of x). Waits for the
+    device only where offsets or groups lie on the CPU."""
     launch.check_tensors("triton", mask)
     out = torch.empty_like(x, dtype=dtype)
     n = x.shape[0]

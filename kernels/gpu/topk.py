@@ -95,7 +95,8 @@ def select_branch_points(
     k: int,
     paper: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z = (z_entropy, z_omega, score) float32[N], eligible[N] uint8, group[B] → (index, rule, count). Does not wait."""
+    """z = (z_entropy, z_omega, score) float32[N], eligible[N] uint8, group[B] → (index, rule, count). Waits for the
+    device only where offsets or groups lie on the CPU."""
     launch.check_tensors("triton", eligible)
     n = eligible.shape[0]
     if z[2].dtype != torch.float32:

@@ -105,7 +105,8 @@ def branch_scores(
     high: float,
     paper: bool,
 ) -> list[Tensor]:
-    """K5 and K6: [omega, z_entropy, z_omega, score] [N] in the dtype of log_ratio, and flat[B] uint8. Does not wait."""
+    """K5 and K6: [omega, z_entropy, z_omega, score] [N] in the dtype of log_ratio, and flat[B] uint8. Waits for the
+    device only where offsets or groups lie on the CPU."""
     cuts = packed.on_device(offsets, log_ratio.shape[0], log_ratio.device)
     future = future_value(log_ratio, mask, cuts, gamma, torch.float64)
     segments = cuts.shape[0] - 1

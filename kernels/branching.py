@@ -10,7 +10,7 @@ All sums run in float64: they are O(N), and a clipped ratio is so nearly constan
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,14 +100,7 @@ def _branch_scores(
 
 
 def _fake_branch_scores(
-    entropy: Tensor,
-    log_ratio: Tensor,
-    mask: Tensor,
-    offsets: Tensor,
-    gamma: float,
-    clip: float,
-    variant: str,
-    backend: str,
+    entropy: Tensor, log_ratio: Tensor, mask: Tensor, offsets: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     omega, z_entropy, z_omega, score = (log_ratio.new_empty(log_ratio.shape) for _ in range(4))
     flat = log_ratio.new_empty(offsets.shape[0] - 1, dtype=torch.bool)

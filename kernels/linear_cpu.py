@@ -15,17 +15,12 @@ import torch
 from torch import Tensor
 
 from appo.kernels import native
+from appo.kernels.backends import linear_isa as isa
 from appo.kernels.blocks import LinearCall, Upstream
 
 _WIDE_SUMS = 1 << 23  # numbers of dh up to which its float32 sums are simply kept (32 MiB)
 _TILE, _KEPT_HEAD, _KEPT_TILE = 256, 64, 576  # csrc/linear.h: columns, bytes of what forward keeps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def isa() -> str | None:
-    """The best instruction set here, "avx512_bf16", "avx512" or "avx2"; None: the native kernels cannot run."""
-    run = native.function("linear_isa")
-    return (str(run()) or None) if run is not None else None
 
 
 def supports(call: LinearCall) -> bool:
@@ -87,9 +82,8 @@ def gradients(
     given = [None if x is None else _sorted(x, order) for x in vectors]
     dh = low = None
     if need_h:
-        new = (
-            torch.empty if users.rows is None else torch.zeros
-        )  # rows without a target have gradient 0
+        # Rows without a target have gradient 0.
+        new = torch.empty if users.rows is None else torch.zeros
         # A large bf16 dh is summed in two halves, the upper one in the result: float32 sums would take twice its bytes.
         split = dh_dtype == torch.bfloat16 and call.h.numel() > _WIDE_SUMS
         dtype = torch.bfloat16 if split else torch.float32

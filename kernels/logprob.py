@@ -242,13 +242,9 @@ def _fake_stats(
     softcap: float | None,
     vocab_start: int,
     backend: str,
-    deterministic: bool,
-    block: list[int] | None,
-    low: int,
-    high: int,
-    keep: int,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    n = targets.shape[0]
+    n, keep = targets.shape[0], rest[-1]
     kept = h.new_empty(_kept_size(h, w, n, softcap, backend, keep), dtype=torch.uint8)
     return scale.new_empty(4, n), kept
 
@@ -306,27 +302,9 @@ def linear_grads(
 
 
 def _fake_grads(
-    h: Tensor,
-    w: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    rows: Tensor | None,
-    softcap: float | None,
-    vocab_start: int,
-    backend: str,
-    deterministic: bool,
-    block: list[int] | None,
-    kept: Tensor,
-    m: Tensor,
-    log2s: Tensor,
-    constant: Tensor,
-    bent: Tensor,
-    ga: Tensor,
-    need_h: bool,
-    need_w: bool,
-    need_scale: bool,
-    wide: bool,
+    h: Tensor, w: Tensor, targets: Tensor, scale: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    need_h, need_w, need_scale, wide = rest[-4:]
     return (
         h.new_empty(h.shape if need_h else 0, dtype=scale.dtype if wide else h.dtype),
         w.new_empty(w.shape if need_w else 0),

@@ -180,12 +180,7 @@ def _fake_policy_loss(
     weight: Tensor,
     backend: str,
     gamma: float | None,
-    future_low: float,
-    future_high: float,
-    future_weight: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = logp.shape[0]
     sums, future = logp.new_empty(6, dtype=torch.float64), 0 if gamma is None else n

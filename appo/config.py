@@ -68,7 +68,10 @@ class AlgoConfig:
 
 @dataclass
 class RolloutConfig:
-    engine: Literal["native"] = "native"
+    engine: Literal["native", "vllm"] = "native"
+    statistics: Literal["exact", "full", "top"] = (
+        "exact"  # vllm only: where entropies come from (docs/vllm.md); top is approximate
+    )
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -237,6 +240,15 @@ def validate(cfg: Config) -> None:
         raise ConfigError(
             "rollout.temperature is 0: greedy rollouts are all alike and give no learning signal; "
             "use a temperature above 0 (eval.temperature may be 0)"
+        )
+    if cfg.rollout.engine == "vllm" and cfg.deterministic:
+        raise ConfigError(
+            "deterministic is true and rollout.engine is vllm, which has no deterministic mode; use rollout.engine=native"
+        )
+    if cfg.rollout.engine == "native" and cfg.rollout.statistics != "exact":
+        raise ConfigError(
+            f"rollout.statistics is {cfg.rollout.statistics}, but the native engine is always exact; remove it, or use "
+            "rollout.engine=vllm"
         )
     if len(cfg.learner.betas) != 2 or not all(0 <= b < 1 for b in cfg.learner.betas):
         raise ConfigError(

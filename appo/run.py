@@ -6,6 +6,7 @@ adds the learner and runs the loop of `appo.learner.trainer`.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -64,7 +65,25 @@ def plan(cfg: Config, console: Console, *, need_output: bool = True) -> Plan:
         raise ConfigError(
             f"learner.lora.layers is {lora}, but {source.name} has {info.layers} layers; use 1 to {info.layers} or null"
         )
+    _check_engine(cfg, algo)
     return Plan(cfg, algo, source, info, level, threads, output, cfg.resume is not None)
+
+
+def _check_engine(cfg: Config, algo: Algorithm) -> None:
+    """vLLM is there if it is asked for, and says enough for what the algorithm does with it."""
+    if cfg.rollout.engine != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine is vllm, which is not installed: pip install 'appo[vllm]' (on a CPU see docs/vllm.md), or use "
+            "rollout.engine=native"
+        )
+    needs = not algo.flat and algo.branch_by != "random"
+    if needs and cfg.rollout.statistics == "top":
+        raise ConfigError(
+            f"rollout.statistics is top: entropies are approximate, and {algo.name} chooses branch points by them; use "
+            "rollout.statistics=exact"
+        )
 
 
 def usable_cores() -> int:
@@ -196,6 +215,24 @@ def card_warnings(p: Plan) -> list[str]:
     return out
 
 
+def make_engine(p: Plan) -> Any:
+    """The rollout engine of the configuration, with the model loaded."""
+    r = p.cfg.rollout
+    common: dict[str, Any] = dict(
+        dtype=p.cfg.model.dtype,
+        max_batch=r.max_batch,
+        prefill_chunk=r.prefill_chunk,
+        max_context=r.max_context,
+    )
+    if r.engine == "vllm":
+        from appo.rollout.vllm import VLLMEngine
+
+        return VLLMEngine(p.source.path, statistics=r.statistics, **common)
+    from appo.rollout.native import NativeEngine
+
+    return NativeEngine(p.source.path, deterministic=p.cfg.deterministic, **common)
+
+
 class Session:
     """Everything that sampling and grading need, loaded: tokenizer, engine, tools, graders. Use as a context manager."""
 
@@ -203,7 +240,6 @@ class Session:
         import torch
 
         from appo.reward.workers import GraderPool
-        from appo.rollout.native import NativeEngine
         from appo.rollout.protocol import TokenText
         from appo.tools.pool import ToolPool
 
@@ -212,14 +248,7 @@ class Session:
         self.plan, self.console, self._stack = p, console, ExitStack()
         self.tokenizer = load_tokenizer(p.source.path)
         self.text = TokenText(self.tokenizer, p.model.vocab)
-        self.engine = NativeEngine(
-            p.source.path,
-            dtype=cfg.model.dtype,
-            max_batch=cfg.rollout.max_batch,
-            prefill_chunk=cfg.rollout.prefill_chunk,
-            max_context=cfg.rollout.max_context,
-            deterministic=cfg.deterministic,
-        )
+        self.engine = make_engine(p)
         room = self.engine.max_context - cfg.rollout.max_new_tokens
         if room <= 0:
             raise ConfigError(

@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #ifdef APPO_LINEAR_KERNELS
+#include "isa.h"
 #include "linear_problem.h"
 #endif
 
@@ -20,15 +21,6 @@ namespace ffi = tvm::ffi;
 using MaybeTensor = ffi::Optional<ffi::TensorView>;
 
 #ifdef APPO_LINEAR_KERNELS
-
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 ffi::String linear_isa() {
   return has_avx512_bf16() ? "avx512_bf16" : has_avx512() ? "avx512" : has_avx2() ? "avx2" : "";

@@ -1,23 +1,8 @@
-// bf16 products with AVX512-BF16: two multiplications per lane and instruction, summed in float32.
+// bf16 products with AVX512-BF16.
 
-#include "linear_avx512.h"
+#include "linear_avx512_bf16.h"
 
 namespace appo {
-namespace {
-
-struct Avx512Bf16 : Avx512 {
-  static void store_bf16(uint16_t* p, F v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
-  }
-};
-
-struct Bf16Dot {
-  using Number = uint16_t;
-  static constexpr int64_t pair = 2;
-  static __m512 dot(__m512 c, __m512 a, __m512 b) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
-};
-
-}  // namespace
 
 const LinearKernels& linear_avx512_bf16() {
   static constexpr LinearKernels table = kernels<Avx512Bf16, Bf16Dot>();

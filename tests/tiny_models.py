@@ -30,11 +30,11 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def build(name: str, folder: Path, seed: int = 0):
-    """The transformers model called `name`, float32, also saved in `folder`."""
+def build(name: str, folder: Path, seed: int = 0, **shape):
+    """The transformers model called `name`, float32, also saved in `folder`. shape: overrides of its config."""
     config, extra = CONFIGS[name]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(**{**SHAPE, **extra})).float().eval()
+    model = AutoModelForCausalLM.from_config(config(**{**SHAPE, **extra, **shape})).float().eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 1:  # norms and biases away from 1 and 0, so that a swap would show

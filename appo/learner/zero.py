@@ -64,6 +64,8 @@ def join_group() -> torch.device:
         else:
             _group_of_one(backend)
         atexit.register(dist.destroy_process_group)
+    elif dist.get_world_size() == 1:
+        _name_ranks()  # a rollout engine in this process (vLLM) has made the group
     if backend == "gloo":
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -72,11 +74,15 @@ def join_group() -> torch.device:
 
 
 def _group_of_one(backend: str) -> None:
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-        os.environ[name] = value  # DeepSpeed reads them
+    _name_ranks()
     folder = tempfile.mkdtemp(prefix="appo-group-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+
+
+def _name_ranks() -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ[name] = value  # DeepSpeed reads them
 
 
 def zero_config(s: ZeroSettings) -> dict[str, Any]:

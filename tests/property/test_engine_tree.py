@@ -18,11 +18,12 @@ _FOLDER = tempfile.TemporaryDirectory()
 MODEL = build("llama", Path(_FOLDER.name))
 
 
-def run_life(seed: int, max_batch: int, chunk: int, steps: int) -> None:
+def run_life(seed: int, max_batch: int, chunk: int, steps: int, native: bool) -> None:
     rng = random.Random(seed)
     engine = NativeEngine(
         Path(_FOLDER.name), dtype="float32", max_batch=max_batch, prefill_chunk=chunk
     )
+    engine.store.native &= native  # attention in C++ where it can run, or its definition
     shadow: dict[
         int, list[int]
     ] = {}  # handle -> ids known to be there before what is being decoded
@@ -99,9 +100,10 @@ def run_life(seed: int, max_batch: int, chunk: int, steps: int) -> None:
     seed=st.integers(0, 2**32),
     max_batch=st.sampled_from([1, 2, 5, 8]),
     chunk=st.sampled_from([1, 3, 16, 64]),
+    native=st.booleans(),
 )
-def test_random_lives(seed, max_batch, chunk):
-    run_life(seed, max_batch, chunk, steps=30)
+def test_random_lives(seed, max_batch, chunk, native):
+    run_life(seed, max_batch, chunk, steps=30, native=native)
 
 
 def test_ten_thousand_forks_leak_nothing():

@@ -1,7 +1,8 @@
 """One forward pass laid out: which rows, where their keys go, which segments they read.
 
 Rows are sorted by path, so the readers of every segment are neighbours. Each segment on some row's path is attended
-once, by all rows below it; single rows meet their own KV in one padded call over the slab; a chunk of several rows
+once, by all rows below it. In native code one call per layer does it all (segments.py). The definition in PyTorch, for
+devices and machines without it: single rows meet their own KV in one padded call over the slab; a chunk of several rows
 meets itself causally. Partial results land in [rank, row] and are merged once per layer, whatever the tree's shape.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from appo.rollout.native import segments
 from appo.rollout.native.attention import NO_KEYS, attend, merge
 from appo.rollout.native.kv import KVStore
 from appo.rollout.native.tree import Node
@@ -65,35 +67,49 @@ class Batch:
         self.padded = max(self.rows, pad_rows)
         self.single_units = [u for u in self.units if u.single]
         self._lay_out()
+        self.plan = segments.lay_out(self.units, self.first_row, store) if store.native else None
+        if self.plan is not None:
+            self.out = torch.empty(self.padded, heads, store.head_dim, dtype=store.dtype)
+        else:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        store = self.store
+        self._find_spans()
         self._find_shared()
         ranks = 1 + max((s.rank for s in self.shared), default=0)
         device, dtype = store.device, store.dtype
-        self.o = torch.zeros(ranks, self.padded, heads, store.head_dim, dtype=dtype, device=device)
-        self.lse = torch.full((ranks, self.padded, heads), NO_KEYS, device=device)
+        shape = (ranks, self.padded, self.heads)
+        self.o = torch.zeros(*shape, store.head_dim, dtype=dtype, device=device)
+        self.lse = torch.full(shape, NO_KEYS, device=device)
         if self.single_units:
             self._lay_out_slab()
 
     def _lay_out(self) -> None:
         ids: list[int] = []
         positions: list[int] = []
-        self.spans: list[Span] = []
-        self.single_rows: list[int] = []
         self.first_row: dict[int, int] = {}
         for u in self.units:
-            a, node = len(ids), u.node
-            self.first_row[node.id] = a
+            node = u.node
+            self.first_row[node.id] = len(ids)
             ids += node.tokens[u.start : u.start + u.count]
             positions += range(node.base + u.start, node.base + u.start + u.count)
+        pad = [0] * (self.padded - self.rows)
+        self.ids = torch.tensor(ids + pad, device=self.store.device)
+        self.positions = torch.tensor(positions + pad, device=self.store.device)
+        self.advances = torch.tensor([1] * self.rows + pad, device=self.store.device)
+
+    def _find_spans(self) -> None:
+        self.spans: list[Span] = []
+        self.single_rows: list[int] = []
+        for u in self.units:
+            a, node = self.first_row[u.node.id], u.node
             if u.single:
                 self.single_rows.append(a)
             else:
                 skip = min(max(node.kv - u.start, 0), u.count)
                 into = self.store.view(node, u.start + skip, u.start + u.count).unbind(0)
                 self.spans.append(Span(a, a + u.count, skip, into))
-        pad = [0] * (self.padded - self.rows)
-        self.ids = torch.tensor(ids + pad, device=self.store.device)
-        self.positions = torch.tensor(positions + pad, device=self.store.device)
-        self.advances = torch.tensor([1] * self.rows + pad, device=self.store.device)
 
     def _find_shared(self) -> None:
         readers: dict[int, list[tuple[int, int, int]]] = {}
@@ -176,10 +192,13 @@ class Batch:
         """Next decode step of the same single rows; tokens in row order."""
         self.ids[: self.rows] = torch.tensor(tokens, device=self.ids.device)
         self.positions += self.advances
-        self.write += 1
-        for i, u in enumerate(self.single_units):
+        for u in self.single_units:
             u.start += 1
-            self.lengths[i] += 1
+        if self.plan is not None:
+            self.plan.advance()
+            return
+        self.write += 1
+        self.lengths = [n + 1 for n in self.lengths]
         if max(self.lengths) >= self.width:
             self._view_slab()
         else:
@@ -187,7 +206,13 @@ class Batch:
             self.mask[self.slot_of_row, 0, 0, at] = 0.0
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k, v[M,Hkv,D], attend q[M,Hq,D] over everything on each row's path: [M, Hq*D]."""
+        """Write k, v[M,Hkv,D], attend q[M,Hq,D] over everything on each row's path: [M, Hq*D].
+
+        In native code the result is one buffer, valid until the next call.
+        """
+        if self.plan is not None:
+            segments.attend_segments(q, k, v, self.plan, layer, self.out)
+            return self.out.view(self.padded, -1)
         for s in self.spans:
             if s.skip < s.b - s.a:
                 s.into[layer][0].copy_(k[s.a + s.skip : s.b].transpose(0, 1))

@@ -56,13 +56,15 @@ class NativeEngine:
         policy_version: int = 0,
         share_prompts: bool = True,
         fp32_logits: bool = True,
+        runner: Literal["auto", "torch", "native"] = "auto",
     ):
         """Load a Hugging Face folder (config.json + safetensors).
 
         max_batch: sequences that decode together · prefill_chunk: prefill tokens per step · kv_tokens: limit on cached
         tokens (None: memory) · max_context: longest sequence (default: the model's) · deterministic: pad rows to
         buckets · share_prompts: a new prompt reuses the KV of a live one with a common prefix of 16 tokens or more ·
-        fp32_logits: halve the error of bfloat16 logprobs for about a tenth of the speed (see `Model`).
+        fp32_logits: halve the error of bfloat16 logprobs for about a tenth of the speed (see `Model`) · runner: what
+        runs the layers, "native" (C++), "torch" or "auto": C++ where this machine can.
         """
         if dtype not in DTYPES:
             raise EngineError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
@@ -84,7 +86,7 @@ class NativeEngine:
         self.share_prompts = share_prompts
         where = torch.device(device)
         with torch.inference_mode():
-            self.model = Model(config, DTYPES[dtype], where, self.max_context, fp32_logits)
+            self.model = Model(config, DTYPES[dtype], where, self.max_context, fp32_logits, runner)
             self._load_all(model_dir)
             self.store = KVStore(
                 config.layers,
@@ -353,6 +355,7 @@ class NativeEngine:
 
     def stats(self) -> dict[str, float]:
         """Counters since construction and what is held now (tokens, bytes, seconds)."""
+        layers = self.model.native
         return {
             **self._count,
             "live_sequences": len(self.tree.by_handle),
@@ -363,6 +366,8 @@ class NativeEngine:
             "kv_copied_tokens": sum(node.off for node in self.store.owner if node is not None),
             "kv_bytes": self.store.bytes,
             "load_seconds": self._load_seconds,
+            "packed_bytes": 0 if layers is None else layers.packed_bytes,
+            "pack_seconds": 0.0 if layers is None else layers.pack_seconds,
         }
 
     def _checked(self, token_ids: Sequence[int]) -> list[int]:

@@ -11,13 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from appo.rollout.native import segments
 from appo.rollout.native.tree import Node
 
 FIRST_CAPACITY = 128  # tokens per slot of the first slab
 
 
 class KVStore:
-    """Keys and values of all nodes. `epoch` changes whenever an address changed, so plans know they are old."""
+    """Keys and values of all nodes. `epoch` changes whenever an address changed, so plans know they are old.
+
+    `native`: attention over them runs in C++ (segments.py); set it to False for the PyTorch definition.
+    """
 
     def __init__(
         self,
@@ -30,6 +34,7 @@ class KVStore:
     ):
         self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
         self.dtype, self.device, self.max_slots = dtype, device, max_slots
+        self.native = segments.available(dtype, head_dim, device)
         self.slab = self._new_slab(0, FIRST_CAPACITY)
         self.owner: list[Node | None] = []
         self.tokens = 0  # own positions with KV, over all nodes: each counted once
@@ -51,6 +56,13 @@ class KVStore:
             return self.slab[:, :, node.slot, :, node.off + start : node.off + stop]
         assert node.block is not None
         return node.block[:, :, :, start:stop]
+
+    def whole(self, node: Node) -> Tensor:
+        """All the room of a node for own positions: a view [L, 2, Hkv, room, D]."""
+        if node.slot >= 0:
+            return self.slab[:, :, node.slot, :, node.off :]
+        assert node.block is not None
+        return node.block
 
     def written(self, node: Node, count: int, version: int) -> None:
         """Account for `count` own positions having KV now."""

@@ -1,5 +1,7 @@
 """The model runner: Llama, Qwen2 and Qwen3 as one straight loop over layers, attention supplied by the caller.
 
+This is the definition, and what runs where the C++ layers (layers.py) cannot.
+
 q, k, v are one linear and gate, up another. The residual stream and the norms are float32; the rotary embedding is one
 complex product in float32 because the pairs it turns are made neighbours when weights are loaded (a permutation inside
 each head of q and k leaves q·k unchanged).
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from appo.errors import ModelError
+from appo.rollout.native import layers as native_layers
 from appo.rollout.native.adapters import Adapters
 from appo.rollout.native.weights import ModelConfig, inverse_frequencies
 
@@ -79,7 +82,9 @@ class Model:
 
     fp32_logits: take the output layer of a bfloat16 model in float32. Products of bfloat16 numbers are exact there, so
     this only avoids rounding each logit to 8 bits, which is half of all error in a bfloat16 logprob (SmolLM2-135M:
-    mean 0.030 with, 0.014 without; Hugging Face 0.037), for 10 % of a decode step at 32 rows and a float32 copy.
+    mean 0.030 with, 0.014 without; Hugging Face 0.037), for 10 % of a decode step at 32 rows and, in PyTorch, a float32
+    copy.
+    runner: "torch", "native" (C++) or "auto", which is C++ where it can run.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Model:
         device: torch.device,
         max_context: int,
         fp32_logits: bool = True,
+        runner: str = "auto",
     ):
         c = self.config = config
         self.dtype, self.device = dtype, device
@@ -121,6 +127,7 @@ class Model:
         self.turn = (
             torch.polar(torch.ones_like(angles), angles).unsqueeze(1).to(device)
         )  # [context, 1, D/2] complex
+        self.native = native_layers.choose(runner, config, dtype, device)
         self.slices: dict[str, Slice] = {}  # module name -> its part of a fused linear
         self.targets = _targets(self)
 
@@ -161,21 +168,39 @@ class Model:
             for name, tensor in pairs:
                 self.targets[name].write(tensor.detach())
             if pairs:  # adapters alone leave every weight, and its packed copy, as it is
-                for layer in self.layers:
-                    for part in (layer.qkv, layer.o, layer.gate_up, layer.down):
-                        part.pack()
-                self.head.pack()
+                self._pack()
+            if self.native is not None:
+                self.native.adapt(self)
         return {name for name, _ in pairs} | set(adapters.parts)
+
+    def _pack(self) -> None:
+        if self.native is not None:
+            self.native.pack(self)
+            return
+        for layer in self.layers:
+            for part in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                part.pack()
+        self.head.pack()
 
     def forward(
         self, ids: Tensor, positions: Tensor, attention: Attention, out_rows: Tensor | None
     ) -> Tensor:
         """Final hidden states, normed, as the output layer wants them: [R, d], rows `out_rows` (None: all) of ids[M]."""
+        x = self.embed[ids].float()  # [M, d], the residual stream
+        if self.native is not None:
+            self.native.forward(x, self.turn, positions, attention)
+        else:
+            self._layers(x, positions, attention)
+        if out_rows is not None:
+            x = x.index_select(0, out_rows)
+        return F.rms_norm(x, self.norm.shape, self.norm, self.config.eps).to(self.head.compute)
+
+    def _layers(self, x: Tensor, positions: Tensor, attention: Attention) -> None:
+        """All layers, x[M, d] in place."""
         c = self.config
         nq, nqk = c.heads, c.heads + c.kv_heads
-        shape = (len(ids), nqk, c.head_dim // 2, 2)
+        shape = (len(x), nqk, c.head_dim // 2, 2)
         turn = self.turn[positions]  # [M, 1, D/2]
-        x = self.embed[ids].float()  # [M, d], the residual stream
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(self._norm(x, layer.norm1))  # [M, (Hq + 2 Hkv) D]
             qk = qkv[:, : nqk * c.head_dim].float().view(shape[0], nqk, c.head_dim)
@@ -187,13 +212,10 @@ class Model:
             x.add_(layer.o(attention(index, qk[:, :nq], qk[:, nq:], v)))
             gate_up = layer.gate_up(self._norm(x, layer.norm2))
             x.add_(layer.down(F.silu(gate_up[:, : c.ff]).mul_(gate_up[:, c.ff :])))
-        if out_rows is not None:
-            x = x.index_select(0, out_rows)
-        return F.rms_norm(x, self.norm.shape, self.norm, c.eps).to(self.head.compute)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, V], float32 if fp32_logits else in the weights' dtype."""
-        return self.head(hidden)
+        """[R, V], float32 if fp32_logits or from the C++ head, else in the weights' dtype."""
+        return self.head(hidden) if self.native is None else self.native.logits(hidden)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.eps).to(self.dtype)

@@ -84,7 +84,10 @@ def test_library_exports_only_its_functions():
     lines = [line.split() for line in listed.splitlines()]
     exported = {words[-1] for words in lines if words[-2] == "T"}
     functions = ("abi_version", "future_value", "tree_future_value", "branch_scores", "select_branch_points",
-                 "policy_loss", "linear_isa", "linear_stats", "linear_grads")  # fmt: skip
+                 "policy_loss", "linear_isa", "linear_stats", "linear_grads", "attend_segments",
+                 "layer_stack", "layer_stack_bytes", "layer_stack_norms", "layer_stack_pack", "layer_stack_adapt",
+                 "layer_qkv", "layer_mlp", "layer_head", "layer_head_bytes", "layer_head_pack",
+                 "layer_head_logits")  # fmt: skip
     assert exported == {f"__tvm_ffi_{name}" for name in functions}
     wanted = " ".join(words[-1] for words in lines if words[-2] == "U")
     assert not any(

@@ -80,6 +80,9 @@ class RolloutConfig:
     max_batch: int = 32  # sequences decoded at once
     prefill_chunk: int = 512  # prompt tokens per forward
     max_context: int | None = None  # None: the model's own
+    kv_tokens: int | None = (
+        None  # native only: most tokens with KV at a time; None: nothing gives way until memory ends
+    )
 
 
 @dataclass
@@ -250,6 +253,8 @@ def validate(cfg: Config) -> None:
             f"rollout.statistics is {cfg.rollout.statistics}, but the native engine is always exact; remove it, or use "
             "rollout.engine=vllm"
         )
+    if cfg.rollout.kv_tokens is not None:
+        _check_kv_tokens(cfg)
     if len(cfg.learner.betas) != 2 or not all(0 <= b < 1 for b in cfg.learner.betas):
         raise ConfigError(
             f"learner.betas is {cfg.learner.betas}, but must be two numbers in [0, 1), e.g. [0.9,0.999]"
@@ -289,6 +294,24 @@ def validate(cfg: Config) -> None:
                 f"algo.roots·(algo.branches+1) = {a.roots}·({a.branches}+1) = {a.roots * (a.branches + 1)}, but "
                 f"algo.rollouts is {a.rollouts}; set algo.rollouts={a.roots * (a.branches + 1)} or change the others"
             )
+
+
+def _check_kv_tokens(cfg: Config) -> None:
+    """The limit is the native engine's, and one rollout must fit: here without its prompt and tool results.
+
+    With them: `run.check_pool`, when a tokenizer is there.
+    """
+    limit, need = cfg.rollout.kv_tokens, cfg.rollout.max_new_tokens
+    if cfg.rollout.engine != "native":
+        raise ConfigError(
+            f"rollout.kv_tokens is {limit}, but rollout.engine is {cfg.rollout.engine}, which sizes its own cache; remove "
+            "it, or use rollout.engine=native"
+        )
+    if limit is not None and limit <= need:
+        raise ConfigError(
+            f"rollout.kv_tokens is {limit}, but one rollout may take rollout.max_new_tokens={need} tokens beside its "
+            "prompt; give it room for several, or remove it"
+        )
 
 
 def _recipe_path(recipe: str) -> Path:

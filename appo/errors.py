@@ -42,6 +42,10 @@ class EngineError(AppoError):
     """The rollout engine was used against its contract, or ran out of room."""
 
 
+class PoolTooSmallError(EngineError):
+    """A sequence may need more KV than the whole pool could hold for it alone."""
+
+
 class StaleWeightsError(EngineError):
     """KV cache or logprobs of an old policy version were about to be used as current ones."""
 

@@ -26,7 +26,7 @@ from appo.data.models import (
     load_tokenizer,
     resolve_model,
 )
-from appo.data.prompts import PromptBuilder
+from appo.data.prompts import PromptBuilder, encode_plain, result_text
 from appo.errors import CheckpointError, ConfigError
 from appo.obs.progress import Console
 from appo.tools.sandbox import choose_level
@@ -160,7 +160,10 @@ def memory_estimate(p: Plan) -> dict[str, float]:
         "engine weights (packed copy included)": 2 * weights,
         "learner weights": weights,
         "gradients and AdamW state": trained * (width + 8 + master),
-        "KV cache (if every rollout runs to the limit)": tokens * kv_bytes,
+        "KV cache (if every rollout runs to the limit)": min(
+            tokens, p.cfg.rollout.kv_tokens or tokens
+        )
+        * kv_bytes,
     }
 
 
@@ -230,7 +233,9 @@ def make_engine(p: Plan) -> Any:
         return VLLMEngine(p.source.path, statistics=r.statistics, **common)
     from appo.rollout.native import NativeEngine
 
-    return NativeEngine(p.source.path, deterministic=p.cfg.deterministic, **common)
+    return NativeEngine(
+        p.source.path, deterministic=p.cfg.deterministic, kv_tokens=r.kv_tokens, **common
+    )
 
 
 class Session:
@@ -296,11 +301,18 @@ class Session:
         return [self.builder.ids(t) for t in tasks]
 
     def check_prompts(self, most: int = 512) -> None:
-        """Render the first prompts of each split, so that one that is too long is found before the first step."""
+        """Render the first prompts of each split, so that one that is too long is found before the first step.
+
+        Too long for the context, or for rollout.kv_tokens.
+        """
+        longest = 0
         for split in ("train", "eval"):
             source = tasks_of(self.plan.cfg, split)
             wanted = self.plan.cfg.eval.questions if split == "eval" else most
-            self.prompts([source[i] for i in range(min(wanted, most, len(source)))])
+            prompts = self.prompts([source[i] for i in range(min(wanted, most, len(source)))])
+            longest = max(longest, *map(len, prompts), 0)
+        frame = len(encode_plain(self.tokenizer, result_text("")))
+        check_pool(self.plan.cfg, longest, frame, self.engine.max_context)
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """Accuracy and tool use on the held-out questions."""
@@ -322,6 +334,30 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+
+def check_pool(cfg: Config, prompt: int, frame: int, context: int) -> None:
+    """One rollout fits rollout.kv_tokens: the longest prompt, all it may sample, and its tool results.
+
+    A result takes about a token per character, and `frame` around it. There is no bound on that (a character can be
+    several tokens), so the agent ends a rollout whose results are longer and do not fit. Up to three nodes of a path end
+    inside a block: those of a shared prompt, of a prompt, of a root.
+    """
+    from appo.rollout.native.layout import BLOCK
+
+    limit, r = cfg.rollout.kv_tokens, cfg.rollout
+    if limit is None:
+        return
+    results = r.max_tool_calls * (cfg.tools.python.max_chars + frame) if cfg.tools.enabled else 0
+    need = min(prompt + r.max_new_tokens + results, context)
+    blocks = -(-need // BLOCK) + 3
+    if limit // BLOCK < blocks:
+        raise ConfigError(
+            f"rollout.kv_tokens is {limit}, but one rollout may need {blocks * BLOCK}: {need} for the longest prompt "
+            f"({prompt}), rollout.max_new_tokens={r.max_new_tokens} and rollout.max_tool_calls={r.max_tool_calls} results "
+            f"({results}) in a context of {context}, and blocks of {BLOCK} that are not full; use "
+            f"rollout.kv_tokens={blocks * BLOCK} or more, or lower tools.python.max_chars or rollout.max_new_tokens"
+        )
 
 
 def _tools(p: Plan) -> dict[str, Any]:

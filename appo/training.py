@@ -123,10 +123,16 @@ class TrainingRun:
             self._checkpoint(number)
 
     def _engine_work(self, before: dict[str, float]) -> dict[str, float]:
-        """What the engine did since `before`: differences of its counters, so that a resumed run writes the same."""
+        """What the engine did since `before`: differences of its counters, so that a resumed run writes the same.
+
+        `memory/kv_*` is what the run has needed at most so far, hence not the same after a resumption.
+        """
         now = self.session.engine.stats()
-        keys = ("prefill_tokens", "decode_tokens", "scored_tokens", "prefix_hits_tokens", "forks")
-        return {f"engine/{k}": float(now[k] - before[k]) for k in keys}
+        work = {f"engine/{k}": float(now[k] - before[k]) for k in ENGINE_WORK if k in now}
+        if "blocks_peak" in now:
+            work["memory/kv_blocks_peak"] = float(now["blocks_peak"])
+            work["memory/kv_mb_peak"] = now["blocks_peak"] * now["block_bytes"] / 2**20
+        return work
 
     def _evaluate(self, step: int) -> None:
         if not self.cfg.eval.questions:
@@ -222,11 +228,17 @@ def _cut_trees(path: Path, keep: int | None) -> None:
         cut_after(path, keep)
 
 
+# Counters of the engine that a step's record holds the differences of; not every engine has all of them.
+ENGINE_WORK = (
+    "prefill_tokens", "decode_tokens", "scored_tokens", "prefix_hits_tokens", "forks", "tokens_saved", "preemptions",
+    "evicted_tokens",
+)  # fmt: skip
+
 # Keys that may differ between a run and its resumption without changing what is computed.
 FREE_KEYS = ("output", "resume", "steps", "save_every", "keep_last", "save_trees", "threads")
 
 RESOURCE_KEYS = (
-    ("model", "offline"), ("tools", "workers"), ("tools", "timeout_s"),
+    ("model", "offline"), ("rollout", "kv_tokens"), ("tools", "workers"), ("tools", "timeout_s"),
     ("reward", "workers"), ("reward", "timeout_s"), ("learner", "max_nonfinite"),
 )  # fmt: skip
 

@@ -48,12 +48,12 @@ class Case:
 
     @property
     def ratio_best_peer(self) -> float | None:
-        """How many times better than the best peer we are (below 1: worse)."""
+        """How many times better than the best peer we are (below 1: worse); None if that is nothing to divide by."""
         if not self.peers:
             return None
-        if self.higher_is_better:
-            return self.ours / max(self.peers.values())
-        return min(self.peers.values()) / self.ours
+        best = max(self.peers.values()) if self.higher_is_better else min(self.peers.values())
+        above, below = (self.ours, best) if self.higher_is_better else (best, self.ours)
+        return above / below if below else None
 
     def row(self) -> dict[str, Any]:
         return {**asdict(self), "ratio_best_peer": self.ratio_best_peer}
@@ -204,8 +204,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(title: str, cases: Sequence[Case], args: argparse.Namespace) -> None:
-    """Print one row per case; with --json write {machine, date, command, quick, cases}."""
+def report(
+    title: str,
+    cases: Sequence[Case],
+    args: argparse.Namespace,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Print one row per case; with --json write {machine, date, command, quick, cases} and `notes`, if there are any."""
     from rich.table import Table
 
     others = list(dict.fromkeys(name for case in cases for name in (*case.variants, *case.peers)))
@@ -223,17 +228,20 @@ def report(title: str, cases: Sequence[Case], args: argparse.Namespace) -> None:
             "" if ratio is None else f"{ratio:.3g}",
             "" if case.error is None else f"{case.error:.1e}",
         )
-    _show([table])
-    _write(args, cases=[case.row() for case in cases])
+    _show([table], notes)
+    _write(args, cases=[case.row() for case in cases], **({"notes": dict(notes)} if notes else {}))
 
 
 def report_by_implementation(
-    sections: Mapping[str, Sequence[Case]], notes: Mapping[str, str], args: argparse.Namespace
+    sections: Mapping[str, Sequence[Case]],
+    notes: Mapping[str, str],
+    args: argparse.Namespace,
+    **content: Any,
 ) -> None:
     """For many peers: one table per section with a row per implementation and a column per case.
 
     The last row says how many times better we are than the best peer. With --json the cases are named
-    "section: case". `notes` (implementation → remark) is printed below and written too.
+    "section: case". `notes` (implementation → remark) is printed below and written too; `content` is written only.
     """
     from rich.table import Table
 
@@ -247,14 +255,15 @@ def report_by_implementation(
         for name in dict.fromkeys(name for column in figures for name in column):
             table.add_row(name, *(f"{c[name]:.3g}" if name in c else "" for c in figures))
         ratios = [case.ratio_best_peer for case in cases]
-        table.add_section()
-        table.add_row("ours better by, ×", *("" if r is None else f"{r:.3g}" for r in ratios))
+        if any(r is not None for r in ratios):
+            table.add_section()
+            table.add_row("ours better by, ×", *("" if r is None else f"{r:.3g}" for r in ratios))
         tables.append(table)
     _show(tables, notes)
     named = [
         {**c.row(), "name": f"{title}: {c.name}"} for title, cs in sections.items() for c in cs
     ]
-    _write(args, cases=named, notes=dict(notes))
+    _write(args, cases=named, notes=dict(notes), **content)
 
 
 def _show(tables: Sequence[Any], notes: Mapping[str, str] | None = None) -> None:

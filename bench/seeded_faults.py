@@ -1,4 +1,4 @@
-"""Do the tests of the kernels notice a broken kernel? Plants one fault at a time in a copy of the sources and looks.
+"""Do the tests notice a broken kernel, or a broken tree? Plants one fault at a time in a copy of the sources and looks.
 
     python bench/seeded_faults.py [--quick] [--json FILE]
 
@@ -26,18 +26,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("appo", "kernels", "csrc", "tests", "pyproject.toml", "CMakeLists.txt")
 TESTS = "tests/kernels/test_matrix.py"
+TREE = "tests/unit/test_segment_tree.py"  # faults in the Python definition of the tree: tests/unit/test_tree_faults.py
 LOW = "[](float x) { uint32_t b; __builtin_memcpy(&b, &x, 4); b &= 0xffff0000u; __builtin_memcpy(&x, &b, 4); return x; }"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`old` becomes `new` in `file`; the tests of `TESTS` selected by the pytest expression `select` must fail."""
+    """`old` becomes `new` in `file`; of the tests in `tests` those that the expression `select` names must fail."""
 
     name: str
     file: str
     old: str
     new: str
     select: str
+    tests: str = TESTS
 
     @property
     def native(self) -> bool:
@@ -136,6 +138,72 @@ FAULTS = [
         f"const auto low = {LOW};\n  return {{m, low(wa * a.s + wb * b.s),",
         "test_values and cpu and 1100",
     ),
+    Fault(
+        "a block freed early, C++ tree",
+        "csrc/tree.cpp",
+        "      cut(node, most, most);\n",
+        "      cut(node, most, most - 1);\n",
+        "NativeTree",
+        TREE,
+    ),
+    Fault(
+        "a block free while it may be read, C++ tree",
+        "csrc/tree.cpp",
+        "if (!open_) blocks_.settle();",
+        "blocks_.settle();",
+        "NativeTree",
+        TREE,
+    ),
+    Fault(
+        "truncation drops what children inherit, C++ tree",
+        "csrc/tree.cpp",
+        "if (length > node->base && node->inherited() < length - node->base) {",
+        "if (length > node->base) {",
+        "NativeTree",
+        TREE,
+    ),
+    Fault(
+        "KV of old weights stays, C++ tree",
+        "csrc/tree.cpp",
+        "    keep(node.get(), 0);\n",
+        "",
+        "NativeTree",
+        TREE,
+    ),
+    Fault(
+        "a slot with KV overwritten, C++ tree",
+        "csrc/tree_layout.cpp",
+        "t.slots.push_back(i < node->kv ? -1 : node->slot(i));",
+        "t.slots.push_back(node->slot(i));",
+        "NativeTree",
+        TREE,
+    ),
+    Fault(
+        "one row under new weights makes a node fresh, C++ tree",
+        "csrc/tree.h",
+        "return std::min(lost, count) > seen;",
+        "return std::min(lost, count) > 0 && seen == 0;",
+        "NativeTree",
+        TREE,
+    ),
+    Fault(
+        "a plan that failed stays open, C++ tree",
+        "csrc/tree_plan.cpp",
+        "    cancel();\n    throw;\n",
+        "    throw;\n",
+        "no_memory",
+        "tests/unit/test_tree_faults.py",
+    ),
+    Fault(
+        "a node without a handle after a failed add, C++ tree",
+        "csrc/tree.cpp",
+        "  made->tokens.assign(ids, ids + count);\n  Node* node = made.get();\n  node->id = next_node_;\n"
+        "  nodes_.emplace(next_node_, std::move(made));\n",
+        "  Node* node = made.get();\n  node->id = next_node_;\n"
+        "  nodes_.emplace(next_node_, std::move(made));\n  node->tokens.assign(ids, ids + count);\n",
+        "no_memory",
+        "tests/unit/test_tree_faults.py",
+    ),
 ]
 
 
@@ -189,11 +257,11 @@ class Copy:
             self._run(configure, env)
         self._run(["cmake", "--build", str(build), "--target", "install"], env)
 
-    def pytest(self, selects: Sequence[str]) -> tuple[str, str]:
+    def pytest(self, faults: Sequence[Fault]) -> tuple[str, str]:
         """("green" | "red" | "skipped", name of the first failed test). Raises RuntimeError for anything else."""
-        expression = " or ".join(f"({s})" for s in dict.fromkeys(selects))
+        expression = " or ".join(f"({s})" for s in dict.fromkeys(f.select for f in faults))
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", "-rf"]
-        command += [TESTS, "-k", expression]
+        command += [*dict.fromkeys(f.tests for f in faults), "-k", expression]
         done = subprocess.run(command, cwd=self.root, env=self.env, capture_output=True, text=True)
         failed = re.search(r"^FAILED \S+::(\S+)", done.stdout, re.M)
         if done.returncode == 1 and failed:
@@ -223,14 +291,14 @@ def examine(faults: Sequence[Fault], folder: Path) -> list[dict[str, str]]:
     copy = Copy(folder / "copy")
     if any(f.native for f in faults):
         copy.build()
-    state, failed = copy.pytest([f.select for f in faults])
+    state, failed = copy.pytest(faults)
     if state != "green":
         raise RuntimeError(f"without a fault the tests are {state} {failed}, so they prove nothing")
     rows = [{"name": "none (control)", "file": "", "result": state, "test": ""}]
     words = {"red": "caught", "green": "MISSED", "skipped": "cannot run here"}
     for fault in faults:
         copy.plant(fault)
-        state, failed = copy.pytest([fault.select])
+        state, failed = copy.pytest([fault])
         copy.restore(fault)
         row = {k: v for k, v in asdict(fault).items() if k in ("name", "file")}
         rows.append(row | {"result": words[state], "test": failed})

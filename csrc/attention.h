@@ -1,16 +1,25 @@
-// Attention over lists of KV segments on a CPU: what its parts share. Compiled with wide instructions too: nothing here
-// may become an external symbol (see linear.h).
+// Attention over KV segments in a pool of blocks, on a CPU: what its parts share. Compiled with wide instructions too:
+// nothing here may become an external symbol (see linear.h).
 //
-//   attention.cpp        checks what Python hands over, exports the function
+//   attention_tables.h   checks what Python hands over (attention.cpp, which also exports attend_segments)
 //   attention_work.cpp   the order of the work, threads, scratch memory
-//   attention_rows.h     the softmax step of one row, a template that attention_<isa>.cpp compile
+//   attention_write.cpp  new keys and values into their blocks
+//   attention_kernels.h  the arithmetic of a few query rows and a chunk of keys, templates that attention_<isa>.cpp
+//                        compile into a table (products in attention_product.h, the softmax step in attention_rows.h)
 //
-// The products and their packing are those of the fused head (linear_product.h): a block of keys becomes panels of words
-// along the head dimension, a block of values words along the keys, once for all query rows that share them.
+// A block holds 16 positions of all layers and heads, [layers][2][kv_heads][16 · dim], keys and values in the order in
+// which products take them (`pair` numbers, two of bf16 or one float, make a word of 32 bits):
 //
-// A row's bits depend on its query and its own list of (segment, count) alone: every segment is cut into blocks of
-// kKeys from its own start, a row's statistics absorb these blocks one after another, and each product is a sum in a
-// fixed order whatever rows stand beside it. So grouping rows, tiles and threads change the time, never a result.
+//   keys    [dim / pair][16][pair]     a word row: one word of 16 keys, to be multiplied with that word of a query
+//   values  [16 / pair][dim][pair]     a word row: `pair` positions, to be multiplied with their weights
+//
+// So nothing is packed at read time, and a block is read from end to end. What lies behind the positions that a row
+// reads, in the same block too, may be anything: it never reaches that row.
+//
+// A row's bits depend on its query and its own list of (segment, count) alone: every segment is cut into chunks of
+// kChunk keys from its own start, a row's statistics absorb these chunks one after another, and each product is one
+// chain of additions in a fixed order whatever rows stand beside it. So grouping rows, tiles and threads change the
+// time, never a result.
 #pragma once
 
 #include <cstdint>
@@ -19,53 +28,84 @@
 
 namespace appo {
 
-constexpr int64_t kKeys = 128;     // keys per block
-constexpr int64_t kTileRows = 64;  // query rows (row x head of the group) that share a packed block
-constexpr int64_t kMostDim = 256;  // head dimension: products longer than 256 words are cut (linear_product.h)
+constexpr int64_t kBlock = 16;     // positions per block
+constexpr int64_t kChunk = 128;    // keys between two rescalings of a row's sums
+constexpr int64_t kAhead = 8;      // blocks between those that are worked on and those that are asked for
+constexpr int64_t kStrip = 6;      // query rows whose sums are kept in registers
+constexpr int64_t kTileRows = 64;  // query rows (row x head of the group) that meet a chunk while it is in the caches
+constexpr int64_t kMostDim = 256;  // head dimension
 
-// Keys and values of `capacity` positions: element (layer, head, position, d) of K lies at
-// layer·layer_stride + head·head_stride + position·token_stride + d, in elements; V the same, `values` further on.
+// Positions 0 … positions-1 of a segment lie in blocks[first], blocks[first + 1], …
 struct Segment {
-  const char* data;
-  int64_t layer_stride, values, head_stride, token_stride, capacity;
+  int64_t first, positions;
 };
 
-// Rows a … b-1 read the first limits[i - a] positions of a segment (0: row i does not read it). A row's reads are listed
-// in the order of its path.
+// Rows a … b-1 read the first limits[i - a] positions of a segment (0: row i does not read it). A row's reads are
+// listed in the order of its path.
 struct Read {
   int64_t segment, a, b, limits;
 };
 
-// Row `row` of k and v becomes position `position` of a segment before anything is read.
-struct Write {
-  int64_t row, segment, position;
+// Up to kStrip query rows meet a chunk of keys.
+struct Strip {
+  int64_t rows, dim;
+  float scale2;    // log2(e) / sqrt(dim)
+  const float* q;  // rows of words (or floats, where the products take those), q_stride floats apart
+  int64_t q_stride;
+  const float* const* blocks;  // of the chunk
+  const float* const* ahead;   // as many to come
+  int64_t keys, values;        // where those of this head begin in a block, in floats
+  int64_t seen[kStrip];       // how many keys of the chunk each row reads: 1 … kChunk
+  float* scores;              // [kStrip][kChunk]
+  float* weights;             // [kStrip][kChunk]
+  float* state;               // [rows] (m, l): the largest score so far (minus infinity: none yet), and the sum of 2^(score - m)
+  float* sums;                // rows of Σ weight · value, sum_stride floats apart
+  int64_t sum_stride;
 };
 
 struct AttentionKernels {
-  // One row meets n keys: state (m, l) and o[dim] absorb the scores s[n] (any padding up to 16 is ignored); what is to
-  // be multiplied with the values goes to p, zero from n to the next multiple of 16.
-  void (*absorb)(const float* s, int64_t n, float scale2, float* state, float* o, int64_t dim, void* p);
+  const LinearKernels* linear;  // how queries are fetched and results stored
+  void (*meet)(const Strip& s);
 };
 
+// What a model layer asks for, the same for all its layers.
+struct AttentionShape {
+  Dtype dtype;  // of q, k, v, out and the blocks: f32 or bf16
+  int64_t rows, heads, kv_heads, dim, layers;
+};
+
+// Made by attention_problem (attention_tables.h); q, k, v, out, their strides and `layer` are then set per layer.
 struct AttentionProblem {
-  Dtype dtype;
-  int64_t rows, heads, kv_heads, dim, layer;
-  const char *q, *k, *v;  // [rows][heads][dim]; rows are q_stride, k_stride, v_stride elements apart
-  int64_t q_stride, k_stride, v_stride;
-  char* out;  // [rows][heads][dim]
+  AttentionShape shape;
+  const AttentionKernels* kernels;
+  const int64_t* addresses;  // of the blocks of the pool
+  const int64_t* blocks;     // numbers of blocks
   const Segment* segments;
   const Read* reads;
-  const Write* writes;
   const int64_t* limits;
-  int64_t read_count, write_count, tile_rows, threads;
-  const LinearKernels* products;
-  const AttentionKernels* rows_of;
+  const int64_t* slots;  // [rows] block · 16 + position in it where a row's k and v go; -1: nowhere
+  int64_t read_count, tile_rows, threads;
+
+  int64_t layer;
+  const char *q, *k, *v;  // [rows][heads or kv_heads][dim]
+  char* out;              // [rows][heads][dim]
+  int64_t q_stride, k_stride, v_stride, out_stride;  // elements from row to row
+
+  // A block's part of the layer: the keys of all heads, then the values of all heads.
+  int64_t head_bytes() const { return kBlock * shape.dim * bytes_of(shape.dtype); }
+  char* block_of(int64_t block) const {
+    return reinterpret_cast<char*>(addresses[block]) + layer * 2 * shape.kv_heads * head_bytes();
+  }
 };
 
+// Writes k and v into their slots, then attends. Not to be called from a job of run_team.
 void attention(const AttentionProblem& p);
 
-const AttentionKernels& attention_avx512_bf16();
-const AttentionKernels& attention_avx512();
-const AttentionKernels& attention_avx2();
+void write_slots(const AttentionProblem& p);
+
+// Null: this instruction set has none for that dtype.
+const AttentionKernels* attention_avx512_bf16(Dtype dtype);
+const AttentionKernels* attention_avx512(Dtype dtype);
+const AttentionKernels* attention_avx2(Dtype dtype);
 
 }  // namespace appo

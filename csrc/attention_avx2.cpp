@@ -1,13 +1,26 @@
 // Attention for machines without AVX-512.
 
-#include "attention_rows.h"
+#include "attention_kernels.h"
 #include "linear_avx2.h"
 
 namespace appo {
+namespace {
 
-const AttentionKernels& attention_avx2() {
-  static constexpr AttentionKernels table = attention_kernels<Avx2, false>();
-  return table;
+struct Halved : Avx2 {
+  static F low_float(const float* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(load(p)), 16));
+  }
+  static F high_float(const float* p) {
+    return _mm256_and_ps(load(p), _mm256_castsi256_ps(_mm256_set1_epi32(-65536)));
+  }
+};
+
+}  // namespace
+
+const AttentionKernels* attention_avx2(Dtype dtype) {
+  static const AttentionKernels of_floats{&linear_avx2(), meet<Avx2, Floats<Avx2>>};
+  static const AttentionKernels of_bf16{&linear_avx2(), meet<Halved, Halves<Halved>>};
+  return dtype == Dtype::bf16 ? &of_bf16 : &of_floats;
 }
 
 }  // namespace appo

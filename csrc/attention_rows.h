@@ -1,4 +1,4 @@
-// The softmax step of attention over a vector type V. `bf16`: the weights are rounded to what the product takes.
+// The softmax step of attention over a vector type V. See attention.h.
 #pragma once
 
 #include "attention.h"
@@ -13,39 +13,38 @@ typename V::F exp2_low(typename V::F x) {
   return exp2<V>(V::max(V::set(-200.0f), x));
 }
 
-template <class V, bool bf16>
-void absorb(const float* s, int64_t n, float scale2, float* state, float* o, int64_t dim, void* p) {
+// A row's state (m, l) absorbs the scores of n keys, s[0 … n); what lies behind them up to 16 is ignored. Their weights
+// 2^(s · scale2 - m) go to `weights`, zero from n to the next whole vector; `round`: as bf16, and it is the rounded
+// ones that l sums. Returns by what the row's sums are to shrink.
+template <class V, bool round>
+float absorb(const float* s, int64_t n, float scale2, float* state, float* weights) {
   const int64_t whole = n - n % V::lanes;
   auto top = V::set(kEmpty);
   for (int64_t j = 0; j < whole; j += V::lanes) top = V::max(V::load(s + j), top);  // passes NaN by
   if (whole < n) top = V::max(V::keep(V::load(s + whole), n - whole, top), top);
   const float largest = V::largest(top) * scale2, before = state[0];
-  if (largest > before) {  // what was summed so far shrinks by 2^(old m - new m)
-    const auto shrink = exp2_low<V>(V::set(before - largest));
-    for (int64_t j = 0; j < dim; j += V::lanes) V::store(o + j, V::mul(V::load(o + j), shrink));
+  float shrink = 1.0f;
+  if (largest > before) {
+    shrink = V::largest(exp2_low<V>(V::set(before - largest)));
     state[0] = largest;
-    state[1] *= V::largest(shrink);
   }
-  const auto scale = V::set(scale2), down = V::set(-state[0]), zero = V::set(0.0f);
+  // The product is rounded before m is taken off, as m itself was: the largest score weighs exactly 1, however large.
+  const auto scale = V::set(scale2), m = V::set(state[0]), zero = V::set(0.0f);
   auto sum = zero;
   for (int64_t j = 0; j < n; j += V::lanes) {
-    auto weight = exp2_low<V>(V::fma(V::load(s + j), scale, down));
+    auto weight = exp2_low<V>(V::sub(V::mul(V::load(s + j), scale), m));
     if (j >= whole) weight = V::keep(weight, n - whole, zero);
-    if constexpr (bf16) {
-      uint16_t* to = static_cast<uint16_t*>(p) + j;
+    if constexpr (round) {
+      uint16_t* to = reinterpret_cast<uint16_t*>(weights) + j;
       V::store_bf16(to, weight);
-      weight = V::widen(reinterpret_cast<const char*>(to), Dtype::bf16);  // weights sum to 1 as they are used
+      weight = V::widen(reinterpret_cast<const char*>(to), Dtype::bf16);
     } else {
-      V::store(static_cast<float*>(p) + j, weight);
+      V::store(weights + j, weight);
     }
     sum = V::add(sum, weight);
   }
-  state[1] += V::sum(sum);
-}
-
-template <class V, bool bf16>
-constexpr AttentionKernels attention_kernels() {
-  return {absorb<V, bf16>};
+  state[1] = state[1] * shrink + V::sum(sum);
+  return shrink;
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
 // The linears of a decoder layer (Llama, Qwen2, Qwen3) on a CPU: what its parts share. Compiled with wide instructions
 // too: nothing here may become an external symbol (see linear.h).
 //
-//   layer.cpp          checks what Python hands over, chooses the instruction set, exports the functions
+//   layer_stack.cpp    packing and adapters, layer_step.cpp a forward pass, layer_head.cpp the output head: exported
+//                      functions that check what Python hands over (layer_checks.h, layer_stack.h)
 //   layer_packed.*     weights as panels, kept between calls, and their products
-//   layer_run.cpp      the order of the work in the two halves of a layer
+//   layer_forward.*    the order of the work in a forward pass, layer_run.* in the two halves of a layer
 //   layer_team.*       threads
 //   layer_kernels.h    what happens to a row, templates that layer_<isa>.cpp compile into a table
 //   layer_product.h    the product of few rows with a panel, likewise
@@ -25,8 +26,10 @@ struct LayerKernels {
   const LinearKernels* linear;
   Dtype dtype;  // of the numbers
 
-  // out[0 … n) = (x / rms(x)) · weight, as numbers; zero from n to `width`.
+  void (*widen)(const char* numbers, int64_t n, float* out);
+  // out[0 … n) = (x / rms(x)) · weight, as numbers; zero from n to `width`. The second: as float32.
   void (*norm)(const float* x, const float* weight, int64_t n, float eps, int64_t width, void* out);
+  void (*norm_to_floats)(const float* x, const float* weight, int64_t n, float eps, int64_t width, void* out);
   // y = y + bias, rounded to a number; then y = y + more, rounded likewise. Either may be null.
   void (*finish)(float* y, const float* bias, const float* more, int64_t n);
   void (*add)(float* x, const float* y, int64_t n);  // x += y

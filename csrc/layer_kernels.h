@@ -32,22 +32,43 @@ float rms_factor(const float* x, int64_t n, float eps) {
   return 1.0f / __builtin_sqrtf(V::sum(sum) / static_cast<float>(n) + eps);
 }
 
-template <class V>
+template <class V, Dtype dtype>
 void norm(const float* x, const float* weight, int64_t n, float eps, int64_t width, void* out) {
   const float factor = rms_factor<V>(x, n, eps);
   const auto by = V::set(factor);
   char* to = static_cast<char*>(out);
-  const int64_t size = bytes_of(V::number);
+  const int64_t size = bytes_of(dtype);
   for_vectors<V>(n, [&](int64_t j, int64_t count) {
     if (count == V::lanes) {
-      V::store_number(to + j * size, V::mul(V::mul(V::load(x + j), by), V::load(weight + j)));
+      const auto v = V::mul(V::mul(V::load(x + j), by), V::load(weight + j));
+      if constexpr (dtype == V::number) {
+        V::store_number(to + j * size, v);
+      } else {
+        V::store(reinterpret_cast<float*>(to) + j, v);
+      }
       return;
     }
     alignas(64) float few[V::lanes];
     for (int64_t l = 0; l < count; ++l) few[l] = x[j + l] * factor * weight[j + l];
-    emit_numbers<V>(few, count, to + j * size);
+    emit<V>(few, count, dtype, to + j * size);
   });
   std::memset(to + n * size, 0, static_cast<size_t>((width - n) * size));
+}
+
+template <class V>
+void widen(const char* numbers, int64_t n, float* out) {
+  const int64_t size = bytes_of(V::number);
+  for_vectors<V>(n, [&](int64_t j, int64_t count) {
+    if (count == V::lanes) {
+      V::store(out + j, V::widen(numbers + j * size, V::number));
+      return;
+    }
+    alignas(64) char few[V::lanes * 4] = {};
+    alignas(64) float wide[V::lanes];
+    std::memcpy(few, numbers + j * size, static_cast<size_t>(count * size));
+    V::store(wide, V::widen(few, V::number));
+    std::memcpy(out + j, wide, static_cast<size_t>(count) * 4);
+  });
 }
 
 // y, bias and more have room for the last vector.
@@ -105,8 +126,9 @@ void gate(float* g, const float* u, int64_t n, void* out) {
 
 template <class V>
 constexpr LayerKernels layer_kernels(const LinearKernels& linear) {
-  LayerKernels k{&linear,         V::number, norm<V>, finish<V>, add<V>, turn<V>, gate<V>,
-                 stream<V, Whole<V>>, nullptr};
+  LayerKernels k{&linear,   V::number, widen<V>, norm<V, V::number>,  norm<V, Dtype::f32>,
+                 finish<V>, add<V>,    turn<V>,  gate<V>,             stream<V, Whole<V>>,
+                 nullptr};
   if constexpr (V::number == Dtype::bf16) k.product_of_floats = stream<V, Halves<V>>;
   return k;
 }

@@ -21,14 +21,15 @@ void pack_panel(const LinearKernels& k, const Matrix& w, int64_t first, int64_t 
 }  // namespace
 
 Scratch panel_memory(int64_t floats) {
-  Scratch memory(floats);
 #ifdef __linux__
-  constexpr uintptr_t huge = 2 << 20;
-  const auto start = reinterpret_cast<uintptr_t>(memory.get()), end = start + static_cast<uintptr_t>(floats) * 4;
-  const uintptr_t first = (start + huge - 1) / huge * huge, last = end / huge * huge;
-  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint
+  constexpr int64_t huge = 2 << 20;
+  if (floats * 4 >= huge / 4) {
+    Scratch memory(round_up(floats * 4, huge) / 4, huge);
+    (void)madvise(memory.get(), static_cast<size_t>(round_up(floats * 4, huge)), MADV_HUGEPAGE);  // a hint
+    return memory;
+  }
 #endif
-  return memory;
+  return Scratch(floats);
 }
 
 void pack(Packed& to, const Matrix& w, const float* bias, int64_t threads) {

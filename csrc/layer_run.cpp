@@ -19,12 +19,13 @@ void each_tile(const LayerKernels& k, const Packed& w, Rows x, int64_t rows, int
   const int64_t groups = ceil_div(w.panels(), span), blocks = ceil_div(rows, kLayerRows);
   const int64_t ld = span * k.linear->panel, tile = std::min(rows, kLayerRows) * ld;
   threads = std::min(useful_threads(w, rows, threads), groups * blocks);
-  const Scratch scratch((w.rank ? 2 : 1) * tile * threads);
+  // A head is taken in whole vectors, so the last one may be read up to a vector behind its end.
+  const Scratch scratch((w.rank ? 2 : 1) * tile * threads + 16);
   run_team(groups * blocks, threads, [&](int64_t unit, int64_t part) {
     const int64_t p = unit / blocks * span, row = unit % blocks * kLayerRows;
     const int64_t some = std::min(kLayerRows, rows - row), count = std::min(span, w.panels() - p);
     float* y = scratch.get() + part * tile;
-    linear(k, w, x, low, row, some, p, count, y, scratch.get() + (threads + part) * tile);
+    linear(k, w, x, low, row, some, p, count, y, w.rank ? y + threads * tile : nullptr);
     then(p, row, some, y, count * k.linear->panel);
   });
 }

@@ -16,17 +16,31 @@ using Work = void (*)(void* context, int64_t part);
 // time per process; further callers wait. The first exception is rethrown.
 void share_work(int64_t parts, Work work, void* context);
 
-// body(unit, part) for every unit, in any order, on at most `threads` threads; part < threads numbers the thread.
+constexpr int64_t kMostParts = 64;  // threads of one job
+
+// body(unit, part) for every unit on at most `threads` threads; part < threads numbers the thread. Each thread has a
+// run of neighbouring units, so that what it fetches ahead is what it works on next; one that is done takes from the
+// others.
 template <typename Body>
 void run_team(int64_t units, int64_t threads, Body&& body) {
-  const int64_t parts = std::min(units, threads);
+  const int64_t parts = std::min({units, threads, kMostParts});
   if (parts <= 1) {
     for (int64_t unit = 0; unit < units; ++unit) body(unit, int64_t{0});
     return;
   }
-  std::atomic<int64_t> next{0};
+  struct alignas(64) Run {
+    std::atomic<int64_t> next;
+    int64_t end;
+  } runs[kMostParts];
+  for (int64_t i = 0; i < parts; ++i) {
+    runs[i].next = units * i / parts;
+    runs[i].end = units * (i + 1) / parts;
+  }
   auto take = [&](int64_t part) {
-    for (int64_t unit = next++; unit < units; unit = next++) body(unit, part);
+    for (int64_t i = 0; i < parts; ++i) {
+      Run& run = runs[(part + i) % parts];
+      for (int64_t unit = run.next++; unit < run.end; unit = run.next++) body(unit, part);
+    }
   };
   share_work(parts, [](void* context, int64_t part) { (*static_cast<decltype(take)*>(context))(part); }, &take);
 }

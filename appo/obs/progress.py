@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from appo.obs.card import card_rich, card_text, escape
+from appo.obs.engine import engine_parts
 from appo.obs.metrics import PHASES, eval_questions, wilson
 
 SHOW_AFTER_S = 2.0  # phases shorter than this are not worth a bar
@@ -234,7 +235,11 @@ def step_parts(record: Mapping[str, Any], steps: int | None = None) -> tuple[str
     is_eval = record.get("kind") == "eval"
     number = f"{record.get('step', 0):>{width}}" + (f"/{total}" if total else "")
     parts = eval_parts(record) if is_eval else _train_parts(record)
-    return f"{'eval' if is_eval else 'step'} {number}", [*parts, *_seconds(record)]
+    return f"{'eval' if is_eval else 'step'} {number}", [
+        *parts,
+        *engine_parts(record),
+        *_seconds(record),
+    ]
 
 
 def eval_parts(record: Mapping[str, Any]) -> list[Part]:

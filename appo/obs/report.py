@@ -15,6 +15,7 @@ from appo.obs.branches import branch_table
 from appo.obs.card import md_code, md_table
 from appo.obs.chart import reward_curve
 from appo.obs.codec import tree_from_json
+from appo.obs.engine import engine_section
 from appo.obs.lines import read_lines, replace_file
 from appo.obs.metrics import PHASES, eval_questions, newcombe, read_metrics, wilson
 from appo.obs.progress import Console
@@ -97,6 +98,8 @@ def report_text(run: Path, records: Records, config_yaml: str) -> str:
         branch_section(branch_table(run)),
         "## Time",
         _times(steps, evals),
+        "## Rollout engine",
+        engine_section(steps),
         "## Counters",
         _counters(steps),
         "## Files",

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any
 
 from appo.data.prompts import budget_text, encode_plain, result_text
+from appo.errors import PoolTooSmallError
 from appo.rollout.engine import RolloutEngine, SamplingParams, Stopped
 from appo.rollout.protocol import ANSWER, TagEvent, TagParser, TokenText
 from appo.tools.base import ToolResult
@@ -86,7 +87,12 @@ class Agent:
             stop=closes_block,
         )
         line.state = State.SAMPLING
-        self.engine.submit(line.seq, params, line.seed)
+        try:
+            self.engine.submit(line.seq, params, line.seed)
+        except PoolTooSmallError:
+            if not line.sampled:
+                raise  # not even the first turn fits: a wrong setting
+            self._finish(line, Finish.LENGTH)  # tool results were longer than the pool is made for
 
     def on_stopped(self, line: Line, event: Stopped) -> TagEvent | None:
         """Record what was sampled; return the tool call to make, if any."""

@@ -16,11 +16,11 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "bench/aot_report.py"
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-PRODUCTS = ("partial", "dlogits")  # must run on tensor cores
+PRODUCTS = ("partial", "dlogits", "attend")  # must run on tensor cores
 
 # Registers per thread. A product owns a multiprocessor alone and may use all there are; the others hide latency by running
 # side by side, and one that is not listed must leave room for three blocks of four warps.
-REGISTERS = {"partial": 255, "dlogits": 255, "rowgrads": 200}
+REGISTERS = {"partial": 255, "dlogits": 255, "rowgrads": 200, "attend": 255}
 FEW = 168
 
 pytestmark = pytest.mark.skipif(

@@ -74,6 +74,10 @@ def test_library_of_another_version(fresh):
         native.load()
 
 
+TREE = """abort add base blocks_of check commit counts evict evict_path extend fork free_blocks kv layout length need
+new new_version path plan release stale tables tokens truncate"""
+
+
 @pytest.mark.skipif(native.load()[0] is None, reason="native library not built")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF symbols")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
@@ -86,8 +90,9 @@ def test_library_exports_only_its_functions():
     functions = ("abi_version", "future_value", "tree_future_value", "branch_scores", "select_branch_points",
                  "policy_loss", "linear_isa", "linear_stats", "linear_grads", "attend_segments",
                  "layer_stack", "layer_stack_bytes", "layer_stack_norms", "layer_stack_pack", "layer_stack_adapt",
-                 "layer_qkv", "layer_mlp", "layer_head", "layer_head_bytes", "layer_head_pack",
-                 "layer_head_logits")  # fmt: skip
+                 "layer_step", "layer_head", "layer_head_bytes", "layer_head_pack",
+                 "layer_head_logits", "layer_head_sample", "sample_logits", "sample_bits")  # fmt: skip
+    functions += tuple(f"tree_{name}" for name in TREE.split())
     assert exported == {f"__tvm_ffi_{name}" for name in functions}
     wanted = " ".join(words[-1] for words in lines if words[-2] == "U")
     assert not any(

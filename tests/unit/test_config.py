@@ -5,6 +5,7 @@ import pytest
 from appo.algo.presets import resolve
 from appo.config import dump, load_config, recipe_names
 from appo.errors import ConfigError
+from appo.run import check_pool
 
 
 def test_dump_reads_back_to_the_same_configuration(tmp_path):
@@ -32,6 +33,8 @@ def test_every_recipe_resolves(name):
         ("rollout=3", ["rollout", "group of keys"]),
         ("rollout.temperature=0", ["rollout.temperature is 0", "greedy"]),
         ("rollout.top_p=0.9", ["rollout.top_p=0.9", "full distribution"]),
+        ("rollout.kv_tokens=0", ["rollout.kv_tokens is 0", "rollout.max_new_tokens"]),
+        ("rollout.kv_tokens=many", ["rollout.kv_tokens='many'", "int"]),
         ("minibatches=3", ["prompts_per_step", "minibatches=3"]),
         ("tools.enabled=python", ["tools.enabled", "expected a list"]),
         ("=3", ["key=value"]),
@@ -145,3 +148,28 @@ def test_dual_clip_can_be_switched_off():
 def test_contradictions_are_found_early(override, words):
     with pytest.raises(ConfigError, match=words):
         load_config("quickstart", [override])
+
+
+def test_kv_tokens_is_the_native_engine_s():
+    assert load_config("quickstart", ["rollout.kv_tokens=20000"]).rollout.kv_tokens == 20000
+    with pytest.raises(ConfigError, match="rollout.kv_tokens is 20000, but rollout.engine is vllm"):
+        load_config("quickstart", ["rollout.kv_tokens=20000", "rollout.engine=vllm"])
+
+
+def test_a_rollout_with_prompt_and_tool_results_fits_the_pool():
+    """2 results of up to 256 characters and 13 tokens around each; three blocks may be half empty."""
+    given = ["rollout.max_new_tokens=100", "rollout.max_tool_calls=2", "tools.python.max_chars=256"]
+
+    def check(kv_tokens, prompt=50, context=4096, more=()):
+        cfg = load_config("quickstart", [*given, f"rollout.kv_tokens={kv_tokens}", *more])
+        check_pool(cfg, prompt, 13, context)
+
+    need = 16 * (-(-(50 + 100 + 2 * (256 + 13)) // 16) + 3)
+    check(need)
+    check("null", prompt=10**6)
+    check(288, context=240)
+    check(208, more=["tools.enabled=[]"])
+    with pytest.raises(ConfigError, match=f"kv_tokens is {need - 1}, but .* need {need}"):
+        check(need - 1)
+    with pytest.raises(ConfigError, match="kv_tokens=1.* or more, or lower tools.python.max_chars"):
+        check(need, prompt=500)

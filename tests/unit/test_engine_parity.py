@@ -1,20 +1,33 @@
 """The native engine against a flat forward by transformers: every family, every way a sequence can come about."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
+from engine_watch import Watch
 from tiny_models import CONFIGS, VOCAB, build, dense, finish
+from transformers import AutoModelForCausalLM
 
-from appo.errors import ModelError
+from appo.errors import EngineError, ModelError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
-from appo.rollout.native.attention import attend, attend_reference, merge
 
 torch.set_num_threads(1)
+RUNNERS = ["torch", "native"]
+FAMILIES = ["llama", "qwen2", "qwen3"]
 
 
 def prompt_ids(n: int, seed: int = 1) -> list[int]:
     return np.random.default_rng(seed).integers(0, VOCAB, n).tolist()
+
+
+def make(folder, runner, **settings):
+    try:
+        return NativeEngine(folder, runner=runner, **settings)
+    except EngineError as e:
+        assert runner == "native"
+        pytest.skip(str(e))
 
 
 def check(model, engine, event, tolerance: float) -> None:
@@ -22,14 +35,8 @@ def check(model, engine, event, tolerance: float) -> None:
     ids, n = engine.tokens(event.seq), len(event.token_ids)
     assert ids[-n:] == event.token_ids
     logp, entropy = dense(model, ids)
-    np.testing.assert_allclose(event.logprobs, logp[-n:], atol=tolerance, rtol=0)
-    np.testing.assert_allclose(event.entropy, entropy[-n:], atol=tolerance, rtol=0)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    return build("llama", folder), folder
+    np.testing.assert_allclose(event.logprobs, logp[-n:], atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(event.entropy, entropy[-n:], atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -51,41 +58,89 @@ def test_every_family_agrees_with_transformers(name, tmp_path):
         np.testing.assert_allclose(scored.entropy, entropy, atol=1e-4, rtol=0)
 
 
-def test_fork_at_every_position_and_depth(llama):
-    model, folder = llama
-    engine = NativeEngine(folder, dtype="float32", max_batch=8, prefill_chunk=16)
-    ids = prompt_ids(12)
-    root = engine.add_prompt(ids)
-    engine.submit(root, SamplingParams(10), seed=3)
-    finish(engine)
+def random_tree(engine, rng) -> list[int]:
+    """Forks at every position modulo 16 off a root with a tool result in it, then forks of forks, four deep; → leaves."""
+
+    def grow(seqs, least, most):
+        for seq in seqs:
+            params = SamplingParams(rng.randint(least, most), temperature=0.9)
+            engine.submit(seq, params, seed=rng.randrange(2**40))
+        finish(engine)
+
+    prompt = engine.add_prompt(prompt_ids(19, seed=rng.randrange(99)))
+    root = engine.fork(prompt, 19)
+    grow([root], 14, 14)
     engine.append(root, prompt_ids(5, seed=9))
-    engine.submit(root, SamplingParams(4), seed=4)
-    finish(engine)
-    level = [engine.fork(root, at) for at in range(1, engine.length(root) + 1)]
+    grow([root], 9, 9)
+    n = engine.length(root)
+    level = [engine.fork(root, n - i) for i in range(16)]  # the first one at the last token
+    leaves = [root, *level]
     for depth in range(3):
-        for i, seq in enumerate(level):
-            engine.submit(seq, SamplingParams(5), seed=100 * depth + i)
-        for event in finish(engine).values():
-            check(model, engine, event, 1e-5)
-        # forks of forks: inside the own tokens, at the last token, and after appended tool tokens
-        for seq in level[::3]:
-            engine.append(seq, [7, 8, 9])
-        level = [engine.fork(s, engine.length(s) - i % 6) for i, s in enumerate(level[::2])]
+        grow(level, 2, 20 if depth else 6)
+        tools = [seq for seq in level if rng.random() < 0.3]
+        for seq in tools:
+            engine.append(seq, prompt_ids(rng.randint(1, 18), seed=depth))
+        grow(tools, 1, 3)
+        parents = rng.sample(level, 5)
+        level = [
+            engine.fork(seq, engine.length(seq) - rng.choice((0, 0, 1, 3, 8))) for seq in parents
+        ]
+        leaves += level
+    grow(level, 4, 4)
+    return leaves
 
 
-def test_bfloat16_stays_close(llama):
-    model, folder = llama
-    engine = NativeEngine(folder, dtype="bfloat16")
-    seq = engine.add_prompt(prompt_ids(20))
-    engine.submit(seq, SamplingParams(16), seed=0)
-    event = finish(engine)[seq]
-    logp, _ = dense(model.bfloat16(), engine.tokens(seq))
-    model.float()
-    assert np.abs(np.asarray(event.logprobs) - logp[-16:]).mean() < 0.1
+def flat_logits(model, ids) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, :-1].float()
 
 
-def test_sharded_and_wrong_folders(llama, tmp_path):
-    model, folder = llama
+def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Relative to the size of the row: [rows]."""
+    return (a.double() - b.double()).norm(dim=-1) / b.double().norm(dim=-1)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_along_every_leaf_of_a_random_tree(family, runner, tmp_path):
+    """As they were when each token was drawn or prefilled, in whatever batch; memory is watched meanwhile."""
+    model = build(family, tmp_path)
+    settings = dict(dtype="float32", max_batch=5, prefill_chunk=23, kv_tokens=1600)
+    engine = make(tmp_path, runner, **settings)
+    watch = Watch(engine, keep=True)
+    leaves = random_tree(engine, random.Random(family))
+    assert max(len(engine.tree.path(seq)) for seq in leaves) >= 5
+    for seq in leaves:
+        worst = distance(watch.along(seq), flat_logits(model, engine.tokens(seq))).max()
+        assert worst < 1e-5, (seq, worst)
+    scores = engine.score(leaves)
+    for seq, scored in zip(leaves, scores):
+        logp, entropy = dense(model, engine.tokens(seq))
+        np.testing.assert_allclose(scored.logprobs, logp, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(scored.entropy, entropy, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_no_worse_than_transformers(family, runner, tmp_path):
+    """Error against float32 along the leaves of a tree, beside that of transformers in bfloat16."""
+    model = build(family, tmp_path)
+    low = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    engine = make(tmp_path, runner, dtype="bfloat16", max_batch=8)
+    watch = Watch(engine, keep=True)
+    ours, theirs = [], []
+    for seq in random_tree(engine, random.Random(family)):
+        ids = engine.tokens(seq)
+        exact = flat_logits(model, ids)
+        ours.append(distance(watch.along(seq), exact))
+        theirs.append(distance(flat_logits(low, ids), exact))
+    assert torch.cat(ours).mean() <= torch.cat(theirs).mean()
+    assert torch.cat(ours).quantile(0.95) <= 1.1 * torch.cat(theirs).quantile(0.95)
+
+
+def test_sharded_and_wrong_folders(tmp_path):
+    folder = tmp_path / "llama"
+    model = build("llama", folder)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     NativeEngine(tmp_path / "sharded", dtype="float32")
@@ -98,25 +153,3 @@ def test_sharded_and_wrong_folders(llama, tmp_path):
     (tmp_path / "config.json").write_text(text.replace('"default"', '"yarn"'))
     with pytest.raises(ModelError, match="yarn"):
         NativeEngine(tmp_path)
-
-
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_attention_over_segments_is_attention(dtype, tolerance):
-    torch.manual_seed(0)
-    q = torch.randn(1, 2, 5, 16).to(dtype)
-    k, v = torch.randn(1, 2, 40, 16).to(dtype), torch.randn(1, 2, 40, 16).to(dtype)
-    whole, lse = attend_reference(q, k, v)
-    parts = [attend(q, k[:, :, a:b], v[:, :, a:b]) for a, b in ((0, 3), (3, 31), (31, 40))]
-    merged = merge(torch.stack([o[0] for o, _ in parts]), torch.stack([x[0] for _, x in parts]))
-    torch.testing.assert_close(merged, whole[0], atol=tolerance, rtol=0)
-    torch.testing.assert_close(
-        attend(q, k, v)[1], lse, atol=1e-3 if dtype is torch.bfloat16 else 1e-5, rtol=0
-    )
-    for causal in (False, True):
-        mask = (
-            None
-            if causal
-            else torch.zeros(5, 40, dtype=dtype).masked_fill_(torch.arange(40) > 20, -torch.inf)
-        )
-        ours, theirs = (f(q, k, v, causal=causal, mask=mask) for f in (attend, attend_reference))
-        torch.testing.assert_close(ours[0], theirs[0], atol=tolerance, rtol=0)

@@ -5,6 +5,7 @@ import pytest
 from fakes import EOS, ByteTokenizer, InstantPool, ScriptedEngine
 
 from appo.algo.presets import ALGORITHMS
+from appo.errors import PoolTooSmallError
 from appo.rollout.agent import AgentSettings
 from appo.rollout.grade import spans_of
 from appo.rollout.protocol import TokenText
@@ -88,6 +89,27 @@ def test_length_limits_count_sampled_tokens_only():
 def test_a_result_that_does_not_fit_the_context_ends_the_leaf():
     tree, *_ = grow(say("<python>1</python>", "x"), roots=1, context=len(PROMPT) + 20)
     assert tree.leaves[0].finish is Finish.LENGTH and len(tree.nodes) == 2
+
+
+class SmallPool(ScriptedEngine):
+    """Takes no sequence that may grow beyond `most` tokens."""
+
+    most = len(PROMPT) + 60
+
+    def submit(self, seq, params, seed):
+        if len(self.seqs[seq].ids) + params.max_new_tokens > self.most:
+            raise PoolTooSmallError(f"submit(seq={seq}): raise kv_tokens")
+        super().submit(seq, params, seed)
+
+
+def test_a_result_that_does_not_fit_the_pool_ends_the_leaf(monkeypatch):
+    """Just that one; a prompt that does not fit at all is the user's mistake."""
+    monkeypatch.setitem(globals(), "ScriptedEngine", SmallPool)
+    tree, engine, *_ = grow(say("<python>1</python>", "x"), roots=2, new=50)
+    assert [leaf.finish for leaf in tree.leaves] == [Finish.LENGTH] * 2
+    assert [node.role for node in tree.nodes].count("tool") == 2 and not engine.has_work()
+    with pytest.raises(PoolTooSmallError, match="raise kv_tokens"):
+        grow(say("x"), new=61)
 
 
 @pytest.mark.parametrize("resample", ["at", "after"])

@@ -14,7 +14,9 @@ from appo.algo.presets import resolve
 from appo.config import load_config
 from appo.errors import ConfigError, EngineError, ModelError, StaleWeightsError
 from appo.rollout.engine import SamplingParams
+from appo.rollout.native.segment_tree import SegmentTree
 from appo.rollout.vllm import VLLMEngine, head, reports, start, tap, weights
+from appo.rollout.vllm.sequences import Sequences
 from appo.run import _check_engine
 
 PROMPT = np.random.default_rng(3).integers(0, VOCAB, 70).tolist()
@@ -284,6 +286,114 @@ def test_vllm_dies(folder):
     engine.release(seq)
 
 
+# -- stop callbacks -----------------------------------------------------------------------------------------------------
+
+
+def three(engine, stop, n=(1, 4, 1)):
+    """Three sequences of one prompt, decoding in this order; `stop` is the second one's callback."""
+    seqs = [engine.add_prompt(PROMPT) for _ in range(3)]
+    for i, seq in enumerate(seqs):
+        submit(engine, seq, n=n[i], seed=i, stop=stop if i == 1 else None)
+    return seqs
+
+
+@pytest.mark.parametrize("statistics", ["exact", "full"])
+@pytest.mark.parametrize("error", [ValueError("a parser error"), KeyboardInterrupt()])
+def test_a_callback_that_raises_loses_nothing(folder, statistics, error):
+    """Neither what stopped before it in the step, nor what comes after it, nor its own token."""
+    seen = []
+
+    def stop(token):
+        seen.append(token)
+        if len(seen) == 1:
+            raise error
+        return False
+
+    engine = make(folder, statistics=statistics)
+    seqs = three(engine, stop, n=(1, 4, 3))
+    says = "stop callback of sequence 1 raised ValueError.*step.., or cancel"
+    expected = (EngineError, says) if isinstance(error, Exception) else (KeyboardInterrupt, None)
+    with pytest.raises(expected[0], match=expected[1]) as info:
+        engine.step()
+    assert error in (info.value, info.value.__cause__)
+    assert engine.has_work() and [engine.length(s) for s in seqs] == [71, 71, 71]
+    for call in (lambda: engine.append(seqs[0], [1]), lambda: submit(engine, seqs[0])):
+        with pytest.raises(EngineError, match="it is decoding"):
+            call()  # its event has not been handed out
+    events, undisturbed = run(engine), make(folder, statistics=statistics)
+    three(undisturbed, None, n=(1, 4, 3))
+    assert events == run(undisturbed) and seen == events[seqs[1]].token_ids
+
+
+@pytest.mark.parametrize("answer", [True, False])
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_callback_may_cancel_and_release(folder, answer, n):
+    """Itself, one that stopped earlier in the step, one whose output is still to be taken; vLLM may be done with all."""
+    engine = make(folder)
+
+    def stop(token):
+        for seq in seqs[:2]:
+            engine.cancel(seq)
+        if seqs[2] in engine.sequences.by_handle:
+            engine.release(seqs[2])
+        return answer
+
+    seqs = three(engine, stop, n=(1, n, n))
+    assert engine.step() == [] and not engine.has_work()
+    assert engine.tokens(seqs[0]) == engine.tokens(seqs[1]) == PROMPT
+    assert FakeLLM.last.llm_engine.requests == {}
+    assert len(sample(engine).token_ids) == 8
+
+
+def test_a_callback_may_not_step_or_score(folder):
+    engine, problems = make(folder), []
+
+    def stop(token):
+        for call in (engine.step, lambda: engine.score([seqs[0]])):
+            with pytest.raises(EngineError, match="a step is under way") as info:
+                call()
+            problems.append(info)
+        return True
+
+    seqs = [engine.add_prompt(OTHER), *three(engine, stop)]
+    assert len(run(engine)) == 3 and len(problems) == 2
+
+
+def test_a_callback_that_raises_during_a_score(folder):
+    """The score is given up, what stopped beside it is not."""
+    engine = make(folder)
+    seqs = three(engine, lambda token: 1 / 0, n=(1, 1, 1))
+    with pytest.raises(EngineError, match="raised ZeroDivisionError"):
+        engine.score([engine.add_prompt(OTHER)])
+    assert sorted(e.seq for e in engine.step()) == seqs and not engine.has_work()
+
+
+def test_a_sequence_that_vllm_ends_takes_no_other_with_it(folder):
+    engine = make(folder)
+    seqs = three(engine, None, n=(1, 4, 1))
+    core = FakeLLM.last.llm_engine
+    core.requests[core.seen[1].key].sampling_params.max_tokens = 1
+    with pytest.raises(
+        EngineError, match="vLLM ended sequence 1 by itself .finish_reason='length'"
+    ):
+        engine.step()
+    assert sorted(e.seq for e in engine.step()) == [seqs[0], seqs[2]] and not engine.has_work()
+    engine.append(seqs[1], [1])  # it can go on
+    submit(engine, seqs[1], n=2)
+    assert engine.length(seqs[1]) + 2 == 74 and len(run(engine)[seqs[1]].token_ids) == 2
+
+
+def test_entropies_that_the_worker_does_not_have(folder):
+    engine = make(folder)
+    seqs = three(engine, None)
+    take = FakeLLM.last.appo_take_drawn
+    lost = FakeLLM.last.llm_engine.seen[0].key
+    FakeLLM.last.appo_take_drawn = lambda keys: {k: v for k, v in take(keys).items() if k != lost}
+    with pytest.raises(EngineError, match="no distribution for token 0 of sequence 0"):
+        engine.step()
+    assert sorted(run(engine)) == seqs[1:]
+
+
 # -- the tree ---------------------------------------------------------------------------------------------------------
 
 
@@ -516,7 +626,7 @@ def test_stale_sequences_are_refused_until_scored(folder):
     child, unused = engine.fork(event.seq, 75), engine.add_prompt(OTHER)
     engine.load_weights([(EMBED, table(1))], 1)
     for call in (lambda: engine.fork(event.seq, 72), lambda: submit(engine, child)):
-        with pytest.raises(StaleWeightsError, match="under policy version 0.*score"):
+        with pytest.raises(StaleWeightsError, match="computed before version 1.*score"):
             call()
     submit(engine, unused)  # was never computed
     run(engine)
@@ -528,6 +638,97 @@ def test_stale_sequences_are_refused_until_scored(folder):
     got = run(engine)[fork]
     np.testing.assert_allclose(got.logprobs, dense(table(1), engine.tokens(fork))[0][71:], atol=1e-5)  # fmt: skip
     assert engine.stats()["prefix_hits_tokens"] - before == 64  # score left its KV to fork from
+
+
+def test_a_prompt_whose_forks_ran_is_stale_with_them(folder):
+    """As in the native engine: its tokens were computed for them. What nobody ran is not."""
+    engine = make(folder)
+    prompt, idle, partly = (engine.add_prompt(PROMPT) for _ in range(3))
+    for child in (engine.fork(prompt, 70), engine.fork(partly, 10)):
+        submit(engine, child, n=2)
+    run(engine)
+    cancelled = engine.fork(idle, 70)
+    submit(engine, cancelled)
+    engine.cancel(cancelled)
+    engine.load_weights([(EMBED, table(1))], 1)
+    for call in (
+        lambda: engine.fork(prompt, 70),
+        lambda: submit(engine, prompt),
+        lambda: engine.fork(partly, 3),
+    ):
+        with pytest.raises(StaleWeightsError, match="computed before version 1"):
+            call()
+    for fresh in (engine.fork(idle, 70), cancelled, engine.fork(partly, 1)):
+        submit(engine, fresh)
+    run(engine)
+    engine.score([engine.fork(prompt, 1), prompt])
+    submit(engine, engine.fork(prompt, 70))
+    run(engine)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_staleness_is_that_of_the_native_tree(seed):
+    """Random forks, turns, cancels, scores, releases and loads: both say the same of every live sequence."""
+    rng = np.random.default_rng(seed)
+    tree, ours = SegmentTree(), Sequences()
+    live = []
+
+    def turn(seq):
+        """A prefill and up to three drawn tokens."""
+        for _ in range(rng.integers(1, 4)):
+            tree.commit(tree.plan([seq], 10**6))
+            tree.extend(seq, [1])
+            ours.get(seq).tokens.append(1)
+            ours.get(seq).computed(len(ours.get(seq).tokens) - 1)
+
+    def score(seq):
+        *path, (leaf, own) = tree.path(seq)
+        units = [(node, 0, count) for node, count in [*path, (leaf, own - 1)] if count]
+        if units:
+            tree.commit(tree.layout(units))
+        ours.get(seq).computed(len(ours.get(seq).tokens) - 1)
+
+    for _ in range(120):
+        what = rng.choice(["add", "fork", "append", "turn", "cancel", "score", "release", "load"],
+                          p=[0.1, 0.25, 0.1, 0.2, 0.1, 0.1, 0.07, 0.08])  # fmt: skip
+        if what == "add" or not live:
+            ids = [1] * int(rng.integers(1, 20))
+            live.append(tree.add(ids))
+            assert ours.add(None, 0, ids).handle == live[-1]
+            continue
+        seq = int(rng.choice(live))
+        length = tree.length(seq)
+        if what == "fork":
+            at = int(rng.integers(1, length + 1))
+            try:
+                live.append(tree.fork(seq, at))
+            except StaleWeightsError:
+                with pytest.raises(StaleWeightsError):
+                    ours.fork(seq, at, tree.version)
+            else:
+                assert ours.fork(seq, at, tree.version).handle == live[-1]
+        elif what == "append":
+            tree.extend(seq, [1, 1])
+            ours.get(seq).tokens += [1, 1]
+        elif what == "turn" and not tree.stale(seq):
+            turn(seq)
+        elif what == "cancel" and not tree.stale(seq):
+            turn(seq)
+            tree.truncate(seq, length)
+            ours.truncate(seq, length)
+        elif what == "score":
+            score(seq)
+        elif what == "release":
+            live.remove(seq)
+            tree.release(seq)
+            ours.release(seq)
+        elif what == "load":
+            tree.new_version(tree.version + 1)
+            ours.new_weights()
+        for seq in live:
+            line = ours.get(seq)
+            assert line.stale(len(line.tokens)) == tree.stale(seq), (what, seq)
+            assert len(line.tokens) == tree.length(seq)
 
 
 def test_weights_changed_behind_our_back(folder):

@@ -1,4 +1,4 @@
-"""Exact attention over one segment of keys, with the log-sum-exp that lets segments be merged.
+"""Attention over lists of KV segments, the definition in PyTorch; also what runs where there is no native code.
 
 Softmax attention over the union of segments s is Σ_s exp(lse_s − lse)·o_s with lse = log Σ_s exp(lse_s), so a
 shared prefix is read once for all its descendants and added to what each row finds in its own segment.
@@ -11,44 +11,48 @@ import math
 import torch
 from torch import Tensor
 
-NO_KEYS = (
-    -1.0e30
-)  # lse of a segment a row does not read: finite, so that merging never computes inf - inf
+from appo.rollout.native.layout import BLOCK
+from appo.rollout.native.pool import KVPool
+from appo.rollout.native.segments import Reads
+
+NO_KEYS = -1.0e30  # lse of a row without keys: finite, so that merging never computes inf - inf
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention of q over k, v: (o[B,H,T,D] in q's dtype, lse[B,H,T] float32, natural logarithm).
+def attend(q: Tensor, k: Tensor, v: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of each row over the first limits[i] keys: (o[M,Hq,D], lse[M,Hq] natural logarithm), float32.
 
-    q[B,H,T,D] · k, v[B,H,S,D] (any strides, last one 1) · mask additive, broadcastable to [B,H,T,S], in q's dtype.
-    Every row must see at least one key.
+    q[M,Hq,D] · k, v[Hkv,N,D] · limits[M], 0 … N; a row that reads nothing has o = 0 and lse = NO_KEYS.
     """
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, is_causal=causal, attn_mask=mask, scale=1.0 / math.sqrt(q.shape[-1])
+    group = q.shape[1] // k.shape[0]
+    k, v = (x.float().repeat_interleave(group, dim=0) for x in (k, v))  # [Hq, N, D]
+    scores = torch.einsum("mhd,hnd->mhn", q.float(), k) / math.sqrt(q.shape[-1])
+    hidden = torch.arange(k.shape[1], device=q.device) >= limits[:, None]  # [M, N]
+    scores = scores.masked_fill(hidden[:, None], -math.inf)
+    lse = scores.logsumexp(-1).masked_fill((limits == 0)[:, None], NO_KEYS)
+    return torch.einsum("mhn,hnd->mhd", (scores - lse[..., None]).exp(), v), lse
+
+
+def attend_segments_torch(
+    q: Tensor, k: Tensor, v: Tensor, layout: Reads, pool: KVPool, layer: int, out: Tensor
+) -> None:
+    """`segments.attend_segments` on any device, for packed and plain pools, all dtypes; sums in float32.
+
+    Here a NaN among the values of a segment reaches every row of a read, also those whose limit ends before it.
+    """
+    pool.write(layer, k, v, layout.slots)
+    total = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    size = torch.full(q.shape[:2], NO_KEYS, dtype=torch.float32, device=q.device)
+    for segment, a, b, start in layout.reads.tolist():
+        limits = layout.limits[start : start + b - a]
+        count, first = int(limits.max()) if b > a else 0, int(layout.segments[segment, 0])
+        if count == 0:
+            continue
+        blocks = layout.blocks[first : first - (-count // BLOCK)].tolist()
+        keys, values = pool.read(blocks, count, layer)
+        o, lse = attend(q[a:b], keys, values, limits.to(q.device))
+        both = torch.logaddexp(size[a:b], lse)
+        total[a:b] = (
+            total[a:b] * (size[a:b] - both).exp()[..., None] + o * (lse - both).exp()[..., None]
         )
-    return attend_reference(q, k, v, causal=causal, mask=mask)
-
-
-def attend_reference(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The definition `attend` is tested against (and the path of devices without a fused kernel)."""
-    scores = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])  # [B, H, T, S]
-    if causal:
-        t, s = scores.shape[-2:]
-        seen = torch.ones(t, s, dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~seen, -math.inf)
-    if mask is not None:
-        scores = scores + mask.float()
-    lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ v.float()).to(q.dtype), lse
-
-
-def merge(o: Tensor, lse: Tensor) -> Tensor:
-    """Combine partial attentions. o[P,M,H,D], lse[P,M,H] float32 -> [M,H,D] in o's dtype."""
-    if o.shape[0] == 1:
-        return o[0]
-    weight = torch.softmax(lse, dim=0)  # [P, M, H]
-    return (o * weight.unsqueeze(-1)).sum(0).to(o.dtype)
+        size[a:b] = both
+    out.copy_(total)

@@ -1,4 +1,4 @@
-"""NativeEngine: the rollout protocol over the segment tree, for CPU and one device.
+"""NativeEngine: the rollout protocol over a segment tree of KV blocks, for CPU and one device.
 
     engine = NativeEngine(Path("model"), dtype="bfloat16")
     prompt = engine.add_prompt(ids)
@@ -8,13 +8,16 @@
     while engine.has_work():
         for event in engine.step(): ...
 
-One loop: plan → forward → sample → commit. The tree changes only between forwards.
+This is the front: what may be asked, and what is refused. The tree is in segment_tree.py, who runs when in scheduler.py,
+a step in loop.py, the model in runner.py.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -22,21 +25,32 @@ import torch
 
 from appo.errors import EngineError, ModelError, StaleWeightsError
 from appo.rollout.engine import SamplingParams, Scored, Stopped
-from appo.rollout.native.batch import Batch, Unit
-from appo.rollout.native.kv import KVStore
+from appo.rollout.native.checks import (
+    DTYPES,
+    check_params,
+    check_room,
+    check_settings,
+    checked_ids,
+)
+from appo.rollout.native.counters import Counters
+from appo.rollout.native.events import Event, EventLog
+from appo.rollout.native.layout import BLOCK
+from appo.rollout.native.loop import Loop
 from appo.rollout.native.model import Model
-from appo.rollout.native.sampler import Sampler, uniform
-from appo.rollout.native.scheduler import Run, Scheduler
-from appo.rollout.native.scoring import TreeScore, positions_needed
-from appo.rollout.native.tree import Node, Tree
+from appo.rollout.native.native_tree import make_tree
+from appo.rollout.native.prompts import Prompts
+from appo.rollout.native.runner import make_runner
+from appo.rollout.native.sampler import Sampler
+from appo.rollout.native.scheduler import Run, Scheduler, State
+from appo.rollout.native.scoring import TreeScore
 from appo.rollout.native.weights import read_config, read_tensors
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BUCKET = 8  # deterministic mode: rows are padded to a multiple of this (GEMMs with 1-3 rows take another path)
 
 
 class NativeEngine:
-    """See `appo.rollout.engine.RolloutEngine` for the contract of each method."""
+    """See `appo.rollout.engine.RolloutEngine` for the contract of each method.
+
+    Beyond it: `state(seq)`, `tokens(seq)`, `preempt(seq)`, and `events`, the log of what was asked and decided.
+    """
 
     accepts_adapters = (
         True  # load_weights takes `<module>.lora_A` and `.lora_B` beside Hugging Face names
@@ -56,67 +70,55 @@ class NativeEngine:
         policy_version: int = 0,
         share_prompts: bool = True,
         fp32_logits: bool = True,
-        runner: Literal["auto", "torch", "native"] = "auto",
+        runner: Literal["auto", "torch", "native", "device"] = "auto",
+        record: Path | str | None = None,
     ):
         """Load a Hugging Face folder (config.json + safetensors).
 
-        max_batch: sequences that decode together · prefill_chunk: prefill tokens per step · kv_tokens: limit on cached
-        tokens (None: memory) · max_context: longest sequence (default: the model's) · deterministic: pad rows to
-        buckets · share_prompts: a new prompt reuses the KV of a live one with a common prefix of 16 tokens or more ·
-        fp32_logits: halve the error of bfloat16 logprobs for about a tenth of the speed (see `Model`) · runner: what
-        runs the layers, "native" (C++), "torch" or "auto": C++ where this machine can.
+        max_batch       sequences that decode together
+        prefill_chunk   prefill tokens per step
+        kv_tokens       limit on cached tokens, in whole blocks of 16. When it is reached, KV of idle sequences gives
+                        way and is computed again when needed. None: nothing is dropped before it is released, until
+                        memory ends
+        max_context     longest sequence (default: the model's)
+        deterministic   the same bits whatever runs beside a sequence, in whatever chunks, before or after a preemption.
+                        (Sums follow the cuts of the path, so a `rewind` or `cancel` below another sequence's fork, which
+                        leaves a cut there, changes last bits of what is drawn after it.)
+                        The C++ layers do that anyway; PyTorch's are given rows in fixed buckets; prompts are not shared
+                        by common prefix, as that depends on which were there before
+        share_prompts   a new prompt reuses the KV of a live one with a common prefix of 16 tokens or more
+        fp32_logits     halve the error of bfloat16 logprobs for about a tenth of the speed (see `Model`)
+        runner          what runs the layers: "native" (C++), "torch", "device" (Triton; for device="cuda"), or "auto":
+                        C++ on a CPU that can
+        record          write the event log to this file, for `events.replay`
         """
-        if dtype not in DTYPES:
-            raise EngineError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
-        for name, value in (
-            ("max_batch", max_batch),
-            ("prefill_chunk", prefill_chunk),
-            ("kv_tokens", kv_tokens),
-        ):
-            if value is not None and value < 1:
-                raise EngineError(f"{name}={value}: must be at least 1")
         start = time.perf_counter()
-        config = read_config(model_dir)
+        check_settings(dtype, max_batch, prefill_chunk, kv_tokens)
+        self.config = config = read_config(model_dir)
         self.max_context = max_context or config.max_positions
         if not 2 <= self.max_context <= config.max_positions:
             raise EngineError(
                 f"max_context={max_context}: the model's positions allow 2 … {config.max_positions}"
             )
-        self.config, self.policy_version, self.deterministic = config, policy_version, deterministic
-        self.share_prompts = share_prompts
-        where = torch.device(device)
+        self.policy_version, self.deterministic = policy_version, deterministic
+        self.share_prompts = share_prompts and not deterministic
+        self.log = EventLog(record)
+        limit = None if kv_tokens is None else kv_tokens // BLOCK
+        self.tree = make_tree(limit)
+        self.prompts = Prompts(self.tree)
+        self.scheduler = Scheduler(self.tree, limit, max_batch, prefill_chunk, self.log)
         with torch.inference_mode():
-            self.model = Model(config, DTYPES[dtype], where, self.max_context, fp32_logits, runner)
+            where = torch.device(device)
+            layers = "torch" if runner == "device" else runner
+            self.model = Model(config, DTYPES[dtype], where, self.max_context, fp32_logits, layers)
             self._load_all(model_dir)
-            self.store = KVStore(
-                config.layers,
-                config.kv_heads,
-                config.head_dim,
-                DTYPES[dtype],
-                where,
-                max_slots=max_batch,
-            )
-            self.sampler = Sampler(config.vocab, where)
+            self.runner = make_runner(self.model, deterministic, runner == "device", limit)
+            self.sampler = Sampler(config.vocab, where, self.model)
         self.loaded: set[str] = set()  # names written by the last load_weights
-        self.tree = Tree()
-        self.scheduler = Scheduler(self.store, max_batch, prefill_chunk, kv_tokens)
-        self._batch: Batch | None = None
-        self._steady = (
-            False  # the batch is one row of every active run: the next one may be it, moved on
-        )
-        self._runs: list[Run] = []  # runs of the batch's sampled units, in row order
-        self._out_rows: torch.Tensor | None = None
-        self._count = dict.fromkeys(
-            (
-                "prefill_tokens",
-                "decode_tokens",
-                "scored_tokens",
-                "forks",
-                "prefix_hits_tokens",
-                "steps",
-            ),
-            0,
-        )
+        self._torn = False  # a load_weights broke off: some weights are new, some old
+        self._count = Counters()
+        self.loop = Loop(self.scheduler, self.sampler, self.log, self._count)
+        self._busy = False
         self._load_seconds = time.perf_counter() - start
 
     def _load_all(self, model_dir: Path) -> None:
@@ -130,267 +132,244 @@ class NativeEngine:
 
     def add_prompt(self, token_ids: Sequence[int]) -> int:
         """New sequence; shares the KV of the longest common prefix with a live prompt (if 16 tokens or more)."""
-        ids = self._checked(token_ids)
+        ids = checked_ids(token_ids, self.config.vocab)
         if not ids:
             raise EngineError("add_prompt: token_ids is empty; a prompt needs at least one token")
-        if len(ids) > self.max_context:
-            raise EngineError(
-                f"prompt of {len(ids)} tokens is longer than max_context={self.max_context}"
-            )
-        node, shared = self.tree.add_prompt(ids, self.share_prompts)
-        self._count["prefix_hits_tokens"] += shared
-        assert node.handle is not None
-        return node.handle
+        check_room("add_prompt", 0, len(ids), self.max_context)
+        seq, shared = self.prompts.add(ids, self.share_prompts)
+        self._count.prefix_hits_tokens += shared
+        self.scheduler.rest(seq)
+        self.log.write("prompt", seq, ids=ids)
+        return seq
 
     def fork(self, seq: int, at: int) -> int:
-        """New handle inheriting tokens < at; it will run token at - 1 as its first row."""
-        node = self.tree.get(seq)
-        if not 1 <= at <= node.length:
-            raise EngineError(
-                f"fork(seq={seq}, at={at}): at must be in 1 … {node.length}, the sequence's length"
-            )
-        self._check_fresh(node, "fork")
-        child = self.tree.fork(node, at)
-        self._count["forks"] += 1
-        assert child.handle is not None
-        return child.handle
+        """New handle inheriting tokens < at; it will run token at - 1 as its first row. Any token will do, sampled or not."""
+        child = self.tree.fork(seq, at)
+        self._count.forks += 1
+        self.scheduler.touch(seq)
+        self.scheduler.rest(child)
+        self.log.write("fork", child, parent=seq, at=at)
+        return child
 
     def append(self, seq: int, token_ids: Sequence[int]) -> None:
-        """Add given tokens; they are prefilled with the last sampled one at the next submit (or when a fork needs them)."""
-        node = self.tree.get(seq)
-        if seq in self.scheduler.by_seq:
-            raise EngineError(
-                f"append(seq={seq}): it is decoding; wait for its Stopped event or cancel it"
-            )
-        ids = self._checked(token_ids)
-        if node.length + len(ids) > self.max_context:
-            raise EngineError(
-                f"append(seq={seq}): {node.length} + {len(ids)} tokens do not fit max_context={self.max_context}"
-            )
-        node.tokens += ids
+        """Add given tokens; they are prefilled with the last sampled one at the next submit (or when a fork needs them).
+
+        After `cancel` this goes on from what was left; after `release` it is an error, so a late result is not taken.
+        """
+        length = self.tree.length(seq)
+        self._check_idle(seq, "append")
+        ids = checked_ids(token_ids, self.config.vocab)
+        check_room(f"append(seq={seq})", length, len(ids), self.max_context)
+        self.tree.extend(seq, ids)
+        self.scheduler.touch(seq)
+        self.log.write("append", seq, ids=ids)
 
     def release(self, seq: int) -> None:
-        """Give the handle back (a running sequence is cancelled); frees what no descendant needs."""
-        self.cancel(seq)
-        for node in self.tree.release(self.tree.get(seq)):
-            self.store.drop(node)
-        if self.scheduler.waiting:
-            self.scheduler.changed = True  # there may be room now
+        """Give the handle back (a decoding sequence is cancelled); frees what no descendant needs."""
+        self.tree.length(seq)  # known and live
+        if self.loop.is_late(seq):
+            self.cancel(seq)
+        run = self.scheduler.by_seq.get(seq)
+        if run is not None:
+            self._take_out(run)
+        self.scheduler.forget(seq)
+        self.prompts.forget(seq)
+        self.tree.release(seq)
+        self._count.dropped(seq, 0)
+        if not self.tree.used:
+            self.runner.idle()
+        self.log.write("release", seq)
 
     def length(self, seq: int) -> int:
         """Tokens of the sequence, inherited ones included."""
-        return self.tree.get(seq).length
+        return self.tree.length(seq)
 
     def tokens(self, seq: int) -> list[int]:
         """All token ids of the sequence."""
-        return self.tree.get(seq).path_tokens()
+        return self.tree.tokens(seq)
+
+    def state(self, seq: int) -> State:
+        """Where the sequence stands; DONE for a handle that was given back."""
+        return self.scheduler.state(seq)
 
     # -- running ----------------------------------------------------------------------------------------------------
 
     def submit(self, seq: int, params: SamplingParams, seed: int) -> None:
-        """Queue the sequence for decoding."""
-        node = self.tree.get(seq)
-        if seq in self.scheduler.by_seq:
-            raise EngineError(f"submit(seq={seq}): it is already decoding")
-        _check_params(params)
-        self._check_fresh(node, "submit")
-        if node.length >= self.max_context:
-            raise EngineError(
-                f"submit(seq={seq}): {node.length} tokens leave no room in max_context={self.max_context}; "
-                f"a token more needs {node.length + 1}"
+        """Queue the sequence for decoding. Raises PoolTooSmallError if the pool could not hold it even alone."""
+        length = self.tree.length(seq)
+        self._check_whole(f"submit(seq={seq})")
+        self._check_idle(seq, "submit")
+        check_params(params)
+        if self.tree.stale(seq):
+            raise StaleWeightsError(
+                f"submit(seq={seq}): its KV was computed before version {self.policy_version}; call score([{seq}]) first, "
+                "or start again from add_prompt"
             )
-        end = min(node.length + params.max_new_tokens, self.max_context)
-        limit = self.scheduler.kv_tokens
-        if limit is not None and end - 1 > limit:
-            raise EngineError(
-                f"submit(seq={seq}): alone it needs {end - 1} tokens of KV, kv_tokens={limit} is less"
-            )
-        self.scheduler.add(Run(seq, node, params, int(seed), node.length, end))
+        check_room(f"submit(seq={seq})", length, 1, self.max_context)
+        end = min(length + params.max_new_tokens, self.max_context)
+        self.scheduler.submit(seq, params, int(seed), length, end)
+        self.log.submit(seq, params, int(seed))
 
     def cancel(self, seq: int) -> None:
-        """Stop decoding and drop what was sampled since submit; no effect on a sequence that is not decoding."""
-        node = self.tree.get(seq)
+        """Stop decoding and drop what was sampled since submit; no effect on a sequence that is not decoding.
+
+        One whose Stopped event was not returned yet (it stopped in a step whose callback raised, or calls this) counts
+        as decoding: the event is dropped.
+        """
+        length = self.tree.length(seq)
         run = self.scheduler.by_seq.get(seq)
-        if run is None:
+        if run is not None:
+            self._take_out(run)
+            sampled = len(run.tokens)
+        elif sampled := self.loop.take_back(seq):
+            self.scheduler.rest(seq, State.CANCELLED)
+        else:
             return
-        self.scheduler.remove(run)
-        if run.tokens and self.tree.truncate(node, run.start) is node:
-            self.store.shrink(node, min(node.kv, len(node.tokens) - 1))
+        self._cut(seq, length - sampled)
+        self.log.write("cancel", seq, sampled=sampled)
+
+    def rewind(self, seq: int, length: int) -> None:
+        """Drop the tokens of an idle sequence from position `length` on; forks that stand on them keep them."""
+        self._check_idle(seq, "rewind")
+        self._cut(seq, length)
+        self.log.write("rewind", seq, length=length)
+
+    def _take_out(self, run: Run) -> None:
+        """The run ends without an event."""
+        if run in self.scheduler.active and not run.tokens:
+            self._count.gave_up(run.seq, self.tree.kv(run.seq))
+        self.scheduler.remove(run, State.CANCELLED)
+
+    def _cut(self, seq: int, length: int) -> None:
+        self.tree.truncate(seq, length)
+        self.prompts.truncated(seq, length)
+        self._count.dropped(seq, length)
+
+    def preempt(self, seq: int) -> None:
+        """Take a running sequence out and drop its private KV, as for want of room. It goes on by itself, and the same."""
+        self.tree.length(seq)  # known and live
+        run = self.scheduler.by_seq.get(seq)
+        if run is None or run not in self.scheduler.active:
+            raise EngineError(
+                f"preempt(seq={seq}): it is {self.state(seq).value}; only a running one can be preempted"
+            )
+        self.scheduler.preempt(run)
 
     def has_work(self) -> bool:
-        return bool(self.scheduler.by_seq)
+        return self.loop.has_work()
 
     @torch.inference_mode()
     def step(self) -> list[Stopped]:
-        """One forward. Returns the sequences that stopped in it."""
-        if not self.scheduler.by_seq:
-            return []
-        batch = self._next_batch()
-        hidden = self.model.forward(batch.ids, batch.positions, batch.attention, self._out_rows)
-        for unit in batch.units:
-            self.store.written(unit.node, unit.start + unit.count, self.policy_version)
-        self._count["steps"] += 1
-        self._count_tokens(batch)
-        if not self._runs:
-            return []
-        logits = self.model.logits(hidden)[: len(self._runs)]
-        noise = [uniform(run.seed, run.node.length) for run in self._runs]
-        return self._commit(*self.sampler.sample(logits, noise))
+        """One forward. Returns the sequences that stopped in it.
 
-    def _next_batch(self) -> Batch:
-        """The last plan moved one token on if nothing but tokens changed, else a new plan."""
-        batch = self._batch
-        if batch is not None and self._steady and not self.scheduler.changed:
-            for unit in batch.units:
-                self.store.room(unit.node, unit.node.kv + 1)
-            if batch.epoch == self.store.epoch:
-                batch.advance([run.tokens[-1] for run in self._runs])
-                return batch
-        units = self.scheduler.plan()
-        decode_only = all(u.single for u in units)
-        if decode_only:
-            self.scheduler.localise()
-        batch = self._batch = Batch(
-            units, self.store, self.config.heads, self._padded(sum(u.count for u in units))
-        )
-        sampled = [u for u in batch.units if u.sampled]
-        by_node = {run.node.id: run for run in self.scheduler.active}
-        self._runs = [by_node[u.node.id] for u in sampled]
-        self._steady = decode_only and len(sampled) == len(units) == len(self.scheduler.active)
-        self._out_rows = self._rows_out(batch, sampled)
-        self.sampler.rows([run.params for run in self._runs])
-        return batch
-
-    def _rows_out(self, batch: Batch, sampled: list[Unit]) -> torch.Tensor | None:
-        if len(sampled) == batch.padded:
-            return None
-        rows = [batch.first_row[u.node.id] + u.count - 1 for u in sampled]
-        rows += rows[:1] * (self._padded(len(rows)) - len(rows))
-        return torch.tensor(rows, dtype=torch.long, device=self.store.device)
-
-    def _padded(self, rows: int) -> int:
-        return -(-rows // BUCKET) * BUCKET if self.deterministic else rows
-
-    def _count_tokens(self, batch: Batch) -> None:
-        total = batch.rows
-        decoded = sum(1 for run in self._runs if run.tokens)
-        self._count["decode_tokens"] += decoded
-        self._count["prefill_tokens"] += total - decoded
-
-    def _commit(
-        self, tokens: list[int], logprobs: list[float], entropy: list[float]
-    ) -> list[Stopped]:
-        events = []
-        for run, token, logprob, ent in zip(self._runs, tokens, logprobs, entropy):
-            run.tokens.append(token)
-            run.logprobs.append(logprob)
-            run.entropy.append(ent)
-            run.node.tokens.append(token)
-            reason = self._stop_reason(run, token)
-            if reason is not None:
-                self.scheduler.remove(run)
-                events.append(
-                    Stopped(
-                        run.seq, run.tokens, run.logprobs, run.entropy, reason, self.policy_version
-                    )
-                )
-        return events
-
-    def _stop_reason(self, run: Run, token: int) -> Literal["stop_token", "stop", "length"] | None:
-        asked = run.params.stop is not None and run.params.stop(
-            token
-        )  # sees every id, also a stop token
-        if token in run.params.stop_token_ids:
-            return "stop_token"
-        if asked:
-            return "stop"
-        return "length" if run.node.length >= run.end else None
+        If anything raises before commit, nothing has changed and the step can be tried again. A stop callback that
+        raises is reported when all tokens of the step are in: its sequence goes on, other events come with the next step.
+        """
+        with self._alone("step"):
+            return self.loop.step(self.runner, self.policy_version)
 
     # -- weights and scores -----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def load_weights(self, named_tensors: Iterable[tuple[str, object]], version: int) -> None:
-        """Replace weights in place; all KV is dropped and sequences that had some are stale until scored."""
-        if self.scheduler.by_seq:
+        """Replace weights in place. All KV is dropped, and live sequences that had some are stale until scored.
+
+        Nothing may be decoding; sequences that wait for a tool or for a fork may live on. If it breaks off after the
+        first weight was written, nothing can be submitted or scored until all weights have been loaded again.
+        """
+        if self.loop.has_work():
             raise EngineError(
-                f"load_weights: {len(self.scheduler.by_seq)} sequences are decoding; let them stop or cancel them first"
+                f"load_weights: {self.loop.decoding} sequences are decoding; let them stop or cancel them first"
             )
         start = time.perf_counter()
-        self.loaded = self.model.load(named_tensors)
+        try:
+            self.loaded = self.model.load(named_tensors)
+        except ModelError:
+            raise  # found before anything was written
+        except BaseException:
+            self._torn = True
+            self.tree.new_version(version)
+            raise
+        self._torn &= not self.loaded >= set(self.model.targets)
         self.policy_version = version
-        for node in self.tree.nodes.values():
-            if node.kv:
-                self.store.drop(node)
-                node.stale = True
+        self.tree.new_version(version)
+        self.runner.weights_changed()
+        self.runner.idle()
+        self._count.new_weights()
         self._load_seconds = time.perf_counter() - start
+        self.log.write("version", version=version)
 
     @torch.inference_mode()
     def score(self, seqs: Sequence[int], temperature: float = 1.0) -> list[Scored]:
         """One pass over the union of the sequences' paths: every stored token is run once, KV is left behind.
 
         A fork's own first row repeats the token before the fork (one token each); the last token of a sequence is
-        not run, as nothing follows it.
+        not run, as nothing follows it. If the pool is full, other KV gives way, running sequences go on later, and in
+        the end the KV of what has been scored goes, but for the path that is being run: that must fit.
         """
-        if not temperature > 0:
-            raise EngineError(f"score: temperature={temperature}; must be above 0")
-        leaves = [self.tree.get(seq) for seq in seqs]
-        for seq in seqs:
-            if seq in self.scheduler.by_seq:
-                raise EngineError(
-                    f"score: sequence {seq} is decoding; wait for its Stopped event or cancel it"
-                )
-        needs = positions_needed(leaves)
-        limit = self.scheduler.kv_tokens
-        more = sum(max(0, count - node.kv) for node, count in needs)
-        if limit is not None and self.store.tokens + more > limit:
-            free = limit - self.store.tokens
-            raise EngineError(
-                f"score needs {more} tokens of KV, {free} of kv_tokens={limit} are free; release sequences"
-            )
-        score = TreeScore(self.model, self.store, self.policy_version, temperature)
-        self._count["scored_tokens"] += score.run(needs, self.scheduler.prefill_chunk, self._padded)
-        return [score.of(leaf) for leaf in leaves]
+        with self._alone("score"):
+            self._check_whole("score")
+            if not temperature > 0:
+                raise EngineError(f"score: temperature={temperature}; must be above 0")
+            lengths = {seq: self.tree.length(seq) for seq in seqs}
+            for seq in seqs:
+                self._check_idle(seq, "score")
+            work = TreeScore(self.tree, self.scheduler, self.runner, seqs, temperature)
+            self._count.scored(work.run(), lengths)
+            for seq in seqs:
+                self.scheduler.touch(seq)
+            self.log.write("score", seqs=[*seqs], temperature=temperature)
+            return [work.of(seq, self.policy_version) for seq in seqs]
 
     # -- facts ------------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, float]:
-        """Counters since construction and what is held now (tokens, bytes, seconds)."""
-        layers = self.model.native
+        """See the protocol; beyond it packed_bytes: the C++ copy of the weights."""
+        tree, plan, pool, layers = self.tree, self.scheduler, self.runner.pool, self.model.native
         return {
-            **self._count,
-            "live_sequences": len(self.tree.by_handle),
-            "live_nodes": len(self.tree.nodes),
-            "running": len(self.scheduler.active),
-            "waiting": len(self.scheduler.waiting),
-            "kv_tokens": self.store.tokens,
-            "kv_copied_tokens": sum(node.off for node in self.store.owner if node is not None),
-            "kv_bytes": self.store.bytes,
+            **self._count.as_dict(),
+            "preemptions": plan.preemptions,
+            "evicted_tokens": plan.evicted_tokens,
+            "live_sequences": tree.live_sequences,
+            "live_nodes": tree.live_nodes,
+            "running": len(plan.active),
+            "waiting": len(plan.waiting),
+            "kv_tokens": tree.tokens_held,
+            "kv_bytes": pool.bytes,
+            "kv_used_bytes": tree.used * pool.block_bytes,
+            "blocks_used": tree.used,
+            "blocks_free": tree.free,
+            "blocks_peak": tree.peak,
+            "block_bytes": pool.block_bytes,
             "load_seconds": self._load_seconds,
             "packed_bytes": 0 if layers is None else layers.packed_bytes,
             "pack_seconds": 0.0 if layers is None else layers.pack_seconds,
         }
 
-    def _checked(self, token_ids: Sequence[int]) -> list[int]:
-        ids = [int(t) for t in token_ids]
-        bad = next((t for t in ids if not 0 <= t < self.config.vocab), None)
-        if bad is not None:
-            raise EngineError(f"token id {bad} is outside the vocabulary of {self.config.vocab}")
-        return ids
+    @property
+    def events(self) -> deque[Event]:
+        """The last things that were asked and decided, oldest first."""
+        return self.log.events
 
-    def _check_fresh(self, node: Node, what: str) -> None:
-        if node.stale or any(a.stale for a, _ in node.chain()):
-            raise StaleWeightsError(
-                f"{what}(seq={node.handle}): its KV was computed before version {self.policy_version}; "
-                "call score([seq]) first, or start again from add_prompt"
+    def _check_whole(self, what: str) -> None:
+        if self._torn:
+            raise EngineError(
+                f"{what}: the last load_weights broke off, so some weights are old and some new; load all of them again"
             )
 
+    def _check_idle(self, seq: int, what: str) -> None:
+        if seq in self.scheduler.by_seq or self.loop.is_late(seq):
+            raise EngineError(
+                f"{what}(seq={seq}): it is decoding already; wait for its Stopped event or cancel it"
+            )
 
-def _check_params(p: SamplingParams) -> None:
-    if p.max_new_tokens < 1:
-        raise EngineError(f"max_new_tokens={p.max_new_tokens}: must be at least 1")
-    if not p.temperature >= 0:
-        raise EngineError(f"temperature={p.temperature}: must be 0 (greedy) or above")
-    if not 0 < p.top_p <= 1 or p.top_k < 0:
-        raise EngineError(
-            f"top_p={p.top_p}, top_k={p.top_k}: need 0 < top_p <= 1 and top_k >= 0 (0: off)"
-        )
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Refuse a step or score inside a step (from a stop callback)."""
+        if self._busy:
+            raise EngineError(f"{what}: a step is under way (called from a stop callback?)")
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False

@@ -1,15 +1,17 @@
-"""The model runner's layers and output head in C++ (csrc/layer*): two calls per layer, weights packed once.
+"""The model runner in C++ (csrc/layer*): one call per forward pass, weights packed once.
 
-    x[M, d] → qkv → q, k, v → attention (the caller's) → mlp → x[M, d]
+    ids[M] → embedding → all layers, attention over the block pool included → norm of the chosen rows → hidden[R, d]
 
 The PyTorch code of `Model` is the definition: rounding happens where it rounds, only sums are taken in another order.
-A row's bits depend on that row and the weights: not on the batch it stands in, not on the number of threads. Threads
-sleep between calls. float32 needs AVX2, bfloat16 AVX512-BF16; elsewhere `unavailable` says why not.
+A row's bits depend on that row, the weights and the KV it reads: not on the batch it stands in, not on the number of
+threads, not on how a prompt was cut into chunks. So deterministic mode has nothing to add here (in PyTorch it pads).
+Threads sleep between calls. float32 needs AVX2, bfloat16 AVX512-BF16; elsewhere `unavailable` says why not.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +19,14 @@ from torch import Tensor
 
 from appo.errors import EngineError
 from appo.kernels import linear_cpu, native
+from appo.rollout.native import segments
+from appo.rollout.native.head import NativeHead
 from appo.rollout.native.weights import ModelConfig
 
 if TYPE_CHECKING:
-    from appo.rollout.native.model import Attention, Linear, Model
+    from appo.rollout.native.layout import Layout
+    from appo.rollout.native.model import Layer, Linear, Model
+    from appo.rollout.native.pool import KVPool
 
 RUNNERS = ("auto", "torch", "native")
 PARTS = ("qkv", "o", "gate_up", "down")
@@ -55,6 +61,8 @@ def unavailable(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
         return f"bfloat16 layers need AVX512-BF16, this processor has {isa}"
     if config.hidden % 2 or config.ff % 2 or config.head_dim % 2:
         return "hidden_size, intermediate_size and head_dim must be even"
+    if not segments.available(dtype, config.head_dim, device):
+        return f"native attention takes head_dim up to {segments.MOST_DIM}, not {config.head_dim}"
     return None
 
 
@@ -72,30 +80,41 @@ class NativeLayers:
         c = self.config = config
         self.dtype, self.threads = dtype, threads
         low = dtype == torch.bfloat16
-        self._qkv, self._mlp = _function("layer_qkv"), _function("layer_mlp")
-        self._logits = _function("layer_head_logits")
+        self._step = _function("layer_step")
         self._stack = _function("layer_stack")(
             c.layers, c.hidden, c.ff, c.heads, c.kv_heads, c.head_dim, c.eps, low, isa
         )
-        self._head = _function("layer_head")(c.vocab, c.hidden, low, isa)
+        self.head = NativeHead(c.vocab, c.hidden, dtype, isa, threads)
         self._adapters: dict[tuple[int, str], tuple[Tensor, Tensor] | None] = {}
         self.packed_bytes: int = _function("layer_stack_bytes")(self._stack)
-        self.packed_bytes += _function("layer_head_bytes")(self._head)
+        self.packed_bytes += self.head.packed_bytes
         self.pack_seconds = 0.0
+        self._packed = False
 
-    def pack(self, model: Model) -> None:
-        """Copy all weights of the model; to be called after every change of them."""
+    def pack(self, model: Model, changed: Iterable[str]) -> None:
+        """Copy the layers, and the head, that have a tensor among `changed` (names as in `Model.targets`).
+
+        To be called after every change of weights; the first call copies everything.
+        """
         start = time.perf_counter()
-        threads = self._threads()
-        norms, pack = _function("layer_stack_norms"), _function("layer_stack_pack")
+        names = model.targets if not self._packed else changed
+        parts = {name.split(".")[2] if name.startswith("model.layers.") else name for name in names}
         for i, layer in enumerate(model.layers):
-            norms(self._stack, i, layer.norm1, layer.norm2, layer.qk_norm)
-            for part in PARTS:
-                linear: Linear = getattr(layer, part)
-                bias = None if linear.bias is None else linear.bias.float()
-                pack(self._stack, i, part, linear.weight, bias, threads)
-        _function("layer_head_pack")(self._head, model.head.weight, threads)
+            if str(i) in parts:
+                self._pack_layer(i, layer)
+        if parts & {"lm_head.weight", "model.embed_tokens.weight"}:
+            self.head.pack(model.head.weight)
+        self._packed = True
         self.pack_seconds = time.perf_counter() - start
+
+    def _pack_layer(self, index: int, layer: Layer) -> None:
+        _function("layer_stack_norms")(self._stack, index, layer.norm1, layer.norm2, layer.qk_norm)
+        for part in PARTS:
+            linear: Linear = getattr(layer, part)
+            bias = None if linear.bias is None else linear.bias.float()
+            _function("layer_stack_pack")(
+                self._stack, index, part, linear.weight, bias, self._threads()
+            )
 
     def adapt(self, model: Model) -> None:
         """Take over the adapters that changed since the last call."""
@@ -106,23 +125,33 @@ class NativeLayers:
                     _function("layer_stack_adapt")(self._stack, i, part, *(adapter or (None, None)))
                     self._adapters[i, part] = adapter
 
-    def forward(self, x: Tensor, turn: Tensor, positions: Tensor, attention: Attention) -> None:
-        """All layers, x[M, d] float32 in place. turn: complex [context, …, D/2] · positions int64[M]."""
-        c, rows, threads = self.config, x.shape[0], self._threads()
-        q = torch.empty(rows, c.heads, c.head_dim, dtype=self.dtype)
-        k = torch.empty(rows, c.kv_heads, c.head_dim, dtype=self.dtype)
-        v = torch.empty_like(k)  # the same three for every layer: attention keeps none of them
-        table = torch.view_as_real(turn)
-        for i in range(c.layers):
-            self._qkv(self._stack, i, x, table, positions, q, k, v, threads)
-            attended = attention(i, q, k, v).contiguous()
-            self._mlp(self._stack, i, attended, x, threads)
+    def forward(
+        self, model: Model, layout: Layout, pool: KVPool, rows: Tensor | None = None
+    ) -> Tensor:
+        """Run a layout; → final hidden states, normed, of `rows` (int64, any order; None: all), [R, d] as the head
+        wants them. KV goes into the pool, which must have the layout's blocks.
+
+        Raises EngineError for a pool of another shape, ValueError for tables that do not fit.
+        """
+        c = self.config
+        want = ("packed", c.layers, c.kv_heads, c.head_dim, self.dtype)
+        found = (pool.layout, pool.layers, pool.kv_heads, pool.head_dim, pool.dtype)
+        if found != want:
+            raise EngineError(
+                f"the KV pool is {found} in (layout, layers, heads, head dimension, dtype); the model needs {want}"
+            )
+        count = len(layout.ids) if rows is None else len(rows)
+        out = torch.empty(count, c.hidden, dtype=model.head.compute)
+        self._step(
+            self._stack, model.embed, torch.view_as_real(model.turn), model.norm, layout.ids, layout.positions,
+            layout.slots, layout.segments, layout.blocks, layout.reads, layout.limits, pool.addresses, rows, out,
+            self._threads(),
+        )  # fmt: skip
+        return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, V] float32 of hidden[R, d], which may be float32 beside bfloat16 weights: nothing is rounded then."""
-        out = torch.empty(hidden.shape[0], self.config.vocab)
-        self._logits(self._head, hidden, out, self._threads())
-        return out
+        return self.head.logits(hidden)
 
     def _threads(self) -> int:
         return torch.get_num_threads() if self.threads is None else self.threads

@@ -1,6 +1,7 @@
 """The model runner: Llama, Qwen2 and Qwen3 as one straight loop over layers, attention supplied by the caller.
 
-This is the definition, and what runs where the C++ layers (layers.py) cannot.
+This is the definition, and what runs where the C++ runner (layers.py) cannot. Both work on the same weights: `native` is
+the C++ runner of a model that has one.
 
 q, k, v are one linear and gate, up another. The residual stream and the norms are float32; the rotary embedding is one
 complex product in float32 because the pairs it turns are made neighbours when weights are loaded (a permutation inside
@@ -81,9 +82,10 @@ class Model:
     """Weights in `dtype` and the forward pass. `load` fills them; until then they are zero.
 
     fp32_logits: take the output layer of a bfloat16 model in float32. Products of bfloat16 numbers are exact there, so
-    this only avoids rounding each logit to 8 bits, which is half of all error in a bfloat16 logprob (SmolLM2-135M:
-    mean 0.030 with, 0.014 without; Hugging Face 0.037), for 10 % of a decode step at 32 rows and, in PyTorch, a float32
-    copy.
+    this only avoids rounding: of each logit to 8 bits, which is half of all error in a bfloat16 logprob (SmolLM2-135M:
+    mean 0.030 with, 0.014 without; Hugging Face 0.037), and of the hidden state, which is little of it (0.018 with,
+    0.018 without, on another text). In PyTorch it costs a float32 copy. In C++ logits are float32 in any case; the
+    hidden state in float32 doubles the head's multiplications, an eighth of a decode step at 16 rows.
     runner: "torch", "native" (C++) or "auto", which is C++ where it can run.
     """
 
@@ -168,14 +170,14 @@ class Model:
             for name, tensor in pairs:
                 self.targets[name].write(tensor.detach())
             if pairs:  # adapters alone leave every weight, and its packed copy, as it is
-                self._pack()
+                self._pack([name for name, _ in pairs])
             if self.native is not None:
                 self.native.adapt(self)
         return {name for name, _ in pairs} | set(adapters.parts)
 
-    def _pack(self) -> None:
+    def _pack(self, changed: Iterable[str]) -> None:
         if self.native is not None:
-            self.native.pack(self)
+            self.native.pack(self, changed)
             return
         for layer in self.layers:
             for part in (layer.qkv, layer.o, layer.gate_up, layer.down):
@@ -185,12 +187,12 @@ class Model:
     def forward(
         self, ids: Tensor, positions: Tensor, attention: Attention, out_rows: Tensor | None
     ) -> Tensor:
-        """Final hidden states, normed, as the output layer wants them: [R, d], rows `out_rows` (None: all) of ids[M]."""
+        """Final hidden states, normed, as the output layer wants them: [R, d], rows `out_rows` (None: all) of ids[M].
+
+        Always in PyTorch; `native.forward` is the same over a block pool.
+        """
         x = self.embed[ids].float()  # [M, d], the residual stream
-        if self.native is not None:
-            self.native.forward(x, self.turn, positions, attention)
-        else:
-            self._layers(x, positions, attention)
+        self._layers(x, positions, attention)
         if out_rows is not None:
             x = x.index_select(0, out_rows)
         return F.rms_norm(x, self.norm.shape, self.norm, self.config.eps).to(self.head.compute)

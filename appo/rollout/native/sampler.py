@@ -1,138 +1,103 @@
-"""Draw tokens from logits and write down, exactly, what they were drawn from.
+"""The sampler of the engine: from the final hidden states of some rows to tokens, logprobs and entropies.
 
-One pass of centred statistics per row: z = x/τ − max, S = Σeᶻ, U = Σz·eᶻ give logprob = z_y − log S ≤ 0 and
-entropy = log S − U/S ≥ 0 (a sum of two non-negative terms: nothing cancels). The token is found by inverse CDF in two
-levels (blocks of 256, then inside the block), from one uniform that depends on (seed, position) only.
+It picks what draws them: C++ behind the product with the packed head (no logits are written), C++ or Triton over
+logits, or the definition in draw.py. The noise is the same everywhere (noise.py): the token of a sequence at an absolute
+position depends on its logits, its seed and that position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from appo.errors import EngineError
 from appo.rollout.engine import SamplingParams
+from appo.rollout.native import gpu_draw, native_draw
+from appo.rollout.native.draw import Drawn, Rows, draw, draw_kept, kept
+from appo.rollout.native.noise import M64
 
-BLOCK = 256
-ROWS = 8  # rows per pass: two fp32 copies of 8 rows of a 49k vocabulary stay in cache
-EXCLUDED = -1.0e30  # finite, so that 0 * EXCLUDED is 0 and not NaN
-_M64 = (1 << 64) - 1
+if TYPE_CHECKING:
+    from appo.rollout.native.model import Model
 
-
-def _mix(x: int) -> int:
-    """The splitmix64 finaliser (Steele, Lea, Flood 2014)."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _M64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _M64
-    return x ^ (x >> 31)
-
-
-def uniform(seed: int, position: int) -> float:
-    """The noise of the token at absolute `position` under `seed`: in [0, 1), 53 bits, the same in any batch."""
-    key = _mix((seed + 0x9E3779B97F4A7C15) & _M64)
-    return (_mix((key + (position + 1) * 0x9E3779B97F4A7C15) & _M64) >> 11) * 2.0**-53
+Results = tuple[list[int], list[float], list[float]]  # tokens, logprobs, entropies
 
 
 class Sampler:
-    """Scratch memory plus the rows' parameters, set once per batch composition by `rows`."""
+    """Draws for rows whose parameters are set by `rows`, once per batch composition.
 
-    def __init__(self, vocab: int, device: torch.device):
-        self.vocab = vocab
-        padded = -(-vocab // BLOCK) * BLOCK
-        self._z = torch.zeros(ROWS, padded, device=device)
-        self._e = torch.zeros(ROWS, padded, device=device)  # the padding stays 0: never drawn
-        self.device = device
+    logprob: nats, of the distribution drawn from (top-k/top-p: renormalised over what was kept; greedy: temperature 1).
+    entropy: nats, of the full vocabulary at the sampling temperature, whatever was cut.
+    Rows with NaN, +inf or nothing but -inf among their logits raise EngineError, and then nothing is drawn.
+    """
 
-    def rows(self, params: Sequence[SamplingParams]) -> None:
-        """Remember the sampling parameters of the rows to come."""
-        temperature = [
-            p.temperature or 1.0 for p in params
-        ]  # greedy rows are scored at temperature 1
-        self._inv_temp = (
-            (1.0 / torch.tensor(temperature, dtype=torch.float64)).float().to(self.device)
-        )
-        self._greedy = [i for i, p in enumerate(params) if p.temperature == 0.0]
-        self._cut = [
-            (i, p.top_k, p.top_p)
+    def __init__(self, vocab: int, device: torch.device, model: Model | None = None):
+        self.vocab, self.model = vocab, model
+        self._from_logits = _for_logits(device)
+        self.rows([])
+
+    def rows(self, params: Sequence[SamplingParams], seqs: Sequence[int] = ()) -> None:
+        """The sampling parameters of the rows to come; `seqs` are their handles, for error messages."""
+        self._seqs = list(seqs)
+        # Greedy rows are scored at temperature 1.
+        temperature = torch.tensor([p.temperature or 1.0 for p in params], dtype=torch.float64)
+        self._inv_temp = (1.0 / temperature).float()
+        self._greedy = torch.tensor([p.temperature == 0.0 for p in params], dtype=torch.uint8)
+        self._cut = {
+            i: p
             for i, p in enumerate(params)
             if p.temperature != 0.0 and (p.top_p < 1.0 or 0 < p.top_k < self.vocab)
-        ]
+        }
 
-    def sample(
-        self, logits: Tensor, noise: Sequence[float]
-    ) -> tuple[list[int], list[float], list[float]]:
-        """One token per row of logits[R,V] with uniforms noise[R]: (tokens, logprobs, entropies).
+    def draw(self, hidden: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Results:
+        """One token for each of the len(seeds) rows that come first in hidden[R, d], the model's `forward`.
 
-        logprob: of the distribution drawn from (top-k/top-p: renormalised over what was kept; greedy: temperature 1).
-        entropy: nats, of the full vocabulary at the sampling temperature, whatever was cut.
+        seeds: any integers, modulo 2⁶⁴ · positions: absolute, of the tokens that are drawn
         """
-        u = torch.tensor(noise, dtype=torch.float64, device=self.device)
-        out = [
-            self._pass(logits[a : a + ROWS], u[a : a + ROWS], a) for a in range(0, len(noise), ROWS)
-        ]
-        tokens, logp, entropy = (torch.cat(column) for column in zip(*out))
-        return tokens.tolist(), logp.tolist(), entropy.tolist()
+        assert self.model is not None, "a sampler without a model draws from logits: sample()"
+        layers = self.model.native
+        if layers is None:
+            return self.sample(self.model.logits(hidden), seeds, positions)
+        rows = self._rows_of(seeds, positions)
+        hidden = hidden[: len(seeds)]
+        drawn = layers.head.draw(hidden, rows)
+        cut = list(self._cut)
+        return self._finish(drawn, rows, layers.logits(hidden[cut]) if cut else ())
 
-    def _statistics(
-        self, logits: Tensor, inv_temp: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z, exp(z) (padded), Σexp(z) in float64, entropy; z and exp(z) live in scratch until the next call."""
-        r = logits.shape[0]
-        z, e = self._z[:r, : self.vocab], self._e[:r, : self.vocab]
-        torch.mul(logits, inv_temp, out=z)
-        z.sub_(z.amax(-1, keepdim=True))
-        torch.exp(z, out=e)
-        total = self._blocks(r).sum(-1)
-        entropy = total.log() - torch.linalg.vecdot(e, z).double() / total
-        return (
-            z,
-            self._e[:r],
-            total,
-            entropy.clamp_(min=0.0).float(),
-        )  # clamp: -0.0 and one ulp of the dot product
+    def sample(self, logits: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Results:
+        """The same from logits[R, V] that exist anyway."""
+        rows = self._rows_of(seeds, positions)
+        logits = logits[: len(seeds)]
+        drawn = self._from_logits(logits, rows)
+        return self._finish(drawn, rows, [logits[i] for i in self._cut])
 
-    def _blocks(self, r: int) -> Tensor:
-        return self._e[:r].view(r, -1, BLOCK).sum(-1).double()  # [r, V/256]
+    def _rows_of(self, seeds: Sequence[int], positions: Sequence[int]) -> Rows:
+        wrapped = [((seed + (1 << 63)) & M64) - (1 << 63) for seed in seeds]
+        at = torch.tensor(positions, dtype=torch.int64)
+        return Rows(torch.tensor(wrapped, dtype=torch.int64), at, self._inv_temp, self._greedy)
 
-    def _pass(self, logits: Tensor, u: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        r = logits.shape[0]
-        z, e, total, entropy = self._statistics(logits, self._inv_temp[first : first + r, None])
-        for row, top_k, top_p in self._cut:
-            if first <= row < first + r:
-                _truncate(z[row - first], e[row - first, : self.vocab], top_k, top_p)
-        blocks = self._blocks(r)
-        cumulative = blocks.cumsum(-1)
-        total = cumulative[:, -1:]
-        target = u[:, None] * total
-        block = _first_above(cumulative, target)
-        rest = target - (cumulative.gather(1, block) - blocks.gather(1, block))
-        inside = (
-            e.view(r, -1, BLOCK)[torch.arange(r, device=self.device), block.squeeze(1)]
-            .double()
-            .cumsum(-1)
-        )
-        token = (block * BLOCK + _first_above(inside, rest)).squeeze(1)
-        for row in self._greedy:
-            if first <= row < first + r:
-                token[row - first] = z[row - first].argmax()
-        logp = z.gather(1, token[:, None]).double() - total.log()
-        return token, logp.squeeze(1).clamp_(max=0.0).float(), entropy
+    def _finish(self, drawn: Drawn, rows: Rows, logits: Iterable[Tensor]) -> Results:
+        """Refuse rows that cannot be drawn; draw those with cuts again, from their logits [V]."""
+        tokens, logp = drawn.tokens.tolist(), drawn.logp.tolist()
+        for i, token in enumerate(tokens):
+            if token < 0:
+                who = f"sequence {self._seqs[i]}" if self._seqs else f"row {i}"
+                raise EngineError(
+                    f"{who}: its logits at position {int(rows.positions[i])} hold NaN or +inf, or nothing but -inf; "
+                    "check the weights that were loaded last"
+                )
+        for x, (i, params) in zip(logits, self._cut.items()):
+            inv_temp = float(rows.inv_temp[i])
+            ids = kept(x, inv_temp, params.top_k, params.top_p)
+            seed, position = int(rows.seeds[i]), int(rows.positions[i])
+            tokens[i], logp[i] = draw_kept(x, ids, seed, position, inv_temp)
+        return tokens, logp, drawn.entropy.tolist()
 
 
-def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """First index whose cumulative sum exceeds target; rounding may not pick an entry of zero weight. [R,n],[R,1]->[R,1]"""
-    index = (cumulative <= target).sum(-1, keepdim=True)
-    last = (cumulative < cumulative[:, -1:]).sum(-1, keepdim=True)  # last entry that adds weight
-    return torch.minimum(index, last)
-
-
-def _truncate(z: Tensor, e: Tensor, top_k: int, top_p: float) -> None:
-    """Zero in e[V] what top-k, then top-p, exclude. Top-p keeps the smallest set whose mass reaches p."""
-    order = torch.argsort(z, descending=True, stable=True)
-    weight = e[order].double()
-    if 0 < top_k < len(z):
-        weight[top_k:] = 0.0
-    if top_p < 1.0:
-        before = weight.cumsum(0) - weight
-        weight[before >= top_p * weight.sum()] = 0.0
-    e[order[weight == 0.0]] = 0.0
+def _for_logits(device: torch.device) -> Callable[[Tensor, Rows], Drawn]:
+    """What draws from logits on a device."""
+    if device.type == "cpu" and native_draw.available():
+        return native_draw.draw
+    return gpu_draw.draw if gpu_draw.available(device) else draw

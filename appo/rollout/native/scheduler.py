@@ -1,171 +1,262 @@
-"""What runs in the next forward: continuous batching with chunked prefill over the tree.
+"""Which submitted sequences run next, and what gives way when the pool is full.
 
-Every decoding sequence gets its token in every step; on top of them at most `prefill_chunk` prefill tokens are run, in
-order of submission. Missing KV of ancestors is prefilled on demand and once, whoever asks first: a prompt shared by N
-forks costs its tokens once, and a finished prefix serves its forks in the same forward.
+    WAITING → PREFILL → DECODE → TOOL_WAIT | FORK_READY | CANCELLED → (submit) WAITING … → (release) DONE
+
+Continuous batching: every decoding sequence gets its token in every step; on top of them at most `prefill_chunk` rows
+of prefill are run, oldest submission first. A sequence is admitted when the pool could hold all that the admitted ones
+may still grow to, so none of them has to stop for room. Nobody overtakes: if the oldest does not fit, it waits for a
+running one to end, and the younger wait behind it.
+
+Room is made when it is lacking, not when it is promised. KV is dropped in this order: of sequences that do not decode,
+least recently used first (their private spans, then what only they stood on); of sequences that wait; of the youngest
+running one, which goes back to waiting; for a score, of what it has done and reads no more. Tokens are never dropped:
+lost KV is prefilled again when it is next needed.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
 
-from appo.errors import EngineError
+from appo.errors import PoolTooSmallError
 from appo.rollout.engine import SamplingParams
-from appo.rollout.native.batch import Unit
-from appo.rollout.native.kv import KVStore
-from appo.rollout.native.tree import Node
+from appo.rollout.native.events import EventLog
+from appo.rollout.native.layout import BLOCK, Layout
+from appo.rollout.native.segment_tree import SegmentTree
 
-# One attention call over a small segment costs about as much as this many (row, token) pairs in the padded call
-# (measured on one core: 60 us against 0.17 us); below that a segment with few readers is cheaper inside the slot.
-CALL_IN_ROW_TOKENS = 350
-FEW_READERS = 2
+Reason = Literal["stop_token", "stop", "length"]
+Path = list[tuple[int, int]]  # (node, how many of its own positions), root first
 
 
-@dataclass
+class State(Enum):
+    """Where a sequence stands. Its KV is kept in all states but DONE, as long as the pool has room."""
+
+    WAITING = "waiting"  # submitted; runs when there is room
+    PREFILL = "prefill"  # running; some of its tokens have no KV yet
+    DECODE = "decode"  # running; draws a token with every step
+    TOOL_WAIT = "tool_wait"  # stopped by its callback: a result will be appended
+    FORK_READY = "fork_ready"  # a prompt, a fork not submitted yet, or at its end: may be forked, scored, submitted
+    CANCELLED = "cancelled"  # as FORK_READY, without what it had sampled
+    DONE = "done"  # released
+
+
+@dataclass(eq=False)
 class Run:
-    """A submitted sequence and what it has sampled since."""
+    """A submission and what it has sampled. `order` counts submissions."""
 
     seq: int
-    node: Node
     params: SamplingParams
     seed: int
     start: int  # length at submit
     end: int  # length at which it must stop
+    order: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
 
+    @property
+    def length(self) -> int:
+        return self.start + len(self.tokens)
+
+    def take(self, token: int, logprob: float, entropy: float) -> None:
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.entropy.append(entropy)
+
+    def reason_to_stop(self, token: int) -> Reason | None:
+        """After `token`, the last one taken. The callback sees every id, a stop token too."""
+        asked = self.params.stop is not None and self.params.stop(token)
+        return "stop" if asked and token not in self.params.stop_token_ids else self.at_end(token)
+
+    def at_end(self, token: int) -> Reason | None:
+        """The reason to stop that needs no callback."""
+        if token in self.params.stop_token_ids:
+            return "stop_token"
+        return "length" if self.length >= self.end else None
+
 
 class Scheduler:
-    """Waiting and active runs; `plan` turns them into units of work."""
+    """Waiting and running submissions, both oldest first, and the idle sequences, least recently used first."""
 
-    def __init__(self, store: KVStore, max_batch: int, prefill_chunk: int, kv_tokens: int | None):
-        self.store = store
-        self.max_batch, self.prefill_chunk, self.kv_tokens = max_batch, prefill_chunk, kv_tokens
-        self.waiting: deque[Run] = deque()
+    def __init__(
+        self,
+        tree: SegmentTree,
+        limit: int | None,
+        max_batch: int,
+        prefill_chunk: int,
+        log: EventLog,
+    ):
+        self.tree, self.limit, self.log = tree, limit, log  # limit: blocks
+        self.max_batch, self.prefill_chunk = max_batch, prefill_chunk
+        self.waiting: list[Run] = []
         self.active: list[Run] = []
         self.by_seq: dict[int, Run] = {}
-        self.changed = True  # the set of active runs differs from the one last planned
+        self.idle: dict[int, State] = {}
+        self.preemptions = self.evicted_tokens = 0
+        self._submitted = 0
+        self._newest = -1  # handle
+        self._full = False  # the oldest waiting run does not fit beside the active ones
 
-    def add(self, run: Run) -> None:
+    # -- sequences come and go ----------------------------------------------------------------------------------------
+
+    def rest(self, seq: int, state: State = State.FORK_READY) -> None:
+        """The sequence does nothing now; it was used just now."""
+        self.idle.pop(seq, None)
+        self.idle[seq] = state
+        self._newest = max(self._newest, seq)
+
+    def touch(self, seq: int) -> None:
+        """An idle sequence was forked or scored: it is now the one used most recently."""
+        if seq in self.idle:
+            self.rest(seq, self.idle[seq])
+
+    def submit(self, seq: int, params: SamplingParams, seed: int, start: int, end: int) -> Run:
+        """Queue a sequence. Raises PoolTooSmallError if the pool could not hold it even alone."""
+        run = Run(seq, params, seed, start, end, self._submitted)
+        alone = _blocks(self._whole([run]).values())
+        if self.limit is not None and alone > self.limit:
+            raise PoolTooSmallError(
+                f"submit(seq={seq}): to grow to {end} tokens it needs {alone} blocks of KV ({BLOCK} tokens each), the pool "
+                f"has {self.limit}; raise kv_tokens to {alone * BLOCK} or lower max_new_tokens={params.max_new_tokens}"
+            )
+        self._submitted += 1
+        self.idle.pop(seq, None)
+        self.by_seq[seq] = run
         self.waiting.append(run)
-        self.by_seq[run.seq] = run
-        if len(self.active) < self.max_batch:
-            self.changed = True
+        return run
 
-    def remove(self, run: Run) -> None:
+    def remove(self, run: Run, state: State) -> None:
+        """The run is over."""
         del self.by_seq[run.seq]
-        run.node.running = False
         if run in self.active:
             self.active.remove(run)
-            self.changed = True
+            self._full = False
         else:
+            self._full &= run is not self.waiting[0]
             self.waiting.remove(run)
+        self.rest(run.seq, state)
 
-    def plan(self) -> list[Unit]:
-        """Admit what fits, then list the work of one forward (addresses are settled when this returns)."""
+    def forget(self, seq: int) -> None:
+        """The handle was given back."""
+        self.idle.pop(seq, None)
+
+    def preempt(self, run: Run) -> int:
+        """Send a running sequence back to the queue without its private KV; returns the blocks freed.
+
+        What it has sampled stays. Its place in the queue is that of its submission, so before all that came later.
+        """
+        self.active.remove(run)
+        insort(self.waiting, run, key=lambda r: r.order)
+        self._full = False
+        self.preemptions += 1
+        self.log.write("preempt", run.seq, sampled=len(run.tokens))
+        return self._evict(run.seq, None)
+
+    def state(self, seq: int) -> State:
+        run = self.by_seq.get(seq)
+        if run is None:
+            return self.idle[seq] if seq in self.idle else self._gone(seq)
+        if run not in self.active:
+            return State.WAITING
+        lacking = run.length - self.tree.kv(seq)
+        return State.PREFILL if lacking > 1 else State.DECODE
+
+    def _gone(self, seq: int) -> State:
+        """DONE for a released handle; the tree's error for one that never was."""
+        if isinstance(seq, int) and 0 <= seq <= self._newest:
+            return State.DONE
+        self.tree.length(seq)
+        raise AssertionError(f"sequence {seq} is live but neither idle nor submitted")
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Layout:
+        """Admit what fits, then lay out one forward. There must be work."""
         self._admit()
-        self.changed = False
-        budget = self.prefill_chunk
-        units: dict[int, Unit] = {}
-        for run in self.active:
-            ready = True
-            for node, count in reversed(list(run.node.chain())):
-                budget = self._extend(units, node, count, budget)
-                if _planned(units, node) < count:
-                    ready = False
-                    break
-            if not ready:
-                continue
-            node, count = run.node, len(run.node.tokens)
-            if count - _planned(units, node) == 1 and node.id not in units:
-                units[node.id] = Unit(node, node.kv, 1)  # decode: never waits for the budget
-            else:
-                budget = self._extend(units, node, count, budget)
-            if _planned(units, node) == count:
-                units[node.id].sampled = True
-        for unit in units.values():
-            # prompts get their final size at once; a slot grows by doubling
-            need = unit.start + unit.count if unit.node.slot >= 0 else len(unit.node.tokens)
-            self.store.room(unit.node, need)
-        for unit in units.values():
-            unit.single = unit.count == 1 and unit.node.slot >= 0
-        return list(units.values())
+        while True:
+            seqs = [run.seq for run in self.active]
+            layout = self.tree.plan(seqs, self.prefill_chunk)
+            if isinstance(layout, Layout):
+                return layout
+            if self._evict_idle(layout, ()) < layout:
+                assert self.active[1:], "submit refuses what does not fit alone"
+                self.preempt(self.active[-1])
 
-    def _extend(self, units: dict[int, Unit], node: Node, count: int, budget: int) -> int:
-        """Plan own positions of `node` up to `count` as far as the budget goes; returns what is left of it."""
-        done = _planned(units, node)
-        take = min(count - done, budget)
-        if take <= 0:
-            return budget
-        if node.id in units:
-            units[node.id].count += take
-        else:
-            units[node.id] = Unit(node, done, take)
-        return budget - take
+    def make_room(self, blocks: int, scored: Sequence[int], keep: Mapping[int, int]) -> bool:
+        """Drop KV so that a score gets so many more blocks, or send a running sequence back; then ask again.
+
+        scored   the idle sequences it is about: they give way last
+        keep     node → own positions that it will still read: these do not give way
+        False: there is nothing left to drop.
+        """
+        freed = self._evict_idle(blocks, scored)
+        if freed < blocks and self.active:
+            self.preempt(self.active[-1])
+            return True
+        for seq in scored:
+            if freed >= blocks:
+                break
+            freed += self._evict(seq, keep)
+        return freed > 0
 
     def _admit(self) -> None:
-        while self.waiting and len(self.active) < self.max_batch:
+        while self.waiting and len(self.active) < self.max_batch and not self._full:
             run = self.waiting[0]
-            need = self._need(run)
-            free = None if self.kv_tokens is None else self.kv_tokens - self.store.tokens
-            if free is not None and need > free:
-                if not self.active:
-                    raise EngineError(
-                        f"sequence {run.seq} needs {need} tokens of KV but only {free} of kv_tokens={self.kv_tokens} "
-                        "are free and nothing is running; release sequences or raise kv_tokens"
-                    )
+            if not self._reserve(run):
+                assert self.active, "submit refuses what does not fit alone"
+                self._full = True
                 return
-            self.active.append(self.waiting.popleft())
-            run.node.running = True
-            placed = self.store.to_slot(run.node)
-            assert placed, "a slot per running sequence"
-        self.store.compact(len(self.active))
+            self.active.append(self.waiting.pop(0))
+            self.active.sort(key=lambda r: r.order)
+            self.log.write("admit", run.seq)
 
-    def _need(self, candidate: Run) -> int:
-        """KV tokens still to be written by the active runs and this one if each decodes as long as it may."""
-        need: dict[int, int] = {}
-        for run in (*self.active, candidate):
-            need[run.node.id] = max(
-                need.get(run.node.id, 0), run.end - 1 - run.node.base - run.node.kv
-            )
-            for node, count in run.node.chain():
-                need[node.id] = max(need.get(node.id, 0), count - node.kv)
-        return sum(need.values())
+    def _reserve(self, candidate: Run) -> bool:
+        """Whether the pool can hold the active runs and this one at their ends; all other KV can give way."""
+        if self.limit is None:
+            return True
+        return _blocks(self._whole([*self.active, candidate]).values()) <= self.limit
 
-    def localise(self) -> None:
-        """Copy short ancestor segments with few readers into the readers' slots where that saves attention calls.
+    def _whole(self, runs: Iterable[Run]) -> dict[int, int]:
+        """Node → own positions the runs have on their paths at their ends (the last token is not run)."""
+        whole: dict[int, int] = {}
+        for run in runs:
+            path = self.tree.path(run.seq)
+            path[-1] = path[-1][0], run.end - 1 - self.tree.base(run.seq)
+            _merge(whole, path)
+        return whole
 
-        The padded call grows to the longest slot, so candidates are taken shortest first up to the best total.
-        """
-        readers: dict[int, int] = {}
-        nearest: list[tuple[Run, Node, int]] = []
-        for run in self.active:
-            first = True
-            for node, count in run.node.chain():
-                if node.base >= run.node.local:
-                    continue
-                readers[node.id] = readers.get(node.id, 0) + 1
-                if first and node.kv >= count:
-                    nearest.append((run, node, count))
-                first = False
-        few = [c for c in nearest if readers[c[1].id] <= FEW_READERS]
-        if len(few) < 4:
-            return
-        size = {id(run): run.node.off + run.node.kv + count for run, _, count in few}
-        few.sort(key=lambda c: size[id(c[0])])
-        width = max(run.node.off + run.node.kv for run in self.active)
-        gain, best, take = 0.0, 0.0, 0
-        for i, (run, node, _) in enumerate(few):
-            gain += CALL_IN_ROW_TOKENS / readers[node.id]
-            net = gain - len(self.active) * max(0, size[id(run)] - width)
-            if net > best:
-                best, take = net, i + 1
-        for run, node, count in few[:take]:
-            self.store.localise(run.node, node, count)
+    # -- giving way ---------------------------------------------------------------------------------------------------
+
+    def _evict_idle(self, blocks: int, wanted: Sequence[int]) -> int:
+        """Drop KV of sequences that do not run and are not wanted until `blocks` are freed or none is left; → freed."""
+        keep: dict[int, int] = {}
+        for seq in {*wanted, *(run.seq for run in self.active)}:
+            _merge(keep, self.tree.path(seq))
+        freed = 0
+        for seq in [*self.idle, *(run.seq for run in reversed(self.waiting))]:
+            if freed >= blocks:
+                break
+            if seq not in wanted:
+                freed += self._evict(seq, keep)
+        return freed
+
+    def _evict(self, seq: int, keep: Mapping[int, int] | None) -> int:
+        before = self.tree.tokens_held
+        freed = self.tree.evict(seq, keep)
+        lost = before - self.tree.tokens_held
+        if lost:
+            self.evicted_tokens += lost
+            self.log.write("evict", seq, tokens=lost)
+        return freed
 
 
-def _planned(units: dict[int, Unit], node: Node) -> int:
-    unit = units.get(node.id)
-    return node.kv if unit is None else unit.start + unit.count
+def _merge(into: dict[int, int], path: Path) -> None:
+    for node, count in path:
+        into[node] = max(into.get(node, 0), count)
+
+
+def _blocks(counts: Iterable[int]) -> int:
+    return sum(-(-count // BLOCK) for count in counts)

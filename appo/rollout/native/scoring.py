@@ -1,90 +1,172 @@
 """Statistics of given tokens under the current weights, one prefix-shared pass over a set of paths.
 
-Every node's stored positions are run once, parents first, in chunks that may hold many nodes at a time; the KV they
-write stays, so that a fork after a weight change costs one token. The row of position i predicts token i + 1.
+Every node's stored positions are run once, in chunks that may hold many nodes at a time; the KV they write stays, so
+that a fork after a weight change costs one token. The row of position i predicts token i + 1.
+
+Nodes are run depth first, of the children of a node the one that forks last first. So what is still to be read always
+lies on one path, the current one: a pool that holds the longest sequence can score any number of them, as what lies off
+that path may be dropped. (It is fresh all the same, and is prefilled again when a fork needs it.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from appo.errors import EngineError
 from appo.kernels import linear_logprob_entropy
 from appo.rollout.engine import Scored
-from appo.rollout.native.batch import Batch, Unit
-from appo.rollout.native.kv import KVStore
-from appo.rollout.native.model import Model
-from appo.rollout.native.tree import Node
+from appo.rollout.native.layout import Layout
+from appo.rollout.native.runner import Runner
+from appo.rollout.native.scheduler import Scheduler
+from appo.rollout.native.segment_tree import SegmentTree
+
+Unit = tuple[int, int, int]  # node, first own position, count
+Reads = tuple[tuple[int, int], ...]  # (node, how many of its own positions), root first
 
 
-def _pieces(leaf: Node) -> list[tuple[Node, int]]:
-    """(node, own positions to run) from the root to `leaf`; the last token of the leaf predicts nothing."""
-    return [(leaf, len(leaf.tokens) - 1), *leaf.chain()][::-1]
+@dataclass
+class Span:
+    """What is run of a node: own positions 0 … count - 1, each predicting the target at the same place."""
 
+    targets: list[int]  # tokens that follow: of own positions 1 … count
+    logprobs: np.ndarray  # float32 [count]
+    entropy: np.ndarray
 
-def positions_needed(leaves: Sequence[Node]) -> list[tuple[Node, int]]:
-    """The union of the leaves' paths: (node, own positions to run), parents before children."""
-    nodes: dict[int, Node] = {}
-    need: dict[int, int] = {}
-    for leaf in leaves:
-        for node, count in _pieces(leaf):
-            nodes[node.id] = node
-            need[node.id] = max(need.get(node.id, 0), count)
-    return [(nodes[i], need[i]) for i in sorted(nodes)]  # a child's id is larger than its parent's
+    @property
+    def count(self) -> int:
+        return len(self.targets)
 
 
 class TreeScore:
-    """One pass. `run` computes, `of(leaf)` reads the result for one sequence."""
+    """One pass over the paths of `seqs`. `run` computes, `of(seq, version)` reads the result for one sequence."""
 
-    def __init__(self, model: Model, store: KVStore, version: int, temperature: float):
-        self.model, self.store = model, store
-        self.version, self.temperature = version, temperature
-        self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    def __init__(
+        self,
+        tree: SegmentTree,
+        scheduler: Scheduler,
+        runner: Runner,
+        seqs: Sequence[int],
+        temperature: float,
+    ):
+        self.tree, self.scheduler, self.runner = tree, scheduler, runner
+        self.seqs, self.inv_temp = list(dict.fromkeys(seqs)), 1.0 / temperature
+        self.spans: dict[int, Span] = {}
+        self._above: dict[int, Reads] = {}  # node → what its rows read of its ancestors
+        self._below: dict[int, dict[int, int]] = {}  # node → children and how much they read of it
+        for seq in self.seqs:
+            self._add(seq)
 
-    def run(self, needs: list[tuple[Node, int]], chunk: int, padded: Callable[[int], int]) -> int:
-        """Run `needs` in chunks of at most `chunk` tokens; returns the number of tokens run."""
-        for node, count in needs:
-            self.store.room(node, count)
-            node.stale = node.stale and count == 0
-        units: list[Unit] = []
-        budget = chunk
-        for node, count in needs:
-            start = 0
-            while start < count:
-                take = min(budget, count - start)
-                units.append(Unit(node, start, take))
-                start, budget = start + take, budget - take
-                if not budget:
-                    self._forward(units, padded(chunk))
-                    units, budget = [], chunk
-        if units:
-            self._forward(units, padded(chunk - budget))
-        return sum(count for _, count in needs)
+    def _add(self, seq: int) -> None:
+        """The longest use of a node decides how much of it is run; what follows it is read off that path."""
+        ids, first = self.tree.tokens(seq), 0
+        above: Reads = ()
+        for node, count in self._pieces(seq):
+            self._above[node], self._below[node] = above, self._below.get(node, {})
+            if above:
+                parent, at = above[-1]
+                self._below[parent][node] = at
+            above = *above, (node, count)
+            if node not in self.spans or self.spans[node].count < count:
+                zeros = np.zeros(count, np.float32)
+                self.spans[node] = Span(ids[first + 1 : first + 1 + count], zeros, zeros.copy())
+            first += count
 
-    def _forward(self, units: list[Unit], rows: int) -> None:
-        batch = Batch(units, self.store, self.model.config.heads, rows)
-        hidden = self.model.forward(batch.ids, batch.positions, batch.attention, None)
-        targets: list[int] = []
-        for u in batch.units:
-            targets += u.node.tokens[u.start + 1 : u.start + u.count + 1]
-        y = torch.tensor(targets, device=self.store.device)
+    def _pieces(self, seq: int) -> list[tuple[int, int]]:
+        """(node, own positions to run), root first; the last token of a sequence predicts nothing."""
+        *path, (leaf, own) = self.tree.path(seq)
+        return [*path, (leaf, own - 1)]
+
+    def run(self) -> int:
+        """Run everything in chunks; returns the number of rows. A chunk that fails leaves those before it committed."""
+        rest = self._units()
+        while rest:
+            try:
+                layout, rest = self._plan(rest)
+                self.runner.pool.ensure(self.tree.span)
+                self._forward(layout)
+                self.tree.commit(layout)
+            except BaseException:
+                if self.tree.open is not None:  # neither before a plan nor after commit
+                    self.tree.abort(self.tree.open)
+                raise
+        return sum(span.count for span in self.spans.values())
+
+    def _units(self) -> list[Unit]:
+        """All there is to run, in depth-first order; see the module's text."""
+        order, stack = [], [node for node, above in self._above.items() if not above][::-1]
+        while stack:
+            node = stack.pop()
+            order.append((node, 0, self.spans[node].count))
+            stack += sorted(self._below[node], key=self._below[node].__getitem__)
+        return [unit for unit in order if unit[2]]
+
+    def _plan(self, units: list[Unit]) -> tuple[Layout, list[Unit]]:
+        """The layout of the next chunk, and what comes after it. Chunks are smaller where the pool has little room."""
+        rows = self.scheduler.prefill_chunk
+        while True:
+            chunk, rest = _cut(units, rows)
+            layout = self.tree.layout(chunk)
+            if isinstance(layout, Layout):
+                return layout, rest
+            if self.scheduler.make_room(layout, self.seqs, self._reads(units)):
+                continue
+            rows = sum(count for _, _, count in chunk) // 2
+            if not rows:
+                limit = self.tree.capacity
+                raise EngineError(
+                    f"score: {layout} blocks of KV are lacking and nothing can give way: the pool has {limit}, which does "
+                    "not hold the longest sequence; raise kv_tokens"
+                )
+
+    def _reads(self, units: list[Unit]) -> dict[int, int]:
+        """Node → own positions, run by now, that these units read."""
+        reads: dict[int, int] = {}
+        for node, start, _ in units:
+            for id, count in (*self._above[node], (node, start)):
+                reads[id] = max(reads.get(id, 0), count)
+        return reads
+
+    def _forward(self, layout: Layout) -> None:
+        hidden = self.runner.forward(layout, None)
+        rows = len(layout.ids)
+        y = torch.zeros(rows, dtype=torch.int64)
+        for node, (row, start, count) in layout.rows_of.items():
+            y[row : row + count] = torch.tensor(self.spans[node].targets[start : start + count])
+        logp, entropy = self._statistics(hidden[:rows], y)
+        for node, (row, start, count) in layout.rows_of.items():
+            span = self.spans[node]
+            span.logprobs[start : start + count] = logp[row : row + count]
+            span.entropy[start : start + count] = entropy[row : row + count]
+
+    def _statistics(self, hidden: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        head = self.runner.model.head.weight
         logp, entropy, _ = linear_logprob_entropy(
-            hidden[: batch.rows], self.model.head.weight, y, inv_temp=1.0 / self.temperature
+            hidden, head, y.to(hidden.device), inv_temp=self.inv_temp
         )
-        for u in batch.units:
-            rows_of = slice(batch.first_row[u.node.id], batch.first_row[u.node.id] + u.count)
-            self._parts.setdefault(u.node.id, []).append((logp[rows_of], entropy[rows_of]))
-            self.store.written(u.node, u.start + u.count, self.version)
+        return logp.cpu().numpy(), entropy.cpu().numpy()
 
-    def of(self, leaf: Node) -> Scored:
-        """Statistics of tokens 1 … len-1 of `leaf`."""
-        logp, entropy = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
-        for node, count in _pieces(leaf):
-            if count:
-                columns = [torch.cat(c)[:count].cpu().numpy() for c in zip(*self._parts[node.id])]
-                logp.append(columns[0])
-                entropy.append(columns[1])
-        return Scored(np.concatenate(logp), np.concatenate(entropy), self.version)
+    def of(self, seq: int, version: int) -> Scored:
+        """Statistics of tokens 1 … len-1 of a sequence."""
+        parts = [(self.spans[node], count) for node, count in self._pieces(seq)]
+        logprobs = np.concatenate([span.logprobs[:count] for span, count in parts])
+        entropy = np.concatenate([span.entropy[:count] for span, count in parts])
+        return Scored(logprobs, entropy, version)
+
+
+def _cut(units: Iterable[Unit], rows: int) -> tuple[list[Unit], list[Unit]]:
+    """The first so many rows, and the others."""
+    first: list[Unit] = []
+    rest: list[Unit] = []
+    for node, start, count in units:
+        take = min(count, rows)
+        rows -= take
+        if take:
+            first.append((node, start, take))
+        if take < count:
+            rest.append((node, start + take, count - take))
+    return first, rest

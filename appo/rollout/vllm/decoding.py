@@ -28,8 +28,8 @@ class Decoder:
         self.statistics, self.vocab = statistics, vocab
         self.name, self._ids = uuid.uuid4().hex[:8], itertools.count()
         self.salt = ""
-        self.runs: dict[str, Run] = {}  # by request id
-        self.by_seq: dict[int, Run] = {}
+        self.runs: dict[str, Run] = {}  # that vLLM decodes, by request id
+        self.by_seq: dict[int, Run] = {}  # these, and those that stopped and were not handed out
         self.count = dict.fromkeys(COUNTERS, 0)
         if statistics == "exact":
             llm.collective_rpc("appo_attach")
@@ -76,32 +76,50 @@ class Decoder:
         )
 
     def cancel(self, run: Run) -> None:
-        """End it without an event and drop what it drew."""
-        self.core.abort_request([run.key])
-        self._forget(run)
+        """End it without an event; what it drew stays in the sequence."""
+        if self.runs.pop(run.key, None) is not None and not run.finished:
+            self.core.abort_request([run.key])
+        del self.by_seq[run.seq.handle]
         if self.statistics == "exact":
             self.call("appo_take_drawn", [run.key])
-        del run.seq.tokens[run.start :]
 
-    def step(self, other: Callable[[Any], None]) -> list[Stopped]:
-        """One step of vLLM; outputs of requests that are no runs go to `other`."""
-        stopped: list[tuple[Run, Reason, Any]] = []
-        for output in self._advance():
-            run = self.runs.get(output.request_id)
-            if run is None:
-                other(output)
-                continue
-            reason = self._take(run, output)
-            if reason is not None:
-                stopped.append((run, reason, output.outputs[0]))
+    def step(self, other: Callable[[Any], None]) -> None:
+        """One step of vLLM; outputs of requests that are no runs go to `other`.
+
+        vLLM gives an output once, so all are taken before the first thing that went wrong with one of them is raised.
+        """
+        outputs = [(self.runs.get(output.request_id), output) for output in self._advance()]
         self.count["steps"] += 1
-        self._entropies([run for run, _, _ in stopped])
-        for run, _, new in stopped:
-            self._check_version(run, new)
-        return [
-            Stopped(run.seq.handle, run.tokens, run.logprobs, run.entropy, reason, run.version)
-            for run, reason, _ in stopped
-        ]
+        for run, output in outputs:
+            if run is not None:
+                run.finished = output.finished
+        failed: BaseException | None = None
+        for run, output in outputs:
+            try:
+                if run is None:
+                    other(output)
+                elif run.key in self.runs:  # otherwise a callback of this step cancelled it
+                    self._take(run, output)
+            except BaseException as e:  # raised again below
+                failed = failed or e
+        if failed is not None:
+            raise failed
+
+    def hand_out(self) -> list[Stopped]:
+        """Events of what has stopped. If it raises, the others come with the next call."""
+        ended = [run for run in self.by_seq.values() if run.reason is not None]
+        if self.statistics == "exact":
+            self._entropies([run for run in ended if not run.entropy])
+        events = []
+        for run in ended:
+            assert run.reason is not None
+            del self.by_seq[run.seq.handle]
+            events.append(
+                Stopped(
+                    run.seq.handle, run.tokens, run.logprobs, run.entropy, run.reason, run.version
+                )
+            )
+        return events
 
     def _advance(self) -> list[Any]:
         try:
@@ -113,29 +131,46 @@ class Decoder:
                 f"vLLM failed with {len(self.runs)} sequences decoding: {type(e).__name__}: {e}"
             ) from e
 
-    def _take(self, run: Run, output: Any) -> Reason | None:
-        """What a step gave one request; → why it stopped, if it did."""
+    def _take(self, run: Run, output: Any) -> None:
+        """What a step gave one request."""
         if not run.counted:
             run.counted, hits = True, int(output.num_cached_tokens or 0)
             self.count["prefix_hits_tokens"] += hits
             self.count["prefill_tokens"] += run.start - hits
-        new, reason = output.outputs[0], None
-        for i, token in enumerate(new.token_ids):
+        new, reason, failed = output.outputs[0], None, None
+        for i, token in enumerate(map(int, new.token_ids)):
             self.count["decode_tokens"] += bool(run.tokens)
-            reason = run.take(int(token), *self._statistics(new.logprobs, i, int(token)))
-            if reason is not None:
+            run.take(token, *self._statistics(new.logprobs, i, token))
+            try:
+                reason = run.reason_to_stop(token)
+            except BaseException as e:  # raised again below
+                failed, reason = failed or e, run.at_end(token)
+            if reason is not None or run.key not in self.runs:
                 break  # a token beyond the stop was never part of the sequence
-        if reason is None:
-            if output.finished:
-                raise EngineError(
-                    f"vLLM ended sequence {run.seq.handle} by itself (finish_reason={new.finish_reason!r}, "
-                    f"stop_reason={new.stop_reason!r}); see its log"
-                )
-            return None
-        if not output.finished:
-            self.core.abort_request([run.key])
-        self._forget(run)
-        return reason
+        if run.key in self.runs:  # otherwise its callback cancelled it
+            self._after(run, reason, new)
+        if isinstance(failed, Exception):
+            raise EngineError(
+                f"the stop callback of sequence {run.seq.handle} raised {failed!r}; the token it saw was kept. Go on with "
+                "step(), or cancel the sequence"
+            ) from failed
+        if failed is not None:
+            raise failed
+
+    def _after(self, run: Run, reason: Reason | None, new: Any) -> None:
+        """Let a run go that has stopped. Raises if vLLM ended it otherwise, or drew it from other weights."""
+        if reason is not None:
+            self._check_version(run, new)
+            if not run.finished:
+                self.core.abort_request([run.key])
+            del self.runs[run.key]
+            run.reason = reason
+        elif run.finished:
+            self.cancel(run)
+            raise EngineError(
+                f"vLLM ended sequence {run.seq.handle} by itself (finish_reason={new.finish_reason!r}, "
+                f"stop_reason={new.stop_reason!r}); see its log. It has what was drawn, and no event will come"
+            )
 
     def _statistics(self, report: Any, i: int, token: int) -> tuple[float, float | None]:
         """(log-prob, entropy) of a drawn token; the report is at the sampling temperature already."""
@@ -148,18 +183,24 @@ class Decoder:
 
     def _entropies(self, runs: list[Run]) -> None:
         """Exact entropies of these runs, out of the worker, which forgets them."""
-        if self.statistics != "exact" or not runs:
+        if not runs:
             return
         found = self.call("appo_take_drawn", [run.key for run in runs])
+        lost = []
         for run in runs:
             mine = found.get(run.key, {})
-            lost = [i for i in range(len(run.tokens)) if i not in mine]
-            if lost:
-                raise EngineError(
-                    f"vLLM's worker saw no distribution for token {lost[0]} of sequence {run.seq.handle}; use "
-                    "statistics='full' or 'top'"
-                )
-            run.entropy = [mine[i] for i in range(len(run.tokens))]
+            missing = [i for i in range(len(run.tokens)) if i not in mine]
+            if missing:
+                lost.append((run, missing[0]))
+            else:
+                run.entropy = [mine[i] for i in range(len(run.tokens))]
+        for run, _ in lost:
+            self.cancel(run)
+        if lost:
+            raise EngineError(
+                f"vLLM's worker saw no distribution for token {lost[0][1]} of sequence {lost[0][0].seq.handle}; use "
+                "statistics='full' or 'top'"
+            )
 
     def call(self, method: str, keys: list[str]) -> dict[str, Any]:
         """A worker's answer; with several the first that has one (a tensor-parallel group sees the same logits)."""
@@ -170,10 +211,8 @@ class Decoder:
         """vLLM's own record of the weights that drew the tokens, where there is one."""
         spans = getattr(new, "weight_versions", None) or ()
         if any(span.version != self.salt for span in spans):
+            self.cancel(run)
             raise StaleWeightsError(
                 f"sequence {run.seq.handle} was drawn by weights that are not those of policy version {run.version}: "
                 "someone else has relabelled the weights of this vLLM"
             )
-
-    def _forget(self, run: Run) -> None:
-        del self.runs[run.key], self.by_seq[run.seq.handle]

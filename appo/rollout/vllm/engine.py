@@ -11,7 +11,8 @@ on where its `submit` began (not on the position alone), and there is no determi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,7 @@ class VLLMEngine:
         self.vocab, self.statistics, self.policy_version = shape.vocab, statistics, policy_version
         self.decoder = Decoder(api, self.llm, statistics, shape.vocab)
         self.sequences = Sequences()
-        self._ready: list[Stopped] = []  # stopped while something was being scored
-        self._scoring: ScorePass | None = None
+        self._busy = False
         self._loads = 0
         self._broken: str | None = None
         self._relabel()
@@ -133,7 +133,7 @@ class VLLMEngine:
             raise EngineError(
                 f"prompt of {len(ids)} tokens is longer than max_context={self.max_context}"
             )
-        return self.sequences.add(None, ids).handle
+        return self.sequences.add(None, 0, ids).handle
 
     def fork(self, seq: int, at: int) -> int:
         """New handle inheriting tokens < at; their KV is found in the prefix cache, whole blocks of it."""
@@ -165,8 +165,8 @@ class VLLMEngine:
         s = self.sequences.get(seq)
         self._not_decoding(seq, "submit")
         check_params(params, cut_allowed=self.statistics == "exact")
-        check_fresh(s, self.policy_version, "submit")
         length = len(s.tokens)
+        check_fresh(s, length, self.policy_version, "submit")
         if length >= self.max_context:
             raise EngineError(
                 f"submit(seq={seq}): {length} tokens leave no room in max_context={self.max_context}"
@@ -174,27 +174,29 @@ class VLLMEngine:
         end = min(length + params.max_new_tokens, self.max_context)
         run = Run(self.decoder.key(), s, params, self.policy_version, length, end)
         self.decoder.submit(run, seed)
-        s.computed = self.policy_version
 
     def cancel(self, seq: int) -> None:
         """Stop decoding and drop what was sampled since submit; no effect on a sequence that is not decoding."""
-        s, run = self.sequences.get(seq), self.decoder.by_seq.get(seq)
+        self.sequences.get(seq)  # known and live
+        run = self.decoder.by_seq.get(seq)  # also one that stopped, but nobody knows yet
         if run is not None:
             self.decoder.cancel(run)
-        for event in [e for e in self._ready if e.seq == seq]:  # stopped, but nobody knows yet
-            self._ready.remove(event)
-            del s.tokens[-len(event.token_ids) :]
+            self.sequences.truncate(seq, run.start)
 
     def has_work(self) -> bool:
-        return bool(self.decoder.runs or self._ready)
+        return bool(self.decoder.by_seq)
 
     def step(self) -> list[Stopped]:
-        """One step of vLLM. Returns the sequences that stopped in it."""
+        """One step of vLLM. Returns the sequences that stopped in it.
+
+        A stop callback that raises is reported when all tokens of the step are in: its sequence goes on, events come with
+        the next step.
+        """
         self._usable()
-        out, self._ready = self._ready, []
-        if self.decoder.runs:
-            out += self.decoder.step(other=lambda output: None)  # of requests cancelled since
-        return out
+        with self._alone("step"):
+            if self.decoder.runs:
+                self.decoder.step(other=lambda output: None)  # of requests cancelled since
+            return self.decoder.hand_out()
 
     # -- weights and scores -----------------------------------------------------------------------------------------
 
@@ -210,6 +212,7 @@ class VLLMEngine:
         self._broken = "a weight update failed half-way; start a new engine"
         self.weights.send(self.llm, tensors, asked)
         self.policy_version, self._loads = version, self._loads + 1
+        self.sequences.new_weights()
         # The salt alone keeps old KV from being hit; the reset gives its memory back and shows that nothing runs.
         if not self.llm.reset_prefix_cache():
             raise EngineError(
@@ -229,26 +232,17 @@ class VLLMEngine:
                 f"score: temperature={temperature} with statistics='top': vLLM scores prompts at temperature 1 only; use "
                 "statistics='exact'"
             )
-        if self._scoring is not None:
-            raise EngineError("score: a score is under way (called from a stop callback?)")
-        lines = [self.sequences.get(seq) for seq in seqs]
-        for seq in seqs:
-            self._not_decoding(seq, "score")
-        work = self._scoring = ScorePass(self.decoder, lines, temperature, self.policy_version)
-        try:
-            work.run(self._score_step)
-        finally:
-            self._scoring = None
-        self.decoder.count["scored_tokens"] += work.computed
-        for line in lines:
-            for node in line.chain():
-                node.computed = self.policy_version
-        return work.results()
-
-    def _score_step(self) -> None:
-        """Lines that decode go on meanwhile; those that stop are handed out by the next step()."""
-        assert self._scoring is not None
-        self._ready += self.decoder.step(self._scoring.take)
+        with self._alone("score"):
+            lines = [self.sequences.get(seq) for seq in seqs]
+            for seq in seqs:
+                self._not_decoding(seq, "score")
+            work = ScorePass(self.decoder, lines, temperature, self.policy_version)
+            # Lines that decode go on meanwhile; those that stop are handed out by the next step().
+            work.run(lambda: self.decoder.step(work.take))
+            self.decoder.count["scored_tokens"] += work.computed
+            for line, ids in zip(lines, work.tokens):
+                line.computed(len(ids) - 1)
+            return work.results()
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 
@@ -260,8 +254,19 @@ class VLLMEngine:
         if self._broken:
             raise EngineError(f"this vLLM engine cannot be used any more: {self._broken}")
 
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Refuse a step or score inside a step (from a stop callback)."""
+        if self._busy:
+            raise EngineError(f"{what}: a step is under way (called from a stop callback?)")
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
     def _not_decoding(self, seq: int, what: str) -> None:
-        if seq in self.decoder.by_seq or any(e.seq == seq for e in self._ready):
+        if seq in self.decoder.by_seq:
             raise EngineError(
                 f"{what}(seq={seq}): it is decoding; wait for its Stopped event or cancel it"
             )

@@ -34,7 +34,8 @@ class ScorePass:
         self.computed = 0  # tokens that went through the model
         # KV of these weights serves later forks, so it is written under their salt, unless rollouts have written there
         # already: those blocks were run without a score, and hitting them would leave rows without a value.
-        fresh = all(node.computed != version for line in lines for node in line.chain())
+        nodes = (node for line in lines for node, _ in line.path(len(line.tokens)))
+        fresh = all(node.seen == node.base for node in nodes)
         self.salt = decoder.salt if fresh else f"{decoder.salt}.{decoder.key()}"
         self._rounds = iter(self._plan())
         self._sent: list[str] = []

@@ -16,25 +16,47 @@ Reason = Literal["stop_token", "stop", "length"]
 
 
 class Sequence:
-    """One handle. `computed`: policy version under which vLLM last computed some of it, None: never."""
+    """One line of tokens. Its own positions begin at `base`: with the token before the fork, as in the native engine.
 
-    __slots__ = ("handle", "parent", "tokens", "computed")
+    seen    positions before it were computed under the weights as they are
+    lost    positions before it were under older ones; those from `seen` on have not been since
+    """
 
-    def __init__(self, handle: int, parent: Sequence | None, tokens: list[int]):
-        self.handle, self.parent, self.tokens = handle, parent, tokens
-        self.computed: int | None = None
+    __slots__ = ("handle", "parent", "base", "tokens", "seen", "lost")
 
-    def chain(self) -> Iterator[Sequence]:
-        """This sequence and all it was forked from."""
+    def __init__(self, handle: int, parent: Sequence | None, base: int, tokens: list[int]):
+        while parent is not None and base <= parent.base:
+            parent = parent.parent  # nothing of this one is inherited
+        self.handle, self.tokens = handle, tokens
+        self.parent: Sequence | None = parent
+        self.base: int = base
+        self.seen = self.lost = base
+
+    def path(self, end: int) -> Iterator[tuple[Sequence, int]]:
+        """What positions before `end` belong to, nearest first: (sequence, up to which position)."""
         node: Sequence | None = self
         while node is not None:
-            yield node
-            node = node.parent
+            yield node, end
+            end, node = min(end, node.base), node.parent
+
+    def computed(self, end: int) -> None:
+        """Positions before `end` were run under the weights as they are."""
+        for node, count in self.path(end):
+            node.seen = max(node.seen, count)
+
+    def stale(self, end: int) -> bool:
+        """Whether a position before `end` was computed under older weights and not since."""
+        return any(min(node.lost, count) > node.seen for node, count in self.path(end))
 
 
 @dataclass
 class Run:
-    """A submitted sequence and what it has drawn since. `end`: length at which it must stop."""
+    """A submitted sequence and what it has drawn since.
+
+    end        length at which it must stop
+    finished   vLLM is done with it
+    reason     why it stopped, once it has
+    """
 
     key: str
     seq: Sequence
@@ -46,19 +68,27 @@ class Run:
     logprobs: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     counted: bool = False  # its prefill is in the statistics
+    finished: bool = False
+    reason: Reason | None = None
 
-    def take(self, token: int, logprob: float, entropy: float | None) -> Reason | None:
-        """Add a drawn token; → why to stop after it, if so. The callback sees every id, also a stop token."""
+    def take(self, token: int, logprob: float, entropy: float | None) -> None:
+        """Add a drawn token."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
         if entropy is not None:
             self.entropy.append(entropy)
         self.seq.tokens.append(token)
+        self.seq.computed(len(self.seq.tokens) - 1)
+
+    def reason_to_stop(self, token: int) -> Reason | None:
+        """After `token`, the last one taken. The callback sees every id, a stop token too."""
         asked = self.params.stop is not None and self.params.stop(token)
+        return "stop" if asked and token not in self.params.stop_token_ids else self.at_end(token)
+
+    def at_end(self, token: int) -> Reason | None:
+        """The reason to stop that needs no callback."""
         if token in self.params.stop_token_ids:
             return "stop_token"
-        if asked:
-            return "stop"
         return "length" if len(self.seq.tokens) >= self.end else None
 
 
@@ -69,9 +99,8 @@ class Sequences:
         self.by_handle: dict[int, Sequence] = {}
         self._next = 0
 
-    def add(self, parent: Sequence | None, tokens: list[int]) -> Sequence:
-        seq = Sequence(self._next, parent, tokens)
-        self.by_handle[self._next] = seq
+    def add(self, parent: Sequence | None, base: int, tokens: list[int]) -> Sequence:
+        seq = self.by_handle[self._next] = Sequence(self._next, parent, base, tokens)
         self._next += 1
         return seq
 
@@ -92,20 +121,33 @@ class Sequences:
             raise EngineError(
                 f"fork(seq={handle}, at={at}): at must be in 1 … {len(parent.tokens)}, the sequence's length"
             )
-        check_fresh(parent, version, "fork")
-        return self.add(parent, parent.tokens[:at])
+        check_fresh(parent, at - 1, version, "fork")
+        return self.add(parent, at - 1, parent.tokens[:at])
+
+    def truncate(self, handle: int, length: int) -> None:
+        """Drop tokens from position `length` on. Forks may stand on them, so a fork takes the handle."""
+        old = self.get(handle)
+        if length == len(old.tokens):
+            return
+        self.by_handle[handle] = Sequence(handle, old, length - 1, old.tokens[:length])
+
+    def new_weights(self) -> None:
+        """What was computed is stale from now on."""
+        lines = self.by_handle.values()
+        nodes = {id(node): node for line in lines for node, _ in line.path(len(line.tokens))}
+        for node in nodes.values():
+            node.lost, node.seen = max(node.lost, node.seen), node.base
 
     def release(self, handle: int) -> None:
         del self.by_handle[self.get(handle).handle]
 
 
-def check_fresh(seq: Sequence, version: int, what: str) -> None:
-    """Raise StaleWeightsError if any of the sequence was computed under other weights than those of `version`."""
-    old = [s.computed for s in seq.chain() if s.computed not in (None, version)]
-    if old:
+def check_fresh(seq: Sequence, end: int, version: int, what: str) -> None:
+    """Raise StaleWeightsError if a position before `end` was computed under weights older than those of `version`."""
+    if seq.stale(end):
         raise StaleWeightsError(
-            f"{what}(seq={seq.handle}): it was computed under policy version {old[0]}, the weights are those of version "
-            f"{version}; call score([seq]) first, or start again from add_prompt"
+            f"{what}(seq={seq.handle}): it was computed before version {version}; call score([{seq.handle}]) first, or "
+            "start again from add_prompt"
         )
 
 

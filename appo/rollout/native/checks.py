@@ -1,0 +1,58 @@
+"""What the engine refuses, in one place: every error names the field, the value and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from appo.errors import EngineError
+from appo.rollout.engine import SamplingParams
+from appo.rollout.native.layout import BLOCK
+
+COLDEST, HOTTEST = 1e-30, 1e30  # temperatures; beyond, their inverse is no float32 to reckon with
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def check_settings(dtype: str, max_batch: int, prefill_chunk: int, kv_tokens: int | None) -> None:
+    """The engine's own settings, before anything is loaded."""
+    if dtype not in DTYPES:
+        raise EngineError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
+    for name, value, least in (
+        ("max_batch", max_batch, 1),
+        ("prefill_chunk", prefill_chunk, 1),
+        ("kv_tokens", kv_tokens, BLOCK),  # memory is given out in blocks
+    ):
+        if value is not None and value < least:
+            raise EngineError(f"{name}={value}: must be at least {least}")
+
+
+def check_params(p: SamplingParams) -> None:
+    """How to sample makes sense."""
+    if p.max_new_tokens < 1:
+        raise EngineError(f"max_new_tokens={p.max_new_tokens}: must be at least 1")
+    if p.temperature != 0 and not COLDEST <= p.temperature <= HOTTEST:
+        raise EngineError(
+            f"temperature={p.temperature}: must be 0 (greedy) or from {COLDEST:g} to {HOTTEST:g}"
+        )
+    if not 0 < p.top_p <= 1 or p.top_k < 0:
+        raise EngineError(
+            f"top_p={p.top_p}, top_k={p.top_k}: need 0 < top_p <= 1 and top_k >= 0 (0: off)"
+        )
+
+
+def checked_ids(token_ids: Sequence[int], vocab: int) -> list[int]:
+    """The ids as ints; all are in the vocabulary."""
+    ids = [int(t) for t in token_ids]
+    bad = next((t for t in ids if not 0 <= t < vocab), None)
+    if bad is not None:
+        raise EngineError(f"token id {bad} is outside the vocabulary of {vocab}")
+    return ids
+
+
+def check_room(what: str, length: int, more: int, max_context: int) -> None:
+    """`more` tokens after `length` fit the context."""
+    if length + more > max_context:
+        raise EngineError(
+            f"{what}: {length} + {more} tokens need {length + more}, which does not fit max_context={max_context}"
+        )

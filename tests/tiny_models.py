@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 VOCAB = 97
+PROMPT = np.random.default_rng(5).integers(0, VOCAB, 40).tolist()
 SHAPE = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=VOCAB, max_position_embeddings=256, initializer_range=0.3, bos_token_id=0, eos_token_id=1,

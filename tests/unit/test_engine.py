@@ -3,26 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCAB, build, dense, finish
+from tiny_models import PROMPT, build, dense, finish
 
 from appo.errors import EngineError, ModelError, StaleWeightsError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
 
 torch.set_num_threads(1)
-PROMPT = np.random.default_rng(5).integers(0, VOCAB, 40).tolist()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    build("qwen3", path)
-    return path
-
-
-@pytest.fixture
-def engine(folder):
-    return NativeEngine(folder, dtype="float32", max_batch=8, prefill_chunk=16)
 
 
 def counters(engine, *names):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCAB, build, finish
+from tiny_models import PROMPT, VOCAB, build, finish
 
 from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.engine import SamplingParams
@@ -12,19 +12,6 @@ from appo.rollout.native.scheduler import State
 from appo.rollout.native.weights import read_tensors
 
 torch.set_num_threads(1)
-PROMPT = np.random.default_rng(5).integers(0, VOCAB, 40).tolist()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    build("qwen3", path)
-    return path
-
-
-@pytest.fixture
-def engine(folder):
-    return NativeEngine(folder, dtype="float32", max_batch=8, prefill_chunk=16)
 
 
 def sampled(engine, n, seed=0):

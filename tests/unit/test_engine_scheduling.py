@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCAB, build, finish
+from tiny_models import PROMPT, VOCAB, finish
 
 from appo.errors import EngineError
 from appo.rollout.engine import SamplingParams
@@ -12,14 +12,6 @@ from appo.rollout.native.scheduler import State
 from appo.rollout.native.weights import read_tensors
 
 torch.set_num_threads(1)
-PROMPT = np.random.default_rng(5).integers(0, VOCAB, 40).tolist()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    build("qwen3", path)
-    return path
 
 
 @pytest.fixture

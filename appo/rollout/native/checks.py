@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from appo.errors import EngineError
@@ -39,15 +37,6 @@ def check_params(p: SamplingParams) -> None:
         raise EngineError(
             f"top_p={p.top_p}, top_k={p.top_k}: need 0 < top_p <= 1 and top_k >= 0 (0: off)"
         )
-
-
-def checked_ids(token_ids: Sequence[int], vocab: int) -> list[int]:
-    """The ids as ints; all are in the vocabulary."""
-    ids = [int(t) for t in token_ids]
-    bad = next((t for t in ids if not 0 <= t < vocab), None)
-    if bad is not None:
-        raise EngineError(f"token id {bad} is outside the vocabulary of {vocab}")
-    return ids
 
 
 def check_room(what: str, length: int, more: int, max_context: int) -> None:

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +29,6 @@ from appo.rollout.native.checks import (
     check_params,
     check_room,
     check_settings,
-    checked_ids,
 )
 from appo.rollout.native.counters import Counters
 from appo.rollout.native.events import Event, EventLog
@@ -44,6 +42,7 @@ from appo.rollout.native.sampler import Sampler
 from appo.rollout.native.scheduler import Run, Scheduler, State
 from appo.rollout.native.scoring import TreeScore
 from appo.rollout.native.weights import read_config, read_tensors
+from appo.rollout.submission import Alone, checked_ids
 
 
 class NativeEngine:
@@ -118,7 +117,7 @@ class NativeEngine:
         self._torn = False  # a load_weights broke off: some weights are new, some old
         self._count = Counters()
         self.loop = Loop(self.scheduler, self.sampler, self.log, self._count)
-        self._busy = False
+        self._alone = Alone()
         self._load_seconds = time.perf_counter() - start
 
     def _load_all(self, model_dir: Path) -> None:
@@ -362,14 +361,3 @@ class NativeEngine:
             raise EngineError(
                 f"{what}(seq={seq}): it is decoding already; wait for its Stopped event or cancel it"
             )
-
-    @contextmanager
-    def _alone(self, what: str) -> Iterator[None]:
-        """Refuse a step or score inside a step (from a stop callback)."""
-        if self._busy:
-            raise EngineError(f"{what}: a step is under way (called from a stop callback?)")
-        self._busy = True
-        try:
-            yield
-        finally:
-            self._busy = False

@@ -16,7 +16,8 @@ from appo.rollout.native.events import EventLog
 from appo.rollout.native.layout import Layout
 from appo.rollout.native.runner import Runner
 from appo.rollout.native.sampler import Sampler
-from appo.rollout.native.scheduler import Reason, Run, Scheduler, State
+from appo.rollout.native.scheduler import Run, Scheduler, State
+from appo.rollout.submission import Reason
 
 Drawn = tuple[list[int], list[float], list[float]]  # tokens, logprobs, entropies
 

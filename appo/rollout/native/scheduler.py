@@ -19,15 +19,14 @@ from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
 
 from appo.errors import PoolTooSmallError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native.events import EventLog
 from appo.rollout.native.layout import BLOCK, Layout
 from appo.rollout.native.segment_tree import SegmentTree
+from appo.rollout.submission import StopRule
 
-Reason = Literal["stop_token", "stop", "length"]
 Path = list[tuple[int, int]]  # (node, how many of its own positions), root first
 
 
@@ -44,7 +43,7 @@ class State(Enum):
 
 
 @dataclass(eq=False)
-class Run:
+class Run(StopRule):
     """A submission and what it has sampled. `order` counts submissions."""
 
     seq: int
@@ -65,17 +64,6 @@ class Run:
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.entropy.append(entropy)
-
-    def reason_to_stop(self, token: int) -> Reason | None:
-        """After `token`, the last one taken. The callback sees every id, a stop token too."""
-        asked = self.params.stop is not None and self.params.stop(token)
-        return "stop" if asked and token not in self.params.stop_token_ids else self.at_end(token)
-
-    def at_end(self, token: int) -> Reason | None:
-        """The reason to stop that needs no callback."""
-        if token in self.params.stop_token_ids:
-            return "stop_token"
-        return "length" if self.length >= self.end else None
 
 
 class Scheduler:

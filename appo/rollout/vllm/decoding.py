@@ -10,8 +10,9 @@ from typing import Any
 from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.engine import SamplingParams, Stopped
 from appo.rollout.seeds import derive_seed
+from appo.rollout.submission import Reason
 from appo.rollout.vllm.reports import at_temperature, flat_row, logprob_of, top_entropy
-from appo.rollout.vllm.sequences import Reason, Run
+from appo.rollout.vllm.sequences import Run
 from appo.rollout.vllm.start import TOP, Api, Statistics
 from appo.rollout.vllm.tap import KEY
 

@@ -11,13 +11,13 @@ on where its `submit` began (not on the position alone), and there is no determi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from appo.errors import EngineError
 from appo.rollout.engine import SamplingParams, Scored, Stopped
+from appo.rollout.submission import Alone, checked_ids
 from appo.rollout.vllm.decoding import Decoder
 from appo.rollout.vllm.scoring import ScorePass
 from appo.rollout.vllm.sequences import Run, Sequences, check_fresh, check_params
@@ -86,7 +86,7 @@ class VLLMEngine:
         self.vocab, self.statistics, self.policy_version = shape.vocab, statistics, policy_version
         self.decoder = Decoder(api, self.llm, statistics, shape.vocab)
         self.sequences = Sequences()
-        self._busy = False
+        self._alone = Alone()
         self._loads = 0
         self._broken: str | None = None
         self._relabel()
@@ -126,7 +126,7 @@ class VLLMEngine:
 
     def add_prompt(self, token_ids: Sequence[int]) -> int:
         """New sequence; vLLM finds common prefixes by itself."""
-        ids = self._checked(token_ids)
+        ids = checked_ids(token_ids, self.vocab)
         if not ids:
             raise EngineError("add_prompt: token_ids is empty; a prompt needs at least one token")
         if len(ids) > self.max_context:
@@ -145,7 +145,7 @@ class VLLMEngine:
         """Add given tokens; they are prefilled at the next submit."""
         s = self.sequences.get(seq)
         self._not_decoding(seq, "append")
-        ids = self._checked(token_ids)
+        ids = checked_ids(token_ids, self.vocab)
         if len(s.tokens) + len(ids) > self.max_context:
             raise EngineError(
                 f"append(seq={seq}): {len(s.tokens)} + {len(ids)} tokens do not fit max_context={self.max_context}"
@@ -254,26 +254,8 @@ class VLLMEngine:
         if self._broken:
             raise EngineError(f"this vLLM engine cannot be used any more: {self._broken}")
 
-    @contextmanager
-    def _alone(self, what: str) -> Iterator[None]:
-        """Refuse a step or score inside a step (from a stop callback)."""
-        if self._busy:
-            raise EngineError(f"{what}: a step is under way (called from a stop callback?)")
-        self._busy = True
-        try:
-            yield
-        finally:
-            self._busy = False
-
     def _not_decoding(self, seq: int, what: str) -> None:
         if seq in self.decoder.by_seq:
             raise EngineError(
                 f"{what}(seq={seq}): it is decoding; wait for its Stopped event or cancel it"
             )
-
-    def _checked(self, token_ids: Sequence[int]) -> list[int]:
-        ids = [int(t) for t in token_ids]
-        bad = next((t for t in ids if not 0 <= t < self.vocab), None)
-        if bad is not None:
-            raise EngineError(f"token id {bad} is outside the vocabulary of {self.vocab}")
-        return ids

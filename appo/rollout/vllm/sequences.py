@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.engine import SamplingParams
-
-Reason = Literal["stop_token", "stop", "length"]
+from appo.rollout.submission import Reason, StopRule
 
 
 class Sequence:
@@ -50,7 +48,7 @@ class Sequence:
 
 
 @dataclass
-class Run:
+class Run(StopRule):
     """A submitted sequence and what it has drawn since.
 
     end        length at which it must stop
@@ -80,16 +78,9 @@ class Run:
         self.seq.tokens.append(token)
         self.seq.computed(len(self.seq.tokens) - 1)
 
-    def reason_to_stop(self, token: int) -> Reason | None:
-        """After `token`, the last one taken. The callback sees every id, a stop token too."""
-        asked = self.params.stop is not None and self.params.stop(token)
-        return "stop" if asked and token not in self.params.stop_token_ids else self.at_end(token)
-
-    def at_end(self, token: int) -> Reason | None:
-        """The reason to stop that needs no callback."""
-        if token in self.params.stop_token_ids:
-            return "stop_token"
-        return "length" if len(self.seq.tokens) >= self.end else None
+    @property
+    def length(self) -> int:
+        return len(self.seq.tokens)
 
 
 class Sequences:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from appo.errors import AppoError
+from appo.errors import AppoError, ConfigError
 
 app = typer.Typer(
     name="appo",
@@ -29,6 +31,22 @@ Recipe = Annotated[
 Plain = Annotated[bool, typer.Option("--plain", help="plain lines instead of live progress")]
 
 
+SEVERAL = ("train", "eval", "replay")  # commands that several processes can share
+
+
+@app.callback()
+def _alone(context: typer.Context) -> None:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and context.invoked_subcommand not in SEVERAL:
+        if os.environ.get("RANK") != "0":
+            time.sleep(2.0)  # a launcher ends rank 0 as soon as another has gone: it speaks first
+            sys.exit(2)
+        raise ConfigError(
+            f"appo {context.invoked_subcommand} runs in one process, and a launcher has started "
+            f"{os.environ['WORLD_SIZE']}; start it without torchrun or deepspeed"
+        )
+
+
 def main() -> None:
     """Entry point: an AppoError becomes one paragraph and its exit code (2 for what the user can mend)."""
     # These are read at import of torch, DeepSpeed and tokenizers.
@@ -39,6 +57,8 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if not _cuda_device_files():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # The deepspeed launcher says to each process twice which rank it is; we read the environment.
+    sys.argv = [a for a in sys.argv if not re.fullmatch(r"--local[_-]rank=\d+", a)]
     try:
         app()
     except AppoError as e:
@@ -57,15 +77,17 @@ def _cuda_device_files() -> bool:
 
 def _fail(error: AppoError) -> NoReturn:
     from appo.obs.progress import Console
+    from appo.together import show
 
-    Console().error(type(error).__name__, str(error))
+    if not error.told:
+        show(error, Console())
     sys.exit(error.exit_code)
 
 
-def _console(plain: bool) -> Any:
+def _console(plain: bool, rank: int = 0) -> Any:
     from appo.obs.progress import Console
 
-    console = Console(plain=True if plain else None)
+    console = Console(plain=True if plain else None, rank=rank)
     usual = warnings.showwarning
 
     def show(message: Any, category: Any, filename: str, *rest: Any) -> None:
@@ -77,6 +99,20 @@ def _console(plain: bool) -> Any:
 
     warnings.showwarning = show
     return console
+
+
+def _several(recipe: str, overrides: list[str] | None, plain: bool) -> tuple[Any, Any, Any]:
+    """(ranks, console, configuration) of a command that several processes share; rank 0 reads the recipe for all."""
+    from appo.config import load_config
+    from appo.learner.ranks import Ranks
+    from appo.together import agreed
+
+    ranks = Ranks.join()
+    console, cfg = _console(plain, ranks.rank), None
+    with agreed(ranks, console):
+        if ranks.main:
+            cfg = load_config(recipe, overrides or [])
+    return ranks, console, ranks.share(cfg, "the configuration")
 
 
 @app.command()
@@ -92,22 +128,22 @@ def train(
     plain: Plain = False,
 ) -> None:
     """Train a policy: `appo train quickstart`, `appo train tiny algo=grpo`, `appo train quickstart resume=RUN`."""
-    from appo.config import dump, load_config
-
-    console = _console(plain)
-    cfg = load_config(recipe, overrides or [])
+    ranks, console, cfg = _several(recipe, overrides, plain)
     if dry_run:
-        from appo.run import card_rows, card_warnings, plan
+        from appo.card import card_rows, card_warnings
+        from appo.config import dump
+        from appo.plan import plan
 
-        p = plan(cfg, console)
-        console.card(f"appo train {cfg.recipe} (dry run)", card_rows(p), card_warnings(p))
-        target = p.output / "config.resolved.yaml"
-        target.write_text(dump(cfg))
-        console.note(f"resolved configuration written to {target}; nothing was loaded")
+        p = plan(cfg, console, ranks=ranks)
+        if ranks.main:
+            console.card(f"appo train {cfg.recipe} (dry run)", card_rows(p), card_warnings(p))
+            target = p.output / "config.resolved.yaml"
+            target.write_text(dump(cfg))
+            console.note(f"resolved configuration written to {target}; nothing was loaded")
         return
     from appo.training import train as run_training
 
-    run_training(cfg, console)
+    run_training(cfg, console, ranks)
 
 
 @app.command("eval")
@@ -117,17 +153,20 @@ def evaluate(
     run: Annotated[
         Path | None,
         typer.Option(
-            "--run", help="evaluate the newest checkpoint of this run instead of the base model"
+            "--run",
+            "--from",  # torchrun takes --run for one of its own
+            help="evaluate the newest checkpoint of this run instead of the base model",
         ),
     ] = None,
     plain: Plain = False,
 ) -> None:
     """Accuracy and tool use on the held-out questions of a recipe's task."""
-    from appo.config import load_config
     from appo.training import evaluate as run_evaluation
 
-    console = _console(plain)
-    record = run_evaluation(load_config(recipe, overrides or []), run=run, console=console)
+    ranks, console, cfg = _several(recipe, overrides, plain)
+    record = run_evaluation(cfg, run, console, ranks)
+    if not ranks.main:
+        return
     console.card(
         f"appo eval {recipe}",
         [("accuracy", f"{record['eval/accuracy']:.3f} [{record['eval/accuracy_low']:.3f}, "
@@ -165,6 +204,24 @@ def rollout(
         console.note(f"{len(trees)} trees appended to {save}")
 
 
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="run folder, trained with save_trees=all")],
+    step: Annotated[int, typer.Option("--step", help="the step to learn again")],
+    plain: Plain = False,
+) -> None:
+    """Learn one step of a run again from its saved trees and compare. Exit code 1 if the numbers differ."""
+    from appo.learner.ranks import Ranks
+    from appo.replay import replay as learn_again
+    from appo.replay import rows
+
+    ranks = Ranks.join()
+    console = _console(plain, ranks.rank)
+    found = learn_again(run, step, console, ranks)
+    console.card(f"appo replay {run} --step {step}", rows(found), [])
+    raise typer.Exit(0 if found.agrees else 1)
+
+
 sft_app = typer.Typer(help="Supervised cold starts.", no_args_is_help=True)
 app.add_typer(sft_app, name="sft")
 
@@ -187,9 +244,8 @@ def sft_tiny(
     import torch
 
     from appo.config import load_config
-    from appo.errors import ConfigError
     from appo.learner.sft import SftSettings, run_sft
-    from appo.run import usable_cores
+    from appo.plan import usable_cores
 
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"--output={output}: the folder is not empty; choose another one")

@@ -81,7 +81,7 @@ class RolloutConfig:
     prefill_chunk: int = 512  # prompt tokens per forward
     max_context: int | None = None  # None: the model's own
     kv_tokens: int | None = (
-        None  # native only: most tokens with KV at a time; None: nothing gives way until memory ends
+        None  # most tokens with KV at a time; None: native: nothing gives way until memory ends, vllm: 90 % of the GPU
     )
 
 
@@ -140,8 +140,17 @@ class LearnerConfig:
     entropy_coef: float = 0.0
     token_budget: int = 4096  # tokens of one packed micro-batch
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "all"] = (
+        "none"  # to host memory: masters and moments (stage 1+), or weights as well (stage 3)
+    )
     gradient_checkpointing: bool = False
     head_backend: Literal["auto", "torch", "cpu", "triton", "cublas32"] = "auto"
+    old_logprobs: Literal["learner", "engine"] = (
+        "learner"  # ratios are taken against log-probs of the learner's own at the start of the step, or the engine's
+    )
+    importance_cap: float | None = (
+        2.0  # most weight of a token for the distance of its policy to that of old_logprobs; null: no weights
+    )
     max_nonfinite: int = 3  # skipped mini-batches in a row before the run stops
 
 
@@ -158,13 +167,21 @@ class Config:
     steps: int = 100
     prompts_per_step: int = 64
     minibatches: int = 2  # optimiser steps per step; APPO needs >= 2 for Omega to carry information
+    staleness: int = (
+        0  # steps that roots are drawn ahead, while the learner trains; branches never are
+    )
     threads: int | None = None  # None: the cores this process may use
     deterministic: bool = False
     output: str | None = None  # run folder; None: runs/<recipe>-<algo>-<time>
     resume: str | None = None  # a run folder: go on where its newest checkpoint is
     save_every: int = 10  # steps between checkpoints
     keep_last: int = 2
-    save_trees: int = 2  # trees written to the run folder per step
+    save_trees: int | Literal["all"] = (
+        2  # trees written to the run folder per step; all: the step can be learned again (appo replay)
+    )
+    watchdog_s: float = (
+        1800.0  # seconds without progress until the run explains itself and ends (75); 0: off
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
@@ -232,9 +249,11 @@ def validate(cfg: Config) -> None:
         if not value > 0:
             raise ConfigError(f"{key} is {value}, but must be greater than 0")
     not_negative = {
+        "staleness": cfg.staleness,
         "rollout.temperature": cfg.rollout.temperature, "eval.temperature": cfg.eval.temperature,
         "eval.questions": cfg.eval.questions, "eval.every": cfg.eval.every,
-        "rollout.max_tool_calls": cfg.rollout.max_tool_calls, "save_trees": cfg.save_trees,
+        "watchdog_s": cfg.watchdog_s, "rollout.max_tool_calls": cfg.rollout.max_tool_calls,
+        "save_trees": 0 if cfg.save_trees == "all" else cfg.save_trees,
     }  # fmt: skip
     for key, value in not_negative.items():
         if value < 0:
@@ -248,6 +267,17 @@ def validate(cfg: Config) -> None:
         raise ConfigError(
             "deterministic is true and rollout.engine is vllm, which has no deterministic mode; use rollout.engine=native"
         )
+    if cfg.rollout.engine == "vllm" and cfg.staleness:
+        raise ConfigError(
+            f"staleness is {cfg.staleness} and rollout.engine is vllm, whose sequences are not drawn beside the learner (and "
+            "not kept in checkpoints); use staleness=0, or rollout.engine=native"
+        )
+    cap = cfg.learner.importance_cap
+    if cap is not None and not cap >= 1:
+        raise ConfigError(
+            f"learner.importance_cap is {cap:g}: below 1 it would weigh down tokens whose policy has not moved; use 1 or "
+            "more (2 is usual), or null for no weights"
+        )
     if cfg.rollout.engine == "native" and cfg.rollout.statistics != "exact":
         raise ConfigError(
             f"rollout.statistics is {cfg.rollout.statistics}, but the native engine is always exact; remove it, or use "
@@ -258,6 +288,12 @@ def validate(cfg: Config) -> None:
     if len(cfg.learner.betas) != 2 or not all(0 <= b < 1 for b in cfg.learner.betas):
         raise ConfigError(
             f"learner.betas is {cfg.learner.betas}, but must be two numbers in [0, 1), e.g. [0.9,0.999]"
+        )
+    needed = {"none": 0, "optimizer": 1, "all": 3}[cfg.learner.offload]
+    if cfg.learner.zero_stage < needed:
+        raise ConfigError(
+            f"learner.offload is {cfg.learner.offload} and learner.zero_stage is {cfg.learner.zero_stage}; offloading "
+            f"{cfg.learner.offload} needs learner.zero_stage={needed}{' or above' if needed < 3 else ''}"
         )
     if cfg.learner.zero_stage == 0 and cfg.model.dtype == "bfloat16":
         raise ConfigError(
@@ -297,16 +333,8 @@ def validate(cfg: Config) -> None:
 
 
 def _check_kv_tokens(cfg: Config) -> None:
-    """The limit is the native engine's, and one rollout must fit: here without its prompt and tool results.
-
-    With them: `run.check_pool`, when a tokenizer is there.
-    """
+    """One rollout must fit: here without its prompt and tool results; with them: `run.check_pool`."""
     limit, need = cfg.rollout.kv_tokens, cfg.rollout.max_new_tokens
-    if cfg.rollout.engine != "native":
-        raise ConfigError(
-            f"rollout.kv_tokens is {limit}, but rollout.engine is {cfg.rollout.engine}, which sizes its own cache; remove "
-            "it, or use rollout.engine=native"
-        )
     if limit is not None and limit <= need:
         raise ConfigError(
             f"rollout.kv_tokens is {limit}, but one rollout may take rollout.max_new_tokens={need} tokens beside its "
@@ -437,7 +465,15 @@ def _check(hint: Any, value: Any, key: str, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         inner = [a for a in args if a is not type(None)]
-        return _check(inner[0], value, key, where)
+        words = [w for a in inner[1:] for w in typing.get_args(a)]  # int | Literal["all"]
+        if value in words:
+            return value
+        try:
+            return _check(inner[0], value, key, where)
+        except ConfigError as error:
+            if not words:
+                raise
+            raise ConfigError(f"{error}, or {' or '.join(map(repr, words))}") from error
     if origin is Literal:
         if value not in args:
             near = difflib.get_close_matches(str(value), [str(a) for a in args], 1, 0.5)

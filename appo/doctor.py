@@ -23,7 +23,7 @@ EXTRAS = {"vllm": "pip install 'appo[vllm]'", "flash-attn": "pip install 'appo[f
 def run_doctor(console: Any) -> bool:
     """Print the card; → True when training can run here."""
     from appo import __version__
-    from appo.run import usable_cores
+    from appo.plan import usable_cores
     from appo.tools.sandbox import probe
 
     warnings: list[str] = []

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 
 class AppoError(Exception):
-    """Base of all errors raised on purpose; the CLI prints it as one paragraph and exits with `exit_code`."""
+    """Base of all errors raised on purpose; the CLI prints it as one paragraph and exits with `exit_code`.
+
+    told: it has been printed (by this process, or by another rank for all).
+    """
 
     exit_code = 1
+    told = False
 
 
 class ConfigError(AppoError):
@@ -56,6 +60,10 @@ class GraderError(AppoError):
 
 class LearnerError(AppoError):
     """The learner refused to go on (for example: too many non-finite losses in a row)."""
+
+
+class RankError(AppoError):
+    """Another process of the run has gone, so this one cannot go on."""
 
 
 class CheckpointError(AppoError):

@@ -1,221 +1,23 @@
-"""Where the parts are put together: configuration → checked plan → engine, rollouts, graders, learner → a training run.
+"""Where the parts are put together: a checked plan → engine, rollouts, graders, learner, trainer.
 
-`plan` finds every mistake that can be found without loading a model; `Session` loads what sampling needs; `train`
-adds the learner and runs the loop of `appo.learner.trainer`.
+`appo.plan` finds every mistake that can be found without loading a model; `Session` loads what sampling and grading
+need; `make_learner` and `make_trainer` add what learning needs, which `appo.training` drives.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from appo.algo.presets import Algorithm, resolve
 from appo.config import Config
-from appo.data.datasets import TaskStream, build_tasks
-from appo.data.models import (
-    ModelInfo,
-    ModelSource,
-    check_model_folder,
-    load_tokenizer,
-    resolve_model,
-)
+from appo.data.models import load_tokenizer
 from appo.data.prompts import PromptBuilder, encode_plain, result_text
-from appo.errors import CheckpointError, ConfigError
+from appo.errors import ConfigError
+from appo.learner.ranks import Ranks
 from appo.obs.progress import Console
-from appo.tools.sandbox import choose_level
+from appo.plan import Plan, tasks_of
 from appo.types import RolloutTree, Task
-
-NO_OUTPUT = Path()  # of a plan that writes nothing
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that has passed every check which needs no model in memory."""
-
-    cfg: Config
-    algo: Algorithm
-    source: ModelSource
-    model: ModelInfo
-    tool_level: str  # sandbox level, "none" without the python tool
-    threads: int
-    output: Path
-    resume: bool
-
-
-def plan(cfg: Config, console: Console, *, need_output: bool = True) -> Plan:
-    """Check everything that can be checked early. Raises ConfigError and its kin; loads no weights."""
-    algo = resolve(cfg.algo)
-    threads = cfg.threads or usable_cores()
-    output = _output_folder(cfg, algo) if need_output else NO_OUTPUT
-    level = "none"
-    if "python" in cfg.tools.enabled:
-        level = choose_level(cfg.tools.python.level, cfg.tools.python.allow_unsafe).level
-    _probe_tasks(cfg)
-    source = resolve_model(cfg.model.name, offline=cfg.model.offline, log=console.note)
-    info = check_model_folder(source.path)
-    lora = cfg.learner.lora.layers
-    if cfg.learner.mode == "lora" and lora is not None and not 1 <= lora <= info.layers:
-        raise ConfigError(
-            f"learner.lora.layers is {lora}, but {source.name} has {info.layers} layers; use 1 to {info.layers} or null"
-        )
-    _check_engine(cfg, algo)
-    return Plan(cfg, algo, source, info, level, threads, output, cfg.resume is not None)
-
-
-def _check_engine(cfg: Config, algo: Algorithm) -> None:
-    """vLLM is there if it is asked for, and says enough for what the algorithm does with it."""
-    if cfg.rollout.engine != "vllm":
-        return
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "rollout.engine is vllm, which is not installed: pip install 'appo[vllm]' (on a CPU see docs/vllm.md), or use "
-            "rollout.engine=native"
-        )
-    needs = not algo.flat and algo.branch_by != "random"
-    if needs and cfg.rollout.statistics == "top":
-        raise ConfigError(
-            f"rollout.statistics is top: entropies are approximate, and {algo.name} chooses branch points by them; use "
-            "rollout.statistics=exact"
-        )
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _output_folder(cfg: Config, algo: Algorithm) -> Path:
-    """The run folder, made and writable; an existing run is refused unless it is resumed."""
-    if cfg.resume is not None:
-        folder = Path(cfg.resume)
-        if not (folder / "config.yaml").is_file():
-            raise CheckpointError(
-                f"resume={cfg.resume}: no run there (config.yaml is missing); give a run folder"
-            )
-        return folder
-    stamp = time.strftime("%m%d-%H%M%S")
-    folder = Path(cfg.output) if cfg.output else Path("runs") / f"{cfg.recipe}-{algo.name}-{stamp}"
-    if (folder / "config.yaml").exists():
-        raise ConfigError(
-            f"output={folder}: a run is already there; continue it with resume={folder}, or choose another output"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-probe"
-        probe.write_text("x")
-        probe.unlink()
-    except OSError as e:
-        raise ConfigError(
-            f"output={folder}: cannot write there ({e.strerror or e}); choose a folder that you may write to"
-        ) from e
-    return folder
-
-
-def _probe_tasks(cfg: Config) -> None:
-    """Draw one task of each split: unknown names, empty or unreadable files show here."""
-    for split in ("train", "eval"):
-        tasks_of(cfg, split)[0]
-
-
-def tasks_of(cfg: Config, split: Literal["train", "eval"]) -> TaskStream:
-    """The tasks of a split as configured."""
-    params = dict(cfg.data.params)
-    files = {"train": cfg.data.train, "eval": cfg.data.eval}
-    params |= {k: v for k, v in files.items() if v is not None}
-    size = cfg.data.size if split == "train" else None
-    return build_tasks(
-        cfg.data.task,
-        split=split,
-        seed=cfg.seed,
-        size=size,
-        params=params,
-        tools=tuple(cfg.tools.enabled),
-    )
-
-
-def memory_estimate(p: Plan) -> dict[str, float]:
-    """Bytes of the large tensors: engine copy, learner copy, gradients and optimiser of what is trained."""
-    width = 2 if p.cfg.model.dtype == "bfloat16" else 4
-    weights = p.model.params * width
-    trained = p.model.params
-    if p.cfg.learner.mode == "lora":
-        layers = p.cfg.learner.lora.layers or p.model.layers
-        # 7 matrices a layer, (in + out)·r each; in + out ≈ 2.6 hidden on average for this family.
-        trained = int(layers * 7 * 2.6 * p.model.hidden * p.cfg.learner.lora.r)
-    master = 4 if width == 2 else 0
-    kv_bytes = 2 * p.model.layers * _kv_width(p.source.path) * width
-    tokens = (
-        min(p.cfg.rollout.max_new_tokens * 2, p.model.context)
-        * p.algo.rollouts
-        * p.cfg.prompts_per_step
-    )
-    return {
-        "engine weights (packed copy included)": 2 * weights,
-        "learner weights": weights,
-        "gradients and AdamW state": trained * (width + 8 + master),
-        "KV cache (if every rollout runs to the limit)": min(
-            tokens, p.cfg.rollout.kv_tokens or tokens
-        )
-        * kv_bytes,
-    }
-
-
-def _kv_width(folder: Path) -> int:
-    """Numbers in the key of one token in one layer."""
-    c = json.loads((folder / "config.json").read_text())
-    head = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-    return head * (c.get("num_key_value_heads") or c["num_attention_heads"])
-
-
-def card_rows(p: Plan) -> list[tuple[str, str]]:
-    """The start-up card: what will happen, in words."""
-    cfg, a = p.cfg, p.algo
-    per_step = cfg.prompts_per_step * a.rollouts
-    size = cfg.prompts_per_step // cfg.minibatches
-    trained = (
-        "roots only" if a.advantage == "dual_group" and not a.train_branches else "all rollouts"
-    )
-    memory = memory_estimate(p)
-    lora = cfg.learner.lora
-    learner = (
-        f"LoRA r={lora.r} on the last {lora.layers} layers" if cfg.learner.mode == "lora" and lora.layers
-        else f"LoRA r={lora.r}" if cfg.learner.mode == "lora" else "full fine-tuning"
-    )  # fmt: skip
-    return [
-        ("model", f"{p.source.name} ({p.model.params / 1e6:.1f}M parameters, {p.model.arch}, {cfg.model.dtype}; "
-                  f"from {p.source.origin})"),
-        ("algorithm", f"{a.name}: {a.describe()}; trained: {trained}"),
-        ("one step", f"{cfg.prompts_per_step} prompts × {a.rollouts} = {per_step} rollouts, in {cfg.minibatches} "
-                     f"mini-batch{'es' if cfg.minibatches > 1 else ''} of {size} prompts; "
-                     f"{cfg.steps} steps = {cfg.steps * per_step} rollouts, {cfg.steps * cfg.minibatches} updates"),
-        ("limits", f"{cfg.rollout.max_new_tokens} sampled tokens and {cfg.rollout.max_tool_calls} tool calls a rollout"),
-        ("learner", f"{learner}, lr {cfg.learner.lr:g}, ZeRO stage {cfg.learner.zero_stage}"),
-        ("memory", f"tensors about {sum(memory.values()) / 2**30:.1f} GiB, Python and PyTorch 1 to 2 GiB more (" +
-                   ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in memory.items()) + ")"),
-        ("tools", f"{', '.join(cfg.tools.enabled) or 'none'}; sandbox level: {p.tool_level}"),
-        ("threads", f"{p.threads}{' · deterministic mode' if cfg.deterministic else ''}"),
-        *([("output", str(p.output))] if p.output != NO_OUTPUT else []),
-    ]  # fmt: skip
-
-
-def card_warnings(p: Plan) -> list[str]:
-    """What a user would regret not having been told."""
-    out = []
-    if p.tool_level == "rlimit":
-        out.append(
-            "sandbox level rlimit: model-written code can read and write your files. Development only."
-        )
-    if p.algo.name == "appo" and p.cfg.minibatches < 2 and not p.algo.flat:
-        out.append("minibatches=1: all branch points are chosen with unmoved weights, so Omega is 1 everywhere and "
-                   "branching falls back to entropy; use minibatches >= 2")  # fmt: skip
-    return out
 
 
 def make_engine(p: Plan) -> Any:
@@ -230,7 +32,11 @@ def make_engine(p: Plan) -> Any:
     if r.engine == "vllm":
         from appo.rollout.vllm import VLLMEngine
 
-        return VLLMEngine(p.source.path, statistics=r.statistics, **common)
+        kv_bytes = None
+        if r.kv_tokens is not None:  # else vLLM takes nearly all of the device's memory
+            width = 2 if p.cfg.model.dtype == "bfloat16" else 4
+            kv_bytes = r.kv_tokens * 2 * p.model.layers * p.model.kv_dim * width
+        return VLLMEngine(p.source.path, statistics=r.statistics, kv_bytes=kv_bytes, **common)
     from appo.rollout.native import NativeEngine
 
     return NativeEngine(
@@ -238,10 +44,76 @@ def make_engine(p: Plan) -> Any:
     )
 
 
-class Session:
-    """Everything that sampling and grading need, loaded: tokenizer, engine, tools, graders. Use as a context manager."""
+def make_learner(p: Plan, ranks: Ranks | None = None) -> Any:
+    """The learner of the configuration, with the base weights loaded. Collective."""
+    from appo.learner.backend import Learner
 
-    def __init__(self, p: Plan, console: Console):
+    return Learner(p.source.path, _learner_settings(p), seed=p.cfg.seed, ranks=ranks or Ranks())
+
+
+def _learner_settings(p: Plan) -> Any:
+    """`learner.*` as the learner's own settings."""
+    from appo.learner.settings import LearnerSettings
+
+    c = p.cfg.learner
+    return LearnerSettings(
+        mode=c.mode, lora_r=c.lora.r, lora_alpha=c.lora.alpha, lora_targets=tuple(c.lora.targets),
+        lora_layers=c.lora.layers, lr=c.lr, weight_decay=c.weight_decay, betas=(c.betas[0], c.betas[1]),
+        warmup_steps=c.warmup_steps, schedule=c.schedule, total_steps=p.cfg.steps * p.cfg.minibatches,
+        max_grad_norm=c.max_grad_norm, zero_stage=c.zero_stage, offload=c.offload, dtype=p.cfg.model.dtype,
+        gradient_checkpointing=c.gradient_checkpointing, temperature=p.cfg.rollout.temperature,
+        head_backend=c.head_backend, max_nonfinite=c.max_nonfinite, threads=p.threads, dump_dir=str(p.output),
+    )  # fmt: skip
+
+
+def make_trainer(
+    p: Plan,
+    learner: Any,
+    ranks: Ranks,
+    *,
+    push: Callable[[int], dict[str, float]],
+    sampler: Any = None,
+    grade: Callable[[Sequence[RolloutTree]], dict[str, float]] | None = None,
+) -> Any:
+    """The step loop of the configuration. Without sampler and grade it can learn from trees that exist (replay)."""
+    from appo.algo.objective import make_objective
+    from appo.learner.balance import Costs
+    from appo.learner.trainer import Trainer
+
+    cfg = p.cfg
+    trainer = Trainer(
+        algo=p.algo,
+        sampler=sampler,
+        learner=learner,
+        objective=make_objective(
+            p.algo,
+            entropy_coef=cfg.learner.entropy_coef,
+            version=lambda: trainer.version,
+            anchored=lambda: trainer.anchored,
+            importance_cap=cfg.learner.importance_cap,
+        ),
+        grade=grade,
+        push=push,
+        token_budget=cfg.learner.token_budget,
+        minibatches=cfg.minibatches,
+        rescore_roots=cfg.model.dtype == "bfloat16",
+        keep_all_rows=cfg.learner.entropy_coef != 0,
+        ranks=ranks,
+        staleness=cfg.staleness,
+        old_logprobs=cfg.learner.old_logprobs,
+        threads=p.threads,
+        costs=Costs.of_model(learner.lm.config, learner.parameter_counts()["total"]),
+    )
+    return trainer
+
+
+class Session:
+    """Everything that sampling and grading need, loaded: tokenizer, engine, tools, graders. Use as a context manager.
+
+    Every rank has its own. Making one is not collective; `evaluate` is.
+    """
+
+    def __init__(self, p: Plan, console: Console, ranks: Ranks | None = None):
         import torch
 
         from appo.reward.workers import GraderPool
@@ -250,7 +122,8 @@ class Session:
 
         torch.set_num_threads(p.threads)
         cfg = p.cfg
-        self.plan, self.console, self._stack = p, console, ExitStack()
+        self.plan, self.console, self.ranks = p, console, ranks or Ranks()
+        self._stack = ExitStack()
         self.tokenizer = load_tokenizer(p.source.path)
         self.text = TokenText(self.tokenizer, p.model.vocab)
         self.engine = make_engine(p)
@@ -314,20 +187,35 @@ class Session:
         frame = len(encode_plain(self.tokenizer, result_text("")))
         check_pool(self.plan.cfg, longest, frame, self.engine.max_context)
 
-    def evaluate(self, step: int) -> dict[str, Any]:
-        """Accuracy and tool use on the held-out questions."""
+    def evaluate(
+        self, step: int, on_progress: Callable[[int], None] = lambda left: None
+    ) -> dict[str, Any]:
+        """Accuracy and tool use on the held-out questions, over all ranks; → metrics record. Collective."""
         from appo.evals.runner import evaluate_policy
 
         cfg = self.plan.cfg
         source = tasks_of(cfg, "eval")
         tasks = [source[i] for i in range(min(cfg.eval.questions, len(source)))]
-        with self.console.phase(f"evaluating {len(tasks)} questions", len(tasks)) as bar:
+        mine = len(tasks[self.ranks.rank :: self.ranks.world])
+        with self.console.phase(f"evaluating {len(tasks)} questions", mine) as bar:
+
+            def progress(left: int) -> None:
+                bar.update(mine - left)
+                on_progress(left)
+
             result = evaluate_policy(
                 self.make_rollouts(cfg.eval.temperature), tasks, self.prompts(tasks), self.grade,
-                on_progress=lambda left: bar.update(len(tasks) - left),
+                on_progress=progress, ranks=self.ranks,
             )  # fmt: skip
-        self.last_eval_trees = result.trees
         return {"step": step, "kind": "eval"} | result.metrics
+
+    def describe(self) -> dict[str, str]:
+        """What is under way, for the watchdog: which ranks, tools and graders are waited for. From any thread."""
+        return {
+            "collective": self.ranks.waiting or "none",
+            "tool calls": self.pool.describe(),
+            "graders": self.graders.describe(),
+        }
 
     def __enter__(self) -> Session:
         return self

@@ -1,39 +1,53 @@
-"""A training run from start to finish: plan, load, evaluate, step, checkpoint, evaluate, report. Resumable at any step."""
+"""A training run from start to finish: plan, load, evaluate, step, checkpoint, evaluate, report. Resumable at any step.
+
+All of it runs on every rank, in step; rank 0 alone prints and writes the records.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from appo import resume
+from appo.card import card_rows, card_warnings
 from appo.config import Config, dump
 from appo.data.datasets import Cursor
-from appo.errors import CheckpointError, LearnerError
-from appo.obs.branches import BranchLog
-from appo.obs.metrics import MetricsWriter, read_metrics
+from appo.errors import AppoError
+from appo.learner.ranks import Ranks
+from appo.obs.learner import NoSignal
+from appo.obs.lines import replace_file
+from appo.obs.metrics import read_metrics
 from appo.obs.progress import Console
-from appo.run import Plan, Session, card_rows, card_warnings, plan, tasks_of
-from appo.types import RolloutTree
+from appo.obs.watchdog import Watchdog
+from appo.plan import plan, tasks_of
+from appo.records import Records, engine_work
+from appo.run import Session, make_learner, make_trainer
+from appo.signals import Stopped, StopRequest
+from appo.together import agreed, one_fate, word_of
+from appo.types import RolloutTree, Task
 
-if TYPE_CHECKING:  # it loads torch, and a user's mistake is found sooner without
-    from appo.algo.branching import BranchPlan
 
-
-def train(cfg: Config, console: Console | None = None) -> Path:
-    """Run (or resume) a training run; → its folder.
+def train(cfg: Config, console: Console | None = None, ranks: Ranks | None = None) -> Path:
+    """Run (or resume) a training run; → its folder. Under a launcher every rank calls this.
 
     Raises ConfigError and its kin before anything is loaded where that is possible. Whatever ends the run later, the
     folder keeps its metrics, trees and the newest complete checkpoint, and `resume=` goes on from there.
     """
-    console = console or Console()
-    p = plan(cfg, console)
-    console.card(f"appo train {cfg.recipe}", card_rows(p), card_warnings(p))
-    with Session(p, console) as session:
-        session.check_prompts()
+    ranks = ranks or Ranks.join()
+    console = console or Console(rank=ranks.rank)
+    with one_fate(ranks, console), ExitStack() as stack:
+        p = plan(cfg, console, ranks=ranks)
+        if ranks.main:
+            console.card(f"appo train {cfg.recipe}", card_rows(p), card_warnings(p))
+        with agreed(ranks, console):
+            session = stack.enter_context(Session(p, console, ranks))
+            session.check_prompts()
         run = TrainingRun(session)
-        if not p.resume:  # from here on the folder is a run that can be resumed
+        if ranks.main and not p.resume:  # from here on the folder is a run that can be resumed
             (p.output / "config.yaml").write_text(dump(cfg))
         run.go()
     return p.output
@@ -43,109 +57,161 @@ class TrainingRun:
     """The state of one run between steps: what a checkpoint holds beside the learner is `_state()`."""
 
     def __init__(self, session: Session):
-        from appo.algo.objective import make_objective
-        from appo.learner.backend import Learner
-        from appo.learner.trainer import Trainer
-
         p = session.plan
-        self.session, self.plan, self.cfg, self.console = session, p, p.cfg, session.console
-        self.learner = Learner(p.source.path, _learner_settings(p), seed=self.cfg.seed)
+        self.session, self.plan, self.cfg = session, p, p.cfg
+        self.console, self.ranks = session.console, session.ranks
+        self.learner = make_learner(p, self.ranks)
+        self.trainer = make_trainer(
+            p, self.learner, self.ranks,
+            sampler=session.rollouts, grade=session.grade, push=self._push,
+        )  # fmt: skip
         self.cursor = Cursor(tasks_of(self.cfg, "train"))
         self.done = 0
-        self.trainer = Trainer(
-            algo=p.algo,
-            sampler=session.rollouts,
-            learner=self.learner,
-            objective=make_objective(
-                p.algo,
-                entropy_coef=self.cfg.learner.entropy_coef,
-                version=lambda: self.trainer.version,
-            ),
-            grade=session.grade,
-            push=self._push,
-            token_budget=self.cfg.learner.token_budget,
-            minibatches=self.cfg.minibatches,
-            rescore_roots=self.cfg.model.dtype == "bfloat16",
-            keep_all_rows=self.cfg.learner.entropy_coef != 0,
-        )
+        self.saved: int | None = None  # step of the newest checkpoint
+        self.no_signal = NoSignal()
         self._probe = [session.builder.ids(self.cursor.tasks[i]) for i in range(2)]
 
     # -- the run -------------------------------------------------------------------------------------------------
 
     def go(self) -> None:
         """From the newest checkpoint (if resumed) to the last step, then the report."""
-        from appo.obs.report import write_report
+        out, say = self.plan.output, self.console.warn if self.ranks.main else lambda text: None
+        self.dog = Watchdog(
+            out, self.ranks.rank, self.cfg.watchdog_s, self.session.describe, world=self.ranks.world
+        )
+        self.learner.on_micro_batch = lambda i, n: self.dog.beat("learn", f"micro-batch {i + 1} of {n}")  # fmt: skip
+        with self.dog, StopRequest(say) as self.stop:
+            together = False
+            try:
+                self._begin()
+                self._steps()
+                together = True
+            except Stopped:
+                together = True
+                raise
+            except BrokenPipeError:  # nobody reads what we print
+                raise
+            except (AppoError, OSError) as error:
+                # Weights may hold half a step: the newest checkpoint, of a whole one, is what the run resumes from.
+                if self.saved is not None:
+                    say(
+                        f"stopping in step {self.done + 1}; resume={out} goes on from step {self.saved}"
+                    )
+                if isinstance(error, OSError):
+                    error = AppoError(f"the run in {out} cannot go on: {error}")
+                if (
+                    self.ranks.main
+                ):  # before the report, which may take long: the others wait for the word
+                    self.ranks.leave(word_of(error))
+                raise error
+            finally:
+                self.learner.close()
+                self._report()
+                if together:  # a launcher ends rank 0 as soon as another rank has gone
+                    self.ranks.barrier("the report")
 
-        cfg, out = self.cfg, self.plan.output
+    def _begin(self) -> None:
         if self.plan.resume:
             self._restore()
-        # The metrics of a resumed run continue after its checkpoint; what was written past it is drawn again.
-        keep = self.done if self.plan.resume else None
-        self.console.steps = cfg.steps
-        self.metrics = MetricsWriter(out, resume_after=keep)
-        self.branches = BranchLog(out, resume_after=keep)
-        _cut_trees(out / "trees.jsonl", keep)
-        try:
-            if self.done == 0:
-                self._checkpoint(0)
-                if not any(r["kind"] == "eval" for r in read_metrics(out)):
-                    self._evaluate(0)
-            while self.done < cfg.steps:
-                self._one_step(self.done + 1)
-        except LearnerError:
-            # Weights may hold half a step: the newest checkpoint, of a whole one, stays what the run resumes from.
-            self.console.warn(
-                f"stopping in step {self.done + 1}; resume={out} goes on from the newest checkpoint"
-            )
-            raise
-        finally:
-            self.learner.close()
-            write_report(out, dump(cfg), self.console)
+        self.console.steps = self.cfg.steps
+        self.records = Records(
+            self.plan.output, self.done if self.plan.resume else None,
+            text=self.session.text.text, ranks=self.ranks, save_trees=self.cfg.save_trees,
+        )  # fmt: skip
+        if self.done == 0:
+            self._checkpoint()
+            known = [r for r in read_metrics(self.plan.output) if r["kind"] == "eval"]
+            if not self.ranks.share(bool(known), "whether step 0 is evaluated"):
+                self._evaluate(0)
+
+    def _steps(self) -> None:
+        while self.done < self.cfg.steps:
+            self._leave_if_asked()
+            self._one_step(self.done + 1)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """A bar over this rank's roots of a step, and beats for the watchdog."""
+        cfg, ranks = self.cfg, self.ranks
+        mine = len(range(ranks.rank, cfg.prompts_per_step // cfg.minibatches, ranks.world))
+        total = mine * cfg.minibatches * self.plan.algo.roots
+        with self.console.phase(name, total) as bar:
+
+            def on_phase(phase: str, done: int, left: int) -> None:
+                self.dog.beat(f"{name}: {phase}", f"{done} done, {left} left")
+                bar.update(done or total, phase=phase)
+
+            self.trainer.on_phase = on_phase
+            yield
 
     def _one_step(self, number: int) -> None:
         cfg, begin, before = self.cfg, time.perf_counter(), self.session.engine.stats()
-        tasks = self.cursor.take(cfg.prompts_per_step)
-        total = cfg.prompts_per_step * self.plan.algo.roots
-        with self.console.phase(f"step {number}/{cfg.steps}", total) as bar:
-            self.trainer.on_phase = lambda name, done, left: bar.update(done or total, phase=name)
-            result = self.trainer.step(number, tasks, self.session.prompts(tasks))
-        self._write_branches(number, result.trees, result.plans, result.minibatch)
-        self._write_trees(result.trees[: cfg.save_trees])
+        with self._phase(f"step {number}/{cfg.steps}"):
+            for ahead in self.trainer.missing(number, cfg.steps):
+                self.trainer.draw_ahead(ahead, *self._batch())
+            # These are the prompts of the step whose roots are drawn now; the last steps' were drawn before.
+            drawn = number + cfg.staleness <= cfg.steps
+            result = self.trainer.step(number, *(self._batch() if drawn else ([], [])))
+        self.dog.beat(f"step {number}: records")
+        self.records.step(number, result)
         self.done = number
-        record = {"step": number, "kind": "step"} | result.metrics | self._engine_work(before)
-        record["time/step"] = time.perf_counter() - begin
-        self.metrics.write(record)
-        self.console.step(record)
+        record = {"step": number, "kind": "step"} | result.metrics
+        record |= engine_work(before, self.session.engine.stats(), self.ranks)
+        took = {"time/step": time.perf_counter() - begin}
+        self._write(record | self.ranks.reduce(took, "max", "the end of a step"))
         last = number == cfg.steps
         if last or (cfg.eval.every and number % cfg.eval.every == 0):
             self._evaluate(number)
         if last or number % cfg.save_every == 0:
-            self._checkpoint(number)
+            self._checkpoint()
 
-    def _engine_work(self, before: dict[str, float]) -> dict[str, float]:
-        """What the engine did since `before`: differences of its counters, so that a resumed run writes the same.
-
-        `memory/kv_*` is what the run has needed at most so far, hence not the same after a resumption.
-        """
-        now = self.session.engine.stats()
-        work = {f"engine/{k}": float(now[k] - before[k]) for k in ENGINE_WORK if k in now}
-        if "blocks_peak" in now:
-            work["memory/kv_blocks_peak"] = float(now["blocks_peak"])
-            work["memory/kv_mb_peak"] = now["blocks_peak"] * now["block_bytes"] / 2**20
-        return work
+    def _batch(self) -> tuple[list[Task], list[list[int]]]:
+        """The next prompts of the data set, the same on every rank."""
+        tasks = self.cursor.take(self.cfg.prompts_per_step)
+        return tasks, self.session.prompts(tasks)
 
     def _evaluate(self, step: int) -> None:
-        if not self.cfg.eval.questions:
-            return
-        record = self.session.evaluate(step)
-        self.metrics.write(record)
+        if self.cfg.eval.questions:
+            name = f"evaluation after step {step}"
+            self.dog.beat(name)
+            on_progress = lambda left: self.dog.beat(name, f"{left} left")  # noqa: E731
+            self._write(self.session.evaluate(step, on_progress))
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.records.metrics(record)
         self.console.step(record)
+        found_nothing = self.no_signal.look(record)
+        if found_nothing and self.ranks.main:
+            self.console.warn(found_nothing)
+
+    def _leave_if_asked(self) -> None:
+        """Ctrl-C or SIGTERM, on any rank: save what is done, and out."""
+        asked = self.ranks.reduce({"signal": float(self.stop.signum)}, "max", "whether to stop")
+        if signum := int(asked["signal"]):
+            out = self.plan.output
+            if self.saved != self.done:
+                self._checkpoint()
+            raise Stopped(
+                f"stopped after step {self.done}; go on with: appo train {out}/config.yaml resume={out}",
+                signum,
+            )
+
+    def _report(self) -> None:
+        """Whatever ended the run: its report must not hide that."""
+        from appo.obs.report import write_report
+
+        if self.ranks.main:
+            try:
+                write_report(self.plan.output, dump(self.cfg), self.console)
+            except (OSError, AppoError) as error:
+                self.console.warn(f"the report could not be written: {error}")
 
     # -- weights and state ---------------------------------------------------------------------------------------
 
     def _push(self, version: int) -> dict[str, float]:
         from appo.learner.weights import push
 
+        self.dog.beat("push", f"policy version {version}")
         return push(self.learner, self.session.engine, version, self._probe)
 
     def _state(self) -> dict[str, Any]:
@@ -153,131 +219,58 @@ class TrainingRun:
             "step": self.done,
             "version": self.trainer.version,
             "data": self.cursor.state_dict(),
-            "config_sha256": _fingerprint(self.cfg),
+            "config": resume.flat(self.cfg),
         }
 
-    def _checkpoint(self, step: int) -> None:
+    def _checkpoint(self) -> None:
         from appo.learner.checkpoint import save_checkpoint
 
+        def write(folder: Path) -> None:
+            self.learner.save(folder)
+            self.trainer.save_roots(folder)
+
+        self.dog.beat("checkpoint", f"step {self.done}")
         save_checkpoint(
-            self.plan.output, step, self.learner.save, self._state(), keep_last=self.cfg.keep_last
-        )
+            self.plan.output, self.done, write, self._state(),
+            keep_last=self.cfg.keep_last, ranks=self.ranks,
+        )  # fmt: skip
+        self.saved = self.done
 
     def _restore(self) -> None:
         from appo.learner.checkpoint import load_latest
 
-        path, state = load_latest(self.plan.output)
-        if state["config_sha256"] != _fingerprint(self.cfg):
-            raise CheckpointError(
-                f"resume={self.plan.output}: the configuration is not the one of that run (its config.yaml); resume "
-                "with the same recipe and overrides (steps, save_every, keep_last, threads and eval.* may change)"
-            )
+        out = self.plan.output
+        path, state = load_latest(out, self.ranks)
+        notes = resume.check_config(state["config"], self.cfg, str(out))
         self.learner.load(path)
         self.cursor.load_state_dict(state["data"])
-        self.done, self.trainer.version = int(state["step"]), int(state["version"])
+        self.done = self.saved = int(state["step"])
+        self.trainer.version = int(state["version"])
         self._push(self.trainer.version)
-        self.console.note(
-            f"resumed {self.plan.output} after step {self.done} (policy version {self.trainer.version})"
-        )
-
-    # -- records -------------------------------------------------------------------------------------------------
-
-    def _write_trees(self, trees: Sequence[RolloutTree]) -> None:
-        from appo.rollout.store import append_trees
-
-        append_trees(self.plan.output / "trees.jsonl", trees, self.session.text.text)
-
-    def _write_branches(
-        self,
-        step: int,
-        trees: Sequence[RolloutTree],
-        plans: Sequence[BranchPlan | None],
-        part: Sequence[int],
-    ) -> None:
-        for tree, found, k in zip(trees, plans, part, strict=True):
-            if found is not None:
-                rows = branch_rows(tree, found, self.session.text.text)
-                self.branches.write(step, k, tree.task.task_id, rows, found.flat, found.shortfall)
-
-
-def branch_rows(tree: RolloutTree, found: BranchPlan, text: Any) -> list[dict[str, Any]]:
-    """One row per root of the prompt and branch point: where it fell, why, and what it earned."""
-    views = {tree.leaves[i].root: tree.trajectory(i) for i in tree.roots}
-    rewards = {leaf.root: leaf.reward for leaf in tree.leaves if leaf.is_root}
-    # Branches were forked in the order of the points.
-    branch_rewards = iter([leaf.reward for leaf in tree.leaves if not leaf.is_root])
-    rows: list[dict[str, Any]] = []
-    for point in found.points:
-        view = views[point.root]
-        rows.append(
-            {
-                "root": point.root, "position": point.position, "response_length": len(view),
-                "token": text([int(view.response_ids[point.position])]), "rule": point.rule, "score": point.score,
-                "z_entropy": point.z_entropy, "z_omega": point.z_omega, "flat": found.flat[point.root],
-                "root_reward": rewards[point.root], "branch_reward": next(branch_rewards),
-            }
-        )  # fmt: skip
-    return rows
-
-
-def _cut_trees(path: Path, keep: int | None) -> None:
-    """A resumed run draws the trees after its checkpoint again: drop the old ones."""
-    from appo.obs.lines import cut_after
-
-    if keep is not None and path.exists():
-        cut_after(path, keep)
-
-
-# Counters of the engine that a step's record holds the differences of; not every engine has all of them.
-ENGINE_WORK = (
-    "prefill_tokens", "decode_tokens", "scored_tokens", "prefix_hits_tokens", "forks", "tokens_saved", "preemptions",
-    "evicted_tokens",
-)  # fmt: skip
-
-# Keys that may differ between a run and its resumption without changing what is computed.
-FREE_KEYS = ("output", "resume", "steps", "save_every", "keep_last", "save_trees", "threads")
-
-RESOURCE_KEYS = (
-    ("model", "offline"), ("rollout", "kv_tokens"), ("tools", "workers"), ("tools", "timeout_s"),
-    ("reward", "workers"), ("reward", "timeout_s"), ("learner", "max_nonfinite"),
-)  # fmt: skip
-
-
-def _fingerprint(cfg: Config) -> str:
-    import yaml
-
-    values = yaml.safe_load(dump(cfg))
-    for key in (*FREE_KEYS, "eval"):
-        values.pop(key)
-    if cfg.learner.schedule != "constant":  # the schedule depends on the number of updates
-        values["steps"] = cfg.steps
-    for group, name in RESOURCE_KEYS:
-        values[group].pop(name)
-    return hashlib.sha256(yaml.safe_dump(values, sort_keys=True).encode()).hexdigest()
-
-
-def _learner_settings(p: Plan) -> Any:
-    """`learner.*` as the learner's own settings."""
-    from appo.learner.backend import LearnerSettings
-
-    c = p.cfg.learner
-    return LearnerSettings(
-        mode=c.mode, lora_r=c.lora.r, lora_alpha=c.lora.alpha, lora_targets=tuple(c.lora.targets),
-        lora_layers=c.lora.layers, lr=c.lr, weight_decay=c.weight_decay, betas=(c.betas[0], c.betas[1]),
-        warmup_steps=c.warmup_steps, schedule=c.schedule, total_steps=p.cfg.steps * p.cfg.minibatches,
-        max_grad_norm=c.max_grad_norm, zero_stage=c.zero_stage, dtype=p.cfg.model.dtype,
-        gradient_checkpointing=c.gradient_checkpointing, temperature=p.cfg.rollout.temperature,
-        head_backend=c.head_backend, max_nonfinite=c.max_nonfinite, threads=p.threads, dump_dir=str(p.output),
-    )  # fmt: skip
+        self.trainer.restore_roots(path)
+        if (
+            self.ranks.main
+        ):  # what the run is from here on: the printed command and a replay read it
+            now = dataclasses.replace(self.cfg, resume=None, output=str(out))
+            replace_file(out / "config.yaml", dump(now).encode())
+        for note in notes:
+            self.console.note(note)
+        self.console.note(f"resumed {out} after step {self.done} (policy version {self.trainer.version})")  # fmt: skip
 
 
 def evaluate(
-    cfg: Config, run: Path | None = None, console: Console | None = None
+    cfg: Config,
+    run: Path | None = None,
+    console: Console | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Accuracy and tool use of the recipe's base model, or of the newest checkpoint of `run`. → metrics record."""
-    console = console or Console()
-    p = plan(cfg, console, need_output=False)
-    with Session(p, console) as session:
+    ranks = ranks or Ranks.join()
+    console = console or Console(rank=ranks.rank)
+    with one_fate(ranks, console), ExitStack() as stack:
+        p = plan(cfg, console, need_output=False, ranks=ranks)
+        with agreed(ranks, console):
+            session = stack.enter_context(Session(p, console, ranks))
         if run is not None:
             _load_checkpoint(session, run)
         return session.evaluate(0)
@@ -285,14 +278,11 @@ def evaluate(
 
 def _load_checkpoint(session: Session, run: Path) -> None:
     """The engine takes over the weights of a run's newest checkpoint."""
-    from appo.learner.backend import Learner
     from appo.learner.checkpoint import load_latest
     from appo.learner.weights import push
 
-    path, state = load_latest(run)
-    with Learner(
-        session.plan.source.path, _learner_settings(session.plan), seed=session.plan.cfg.seed
-    ) as learner:
+    path, state = load_latest(run, session.ranks)
+    with make_learner(session.plan, session.ranks) as learner:
         learner.load(path)
         probe = session.prompts([tasks_of(session.plan.cfg, "train")[0]])
         push(learner, session.engine, int(state["version"]), probe)

@@ -26,6 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("appo", "kernels", "csrc", "tests", "pyproject.toml", "CMakeLists.txt")
 TESTS = "tests/kernels/test_matrix.py"
+ATTENTION = "tests/kernels/test_tree_attention.py"
+FOREIGN = "tests/kernels/test_tree_attention_foreign.py"
+TRAINING = "tests/unit/test_tree_training.py"
 TREE = "tests/unit/test_segment_tree.py"  # faults in the Python definition of the tree: tests/unit/test_tree_faults.py
 LOW = "[](float x) { uint32_t b; __builtin_memcpy(&b, &x, 4); b &= 0xffff0000u; __builtin_memcpy(&x, &b, 4); return x; }"
 
@@ -203,6 +206,142 @@ FAULTS = [
         "  nodes_.emplace(next_node_, std::move(made));\n  node->tokens.assign(ids, ids + count);\n",
         "no_memory",
         "tests/unit/test_tree_faults.py",
+    ),
+    Fault(
+        "subtrees end a token late, PyTorch attention",
+        "kernels/attention_torch.py",
+        "(j <= i) & (i < tout[None, :last])",
+        "(j <= i) & (i <= tout[None, :last])",
+        "test_every_loss_in_float64 and rollouts",
+        TRAINING,
+    ),
+    Fault(
+        "gradients of shared keys of one query block only, PyTorch attention",
+        "kernels/attention_torch.py",
+        "dk[:, :b] += (ds.transpose(2, 3) @ q).sum(1)",
+        "dk[:, :b] = (ds.transpose(2, 3) @ q).sum(1)",
+        "test_large_trees and torch",
+        ATTENTION,
+    ),
+    Fault(
+        "subtrees end a token late, Triton attention",
+        "kernels/gpu/tree_attention_forward.py",
+        "(row[:, None] < ends[None, :])",
+        "(row[:, None] <= ends[None, :])",
+        "test_small_trees and triton and forks",
+        ATTENTION,
+    ),
+    Fault(
+        "a block of keys that some do not see taken as a whole, C++ attention",
+        "csrc/tree_attention_problem.h",
+        "least_[static_cast<size_t>(block)] >= b;",
+        "least_[static_cast<size_t>(block)] > a;",
+        "test_large_trees and cpu",
+        ATTENTION,
+    ),
+    Fault(
+        "gradients of shared keys of the last queries only, C++ attention",
+        "csrc/tree_attention_backward.cpp",
+        "mine.dk.get() + low * s_.sum, s_.sum, true);",
+        "mine.dk.get() + low * s_.sum, s_.sum, false);",
+        "test_large_trees and cpu",
+        ATTENTION,
+    ),
+    Fault(
+        "tiles take their gradients in any order, C++ attention",
+        "csrc/tree_attention_backward.cpp",
+        "turn_.wait(lock, [&] { return next_[static_cast<size_t>(tile)] == block; });",
+        "(void)tile, (void)block;",
+        "test_every_instruction_set_and_number_of_threads and float32",
+        ATTENTION,
+    ),
+    Fault(
+        "partly hidden blocks taken as whole, FlexAttention",
+        "kernels/attention_flex.py",
+        "whole = (last <= q0) & (least > q1)",
+        "whole = (last <= q0) & (least > q0)",
+        "test_blocks_are_those",
+        FOREIGN,
+    ),
+    Fault(
+        "siblings seen, flash-attn",
+        "kernels/attention_flash.py",
+        "before[ends[before] > start]",
+        "before[ends[before] >= start]",
+        "test_runs_have_the_keys",
+        FOREIGN,
+    ),
+    Fault(
+        "positions are indices of the stream",
+        "appo/learner/forward.py",
+        "position_ids=batch.position_ids[None]",
+        "position_ids=torch.arange(batch.unique_tokens)[None]",
+        "test_every_loss_in_float64 and rollouts",
+        TRAINING,
+    ),
+    Fault(
+        "hidden states of the token before, learner",
+        "appo/learner/forward.py",
+        "rows=batch.source[edges]",
+        "rows=batch.source[edges].clamp(min=1) - 1",
+        "test_every_loss_in_float64 and rollouts",
+        TRAINING,
+    ),
+    Fault(
+        "labels shifted by one, packing",
+        "appo/data/packing.py",
+        "tokens.ids[at],",
+        "tokens.ids[np.roll(at, -1)],",
+        "test_every_loss_in_float64 and rollouts",
+        TRAINING,
+    ),
+    Fault(
+        "positions are indices, packing",
+        "appo/data/layout.py",
+        "position=np.arange(len(shift)) + shift,",
+        "position=np.arange(len(shift)) + 0 * shift,",
+        "test_every_loss_in_float64 and rollouts",
+        TRAINING,
+    ),
+    Fault(
+        "the end of the earlier of equal forks, packing",
+        "appo/data/layout.py",
+        "np.concatenate([-rank[child], np.ones(nodes, np.int64)])",
+        "np.concatenate([rank[child], np.ones(nodes, np.int64)])",
+        "test_every_loss_in_float64 and rollouts",
+        TRAINING,
+    ),
+    Fault(
+        "anchors of another token, packing",
+        "appo/data/packing.py",
+        '"anchor": anchor[at],',
+        '"anchor": anchor[np.roll(at, 1)],',
+        "test_every_loss_in_float64 and weight and anchors",
+        TRAINING,
+    ),
+    Fault(
+        "anchors of the token before",
+        "appo/algo/objective.py",
+        "torch.where(fresh, current, rows.anchor)",
+        "torch.where(fresh, current, rows.anchor.roll(1))",
+        "test_every_loss_in_float64 and weight and anchors",
+        TRAINING,
+    ),
+    Fault(
+        "the prompt counted in the denominator",
+        "appo/algo/credit.py",
+        "tokens += sum(int(c.loss_mask.sum()) for c in credits)",
+        "tokens += sum(int(c.loss_mask.sum()) + tree.prompt_len for c in credits)",
+        "test_every_loss_in_float64 and temperature",
+        TRAINING,
+    ),
+    Fault(
+        "branches trained on the tokens they inherit",
+        "appo/algo/credit.py",
+        "    mask[:trained_from] = False\n",
+        "",
+        "test_credits_train_every_token_once",
+        TRAINING,
     ),
 ]
 

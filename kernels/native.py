@@ -17,7 +17,7 @@ from typing import Any
 
 import appo
 
-ABI_VERSION = 4
+ABI_VERSION = 6
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -27,34 +28,49 @@ class Rows(Protocol):
     offsets: Tensor  # [R+1]
     mask: Tensor  # [E] bool
     version: Tensor  # [E] policy version that drew the token
-    behaviour: Tensor  # [E]
+    behaviour: Tensor  # [E] log-prob under the policy that drew the token, by the engine
+    anchor: Tensor  # [E] log-prob that ratios are taken against; behaviour where the learner did not compute its own
     advantage: Tensor  # [E]
     weight: Tensor  # [R]
 
 
-Metrics = dict[str, tuple[float, float]]  # name → (sum, count), so that micro-batches add up
+Metrics = dict[
+    str, tuple[Tensor, Tensor]
+]  # name → (sum, count), scalars on the device: micro-batches add up
 Objective = Callable[[TokenStats, Rows, Counts], tuple[Tensor, Metrics]]
 
 
 def make_objective(
-    algo: Algorithm, *, entropy_coef: float = 0.0, version: Callable[[], int] = lambda: -2
+    algo: Algorithm,
+    *,
+    entropy_coef: float = 0.0,
+    version: Callable[[], int] = lambda: -2,
+    anchored: Callable[[], int | None] = lambda: None,
+    importance_cap: float | None = 2.0,
 ) -> Objective:
     """Loss of `algo` on one micro-batch, divided by the global denominators, and its metrics.
 
-    version() is the policy version under training. A token drawn by that very version has ratio 1 exactly: what two
-    implementations of one policy differ by (engine and learner: 0.02 a token in bfloat16) is rounding, not policy,
-    and summed by Ω it would look like information.
+    Ratios are exp(logp - anchor). version() is the policy version under training, anchored() the one whose log-probs
+    the learner computes as anchors (None: it computes none, anchors are what the engine recorded). Two things are then
+    known without looking, and hold exactly: a token drawn by the version under training has ratio 1, and so has every
+    token while the version under training is the anchored one. What two implementations of one policy differ by (engine
+    and learner: 0.02 a token in bfloat16) is rounding, not policy, and summed by Ω it would look like information.
+
+    From the policy that drew a token to the anchor leads a constant weight on its advantage, truncated importance
+    sampling: min(exp(anchor - behaviour), importance_cap), 1 for tokens of the version under training; None: always 1.
     """
 
     def objective(stats: TokenStats, rows: Rows, counts: Counts) -> tuple[Tensor, Metrics]:
-        mask = rows.mask
-        on_policy = rows.version == version()
-        behaviour = torch.where(on_policy, stats.logp.detach(), rows.behaviour)
+        now, current = version(), stats.logp.detach()
+        fresh = rows.version == now
+        anchor = current if anchored() == now else torch.where(fresh, current, rows.anchor)
+        drift = torch.where(fresh, 0.0, anchor - rows.behaviour)
+        weight = importance_weight(drift, importance_cap)
         fused = policy_loss(
             stats.logp,
-            behaviour,
-            rows.advantage,
-            mask,
+            anchor,
+            rows.advantage * weight,
+            rows.mask,
             rows.offsets,
             _row_weight(rows, algo, counts),
             gamma=algo.gamma if algo.future_weight else None,
@@ -67,11 +83,23 @@ def make_objective(
         loss = fused.loss
         if entropy_coef:
             loss = loss - entropy_coef * aggregate(
-                stats.entropy, mask, rows.offsets, algo.aggregate, counts, rows.weight
+                stats.entropy, rows.mask, rows.offsets, algo.aggregate, counts, rows.weight
             )
-        return loss, _metrics(fused, stats.entropy, mask)
+        per_token = {
+            "entropy": stats.entropy,
+            "log_ratio_behaviour": (current - rows.behaviour).abs(),
+            "is_weight": weight,
+            "is_clipped": drift > math.log(importance_cap or math.inf),
+            "staleness": now - rows.version,
+        }
+        return loss, _metrics(fused, per_token, rows.mask)
 
     return objective
+
+
+def importance_weight(drift: Tensor, cap: float | None) -> Tensor:
+    """min(exp(drift), cap) per token; drift[E] = anchor - behaviour. No cap: no correction, 1 everywhere."""
+    return torch.ones_like(drift) if cap is None else drift.clamp(-20.0, math.log(cap)).exp()
 
 
 @torch.no_grad()
@@ -85,9 +113,9 @@ def _row_weight(rows: Rows, algo: Algorithm, counts: Counts) -> Tensor:
 
 
 @torch.no_grad()
-def _metrics(fused: PolicyLoss, entropy: Tensor, mask: Tensor) -> Metrics:
-    entropy_sum = torch.where(mask, entropy, 0.0).double().sum()
-    sums = (fused.clipped, fused.kl, fused.log_ratio_abs, entropy_sum, fused.scale)
-    n, *values = torch.stack([fused.tokens, *sums]).tolist()  # the one wait for the device
-    names = ("clip_fraction", "kl_behaviour", "log_ratio_abs", "entropy", "future_scale")
-    return {f"policy/{name}": (value, n) for name, value in zip(names, values)}
+def _metrics(fused: PolicyLoss, per_token: dict[str, Tensor], mask: Tensor) -> Metrics:
+    """Means over trained tokens: those the loss has summed already, and those given per token. Does not wait for them."""
+    sums = {"clip_fraction": fused.clipped, "kl_anchor": fused.kl, "log_ratio_abs": fused.log_ratio_abs,
+            "future_scale": fused.scale}  # fmt: skip
+    sums |= {name: torch.where(mask, x, 0).double().sum() for name, x in per_token.items()}
+    return {f"policy/{name}": (value, fused.tokens) for name, value in sums.items()}

@@ -8,14 +8,17 @@ nothing is ever shifted by one. Only rows that carry loss are laid out.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from appo.data.layout import Stream, place, ranges, response_spans
+from appo.data.streams import Forest, Piece, bundle, cut
 from appo.errors import DataError
 from appo.types import Counts, Credit, RolloutTree
 
@@ -23,11 +26,14 @@ __all__ = [
     "Counts",
     "PackedBatch",
     "interval_mask",
+    "node_values",
     "pack",
     "pack_sequences",
-    "sharing_report",
     "trains",
 ]
+
+
+_over_budget_told = threading.Event()  # one row over the budget is named, the others are counted
 
 
 @dataclass
@@ -42,8 +48,11 @@ class PackedBatch:
     mask[E] bool         True where the token is trained
     behaviour[E] float32 log-prob recorded when the token was sampled, 0 for tool tokens
     version[E] int64     policy version that sampled the token, -1 for tool tokens
+    anchor[E] float32    log-prob the ratio is taken against: behaviour, unless the learner recomputed it
     advantage[E] float32 · weight[R] float32 · rows[R] (tree index, leaf index)
     total_tokens         tokens of the same rows laid out as independent sequences
+    rank                 rank whose trees `rows` count in; a stream may be trained by another one
+    padding              tokens at the end that are none: see `padded`
 
     >>> prompt (5 6), two rows (7 8) and (7 9), forked after 7:
     >>> token_ids [5 6 7 8 9]  position_ids [0 1 2 3 3]  tout [5 5 5 4 5]
@@ -63,16 +72,43 @@ class PackedBatch:
     weight: Tensor
     rows: list[tuple[int, int]]
     total_tokens: int
+    anchor: Tensor = None  # type: ignore[assignment]  # never None once made
+    rank: int = 0
+    padding: int = 0
+
+    def __post_init__(self) -> None:
+        if self.anchor is None:
+            self.anchor = self.behaviour
 
     @property
     def unique_tokens(self) -> int:
-        return self.token_ids.numel()
+        """Tokens in the stream, padding left out."""
+        return self.token_ids.numel() - self.padding
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(
             self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        )
+
+    def padded(self, multiple: int) -> PackedBatch:
+        """The same batch with its stream filled up to a multiple of so many tokens, for kernels compiled by length.
+
+        A padding token sees only itself, is seen by no other and has no edge: it changes no loss and no gradient.
+        """
+        tokens = self.token_ids.numel()
+        more = -tokens % multiple
+        if not more:
+            return self
+        zeros = self.token_ids.new_zeros(more)
+        ends = torch.arange(tokens + 1, tokens + more + 1, device=self.tout.device)
+        return replace(
+            self,
+            token_ids=torch.cat([self.token_ids, zeros]),
+            position_ids=torch.cat([self.position_ids, zeros]),
+            tout=torch.cat([self.tout, ends.to(self.tout.dtype)]),
+            padding=self.padding + more,
         )
 
 
@@ -91,204 +127,161 @@ def pack(
     """Lay the trained rows of `trees` out in streams of at most `token_budget` tokens each. O(tokens).
 
     `credits[i]` are the rows of tree i; rows for which `trains` is False are left out, unless `keep_all` (a loss with
-    a term that does not depend on the advantage, such as an entropy bonus). Whole trees share a stream in
-    order; a tree over the budget is cut between root rollouts (its prompt is repeated), a root over the budget
-    between rows; a single row over the budget gets a stream of its own.
+    a term that does not depend on the advantage, such as an entropy bonus). A tree over the budget is cut between
+    root rollouts (its prompt is repeated), a root over the budget between rows; what comes of it is bundled into few
+    streams (`appo.data.streams`). A single row over the budget gets a stream of its own and, once per process, a
+    warning.
 
-    Raises DataError when a credit does not fit its row (length, or loss on a token that was not sampled).
+    Raises DataError when a tree is malformed or a credit does not fit its row (length, or loss on a token that was
+    not sampled).
     """
-    streams: list[_Stream] = [_Stream()]
-    for i, (tree, rows) in enumerate(zip(trees, credits, strict=True)):
+    forest = Forest(trees)
+    pieces: list[Piece] = []
+    for i, rows in enumerate(credits):
         for c in rows:
-            _check(tree, c)
-        kept = [c for c in rows if keep_all or trains(c)]
-        for unit in _cut(tree, kept, token_budget):
-            if (
-                streams[-1].size
-                and streams[-1].size + streams[-1].cost(i, tree, unit) > token_budget
-            ):
-                streams.append(_Stream())
-            streams[-1].add(i, tree, unit)
-    return [_lay_out(s, trees) for s in streams if s.rows]
+            _check(forest, i, c)
+        kept = [True] * len(rows) if keep_all else _trained(rows)
+        leaves = {r: forest.leaf(i, c.leaf) for r, c in enumerate(rows) if kept[r]}
+        if leaves:
+            pieces += cut(forest, i, leaves, token_budget)
+    over = [p for p in pieces if p.size > token_budget]
+    if over:
+        _warn_once(trees, credits, over[0], token_budget)
+    return [_lay_out(s, credits) for s in bundle(pieces, token_budget)]
 
 
-def _check(tree: RolloutTree, credit: Credit) -> None:
+def _check(forest: Forest, tree: int, credit: Credit) -> None:
     """Raise DataError when a credit does not fit the row it names."""
-    view = tree.trajectory(credit.leaf)
-    mask = np.asarray(credit.loss_mask, bool)
-    name = f"task {tree.task.task_id!r}, leaf {credit.leaf}"
-    if not len(mask) == len(credit.advantage) == len(view):
+    tokens = forest.row_len(tree, credit.leaf)
+    if not len(credit.loss_mask) == len(credit.advantage) == tokens:
         raise DataError(
-            f"{name}: {len(view)} response tokens, but {len(credit.advantage)} advantages and {len(mask)} "
-            "loss-mask entries; a Credit needs one of each per response token, tool tokens included"
+            f"{_row_name(forest.trees[tree], credit)}: {tokens} response tokens, but {len(credit.advantage)} "
+            f"advantages and {len(credit.loss_mask)} loss-mask entries; a Credit needs one of each per response "
+            "token, tool tokens included"
         )
-    if (mask & ~view.mask).any():
-        at = int(np.flatnonzero(mask & ~view.mask)[0])
+    if not forest.prompt_len(tree):
         raise DataError(
-            f"{name}: loss_mask is True at response position {at}, which the policy did not sample"
-        )
-    if not view.prompt_len:
-        raise DataError(
-            f"{name}: the prompt is empty, so nothing predicts the first response token"
+            f"{_row_name(forest.trees[tree], credit)}: the prompt is empty, so nothing predicts the first response "
+            "token"
         )
 
 
-def _cut(tree: RolloutTree, rows: list[Credit], budget: int) -> list[list[Credit]]:
-    """Units of rows that stay together: the whole tree, else its roots, else single rows."""
+def _row_name(tree: RolloutTree, credit: Credit) -> str:
+    return f"task {tree.task.task_id!r}, leaf {credit.leaf}"
+
+
+def _trained(rows: Sequence[Credit]) -> list[bool]:
+    """`trains` of every row, at the price of one."""
     if not rows:
         return []
-    rows = sorted(
-        rows, key=lambda c: tree.leaves[c.leaf].root
-    )  # stable: rows of a root become neighbours
-    if _Stream().cost(0, tree, rows) <= budget:
-        return [rows]
-    by_root: dict[int, list[Credit]] = defaultdict(list)
-    for c in rows:
-        by_root[tree.leaves[c.leaf].root].append(c)
-    units: list[list[Credit]] = []
-    for group in by_root.values():
-        fits = _Stream().cost(0, tree, group) <= budget
-        units += [group] if fits else [[c] for c in group]
-    return units
+    counted = np.concatenate([r.loss_mask for r in rows]).astype(bool, copy=False)
+    hits = np.flatnonzero(counted & (np.concatenate([r.advantage for r in rows]) != 0))
+    before = np.searchsorted(hits, np.cumsum([0, *(len(r.loss_mask) for r in rows)]))
+    return (np.diff(before) > 0).tolist()
 
 
-class _Stream:
-    """Rows on their way into one stream, with the exact number of distinct tokens they need."""
-
-    def __init__(self) -> None:
-        self.take: dict[int, dict[int, int]] = {}  # tree → node → number of its own tokens needed
-        self.rows: list[tuple[int, Credit]] = []
-        self.size = 0
-
-    def cost(self, i: int, tree: RolloutTree, unit: Iterable[Credit]) -> int:
-        """Tokens that `unit` would add."""
-        have, new = self.take.get(i, {}), _needed(tree, unit)
-        return sum(max(0, k - have.get(n, 0)) for n, k in new.items())
-
-    def add(self, i: int, tree: RolloutTree, unit: Sequence[Credit]) -> None:
-        self.size += self.cost(i, tree, unit)
-        have = self.take.setdefault(i, {})
-        for n, k in _needed(tree, unit).items():
-            have[n] = max(k, have.get(n, 0))
-        self.rows += [(i, c) for c in unit]
-
-
-def _chain(tree: RolloutTree, leaf: int) -> list[tuple[int, int]]:
-    """(node index, number of its own tokens on the path) from the prompt to the end of `leaf`."""
-    node: int | None = tree.leaves[leaf].node
-    take = len(tree.nodes[tree.leaves[leaf].node].token_ids)
-    chain = []
-    while node is not None:
-        chain.append((node, take))
-        node, take = tree.nodes[node].parent, tree.nodes[node].fork_at
-    return chain[::-1]
-
-
-def _needed(tree: RolloutTree, rows: Iterable[Credit]) -> dict[int, int]:
-    """Node index → how many of its own tokens the rows reach, for every node on a path (0 included)."""
-    need: dict[int, int] = {}
-    for c in rows:
-        for n, k in _chain(tree, c.leaf):
-            need[n] = max(k, need.get(n, 0))
-    return need
-
-
-@dataclass
-class _Layout:
-    """Where the nodes of one tree went: stream index of the first own token and its depth, per node."""
-
-    start: dict[int, int]
-    depth: dict[int, int]
-    end: int
-
-
-def _place(tree: RolloutTree, take: Mapping[int, int], at: int, tout: list[np.ndarray]) -> _Layout:
-    """Depth-first layout of one tree from stream index `at`; appends the tout runs in stream order.
-
-    A node's own tokens stay together; the nodes forked from it follow, latest fork first. Then a fork at k lies in
-    the subtree of exactly the own tokens before k, and own token j ends where the last fork with fork_at > j ends.
-    """
-    forks: dict[int, list[int]] = defaultdict(list)
-    for n in take:
-        parent = tree.nodes[n].parent
-        if parent is not None:
-            forks[parent].append(n)
-    layout = _Layout({}, {0: 0}, at)
-    order: list[int] = []
-    stack = [0]
-    while stack:
-        n = stack.pop()
-        order.append(n)
-        layout.start[n] = layout.end
-        layout.end += take[n]
-        for child in sorted(
-            forks[n], key=lambda c: (tree.nodes[c].fork_at, -c)
-        ):  # popped latest first
-            layout.depth[child] = layout.depth[n] + tree.nodes[child].fork_at
-            stack.append(child)
-
-    end: dict[int, int] = {}
-    for n in reversed(order):  # children before parents
-        end[n] = max([layout.start[n] + take[n], *(end[c] for c in forks[n])])
-    for n in order:
-        run = np.full(take[n], layout.start[n] + take[n], np.int32)
-        for child in sorted(forks[n], key=lambda c: (-tree.nodes[c].fork_at, end[c])):
-            run[: tree.nodes[child].fork_at] = end[
-                child
-            ]  # later in the stream, fewer own tokens see it
-        tout.append(run)
-    return layout
-
-
-def _lay_out(stream: _Stream, trees: Sequence[RolloutTree]) -> PackedBatch:
-    ids: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    tout: list[np.ndarray] = []
-    layouts: dict[int, _Layout] = {}
-    at = 0
-    for i, take in stream.take.items():
-        layouts[i] = layout = _place(trees[i], take, at, tout)
-        for n in layout.start:  # in stream order
-            ids.append(np.asarray(trees[i].nodes[n].token_ids[: take[n]], np.int64))
-            positions.append(np.arange(layout.depth[n], layout.depth[n] + take[n]))
-        at = layout.end
-    token_ids = np.concatenate(ids)
-
-    edges: dict[str, list[np.ndarray]] = defaultdict(list)
-    for i, credit in stream.rows:
-        _add_row(edges, trees[i], credit, layouts[i], token_ids)
-    lengths = [len(m) for m in edges["mask"]]
-    total = sum(trees[i].prompt_len for i, _ in stream.rows) + sum(lengths)
-    joined = {k: torch.from_numpy(np.concatenate(v)) for k, v in edges.items()}
-    return PackedBatch(
-        token_ids=torch.from_numpy(token_ids),
-        position_ids=torch.from_numpy(np.concatenate(positions).astype(np.int64)),
-        tout=torch.from_numpy(np.concatenate(tout)),
-        offsets=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int64)),
-        weight=torch.tensor([c.weight for _, c in stream.rows], dtype=torch.float32),
-        rows=[(i, c.leaf) for i, c in stream.rows],
-        total_tokens=total,
-        **joined,
+def _warn_once(
+    trees: Sequence[RolloutTree],
+    credits: Sequence[Sequence[Credit]],
+    piece: Piece,
+    budget: int,
+) -> None:
+    if _over_budget_told.is_set():
+        return
+    _over_budget_told.set()
+    row = _row_name(trees[piece.tree], credits[piece.tree][piece.rows[0]])
+    warnings.warn(
+        f"{row}: {piece.size:,} tokens, more than learner.token_budget ({budget:,}). The row is trained in a "
+        "micro-batch of its own, which needs more memory than the others; raise learner.token_budget or lower "
+        "rollout.max_new_tokens. Further rows like it are counted in pack/over_budget.",
+        stacklevel=3,
     )
 
 
-def _add_row(
-    edges: dict[str, list[np.ndarray]],
-    tree: RolloutTree,
-    credit: Credit,
-    layout: _Layout,
-    token_ids: np.ndarray,
-) -> None:
-    """Append the edges of one row: every response token, predicted from the token before it on the path."""
-    spans = [np.arange(layout.start[n], layout.start[n] + k) for n, k in _chain(tree, credit.leaf)]
-    path = np.concatenate(spans)
-    view = tree.trajectory(credit.leaf)
-    edges["source"].append(path[view.prompt_len - 1 : -1])
-    edges["target"].append(token_ids[path[view.prompt_len :]])
-    edges["mask"].append(np.asarray(credit.loss_mask, bool))
-    edges["behaviour"].append(np.asarray(view.logprobs, np.float32))
-    edges["version"].append(np.asarray(view.version, np.int64))
-    edges["advantage"].append(np.asarray(credit.advantage, np.float32))
+def _lay_out(pieces: Sequence[Piece], credits: Sequence[Sequence[Credit]]) -> PackedBatch:
+    """One stream."""
+    forest = pieces[0].forest
+    rows = [(p.tree, credits[p.tree][r]) for p in pieces for r in p.rows]
+    layout = place(pieces)
+    stream = Stream(layout)
+    tokens = stream.tokens()
+    behaviour = stream.gather("d", [n.logprobs for n in layout.nodes]).astype(np.float32)
+    anchor = behaviour
+    if any(n.anchor is not None for n in layout.nodes):
+        own = [n.logprobs if n.anchor is None else n.anchor for n in layout.nodes]
+        anchor = stream.gather("d", own).astype(np.float32)
+
+    prompt_len = [forest.prompt_len(i) for i, _ in rows]
+    leaves = [forest.leaf(i, c.leaf) for i, c in rows]
+    start, length = response_spans(layout, leaves, prompt_len).T
+    at = ranges(start, length)  # [E] stream index of the edge's token
+    offsets = np.cumsum([0, *(forest.row_len(i, c.leaf) for i, c in rows)])
+    source = np.concatenate([at[:1], at[:-1]])  # [E] the token before it
+    some = np.diff(offsets) > 0
+    prompt_at = [layout.start[layout.at[forest.first[i]]] for i, _ in rows]
+    source[offsets[:-1][some]] = (np.array(prompt_at) + prompt_len)[some] - 1
+
+    mask = np.concatenate([c.loss_mask for _, c in rows]).astype(bool, copy=False)
+    if (unsampled := mask & ~tokens.sampled[at]).any():
+        edge = int(np.flatnonzero(unsampled)[0])
+        r = int(np.searchsorted(offsets, edge, "right")) - 1
+        raise DataError(
+            f"{_row_name(forest.trees[rows[r][0]], rows[r][1])}: loss_mask is True at response position "
+            f"{edge - offsets[r]}, which the policy did not sample"
+        )
+    edges = {
+        "source": source,
+        "target": tokens.ids[at],
+        "mask": mask,
+        "behaviour": behaviour[at],
+        "version": tokens.version[at],
+        "advantage": np.concatenate([c.advantage for _, c in rows]).astype(np.float32),
+        "anchor": anchor[at],
+    }
+    return PackedBatch(
+        token_ids=torch.from_numpy(tokens.ids),
+        position_ids=torch.from_numpy(tokens.position),
+        tout=torch.from_numpy(tokens.tout),
+        offsets=torch.from_numpy(offsets),
+        weight=torch.tensor([c.weight for _, c in rows], dtype=torch.float32),
+        rows=[(i, c.leaf) for i, c in rows],
+        total_tokens=sum(prompt_len) + len(at),
+        **{name: torch.from_numpy(values) for name, values in edges.items()},
+    )
+
+
+def node_values(
+    batches: Sequence[PackedBatch], values: Sequence[Tensor], trees: Sequence[RolloutTree]
+) -> list[dict[int, np.ndarray]]:
+    """Per-edge values (one [E] per batch) by tree and node: tree → node → float32, one per own token of the node.
+
+    The inverse of the gather in `pack`: what the learner said of root rows can be given to rows that share tokens
+    with them. Nodes that no row passes are absent; tokens that no row reaches, or that carry no loss, are NaN.
+    """
+    out: list[dict[int, np.ndarray]] = [{} for _ in trees]
+    for batch, value in zip(batches, values, strict=True):
+        known = np.where(batch.mask.cpu().numpy(), value.float().cpu().numpy(), np.nan)
+        ends = batch.offsets.tolist()
+        for (i, leaf), at, end in zip(batch.rows, ends, ends[1:]):
+            for n, k in _response_nodes(trees[i], leaf):
+                own = out[i].setdefault(
+                    n, np.full(len(trees[i].nodes[n].token_ids), np.nan, np.float32)
+                )
+                own[:k] = np.where(np.isnan(known[at : at + k]), own[:k], known[at : at + k])
+                at += k
+            assert at == end, "these are not the trees that the batch was packed from"
+    return out
+
+
+def _response_nodes(tree: RolloutTree, leaf: int) -> list[tuple[int, int]]:
+    """(node, number of its own tokens on the path) after the prompt, to the end of `leaf`."""
+    n = tree.leaves[leaf].node
+    k = len(tree.nodes[n].token_ids)
+    chain = []
+    while (parent := tree.nodes[n].parent) is not None:
+        chain.append((n, k))
+        n, k = parent, tree.nodes[n].fork_at
+    return chain[::-1]
 
 
 def pack_sequences(sequences: Sequence[Sequence[int]]) -> PackedBatch:
@@ -327,23 +320,3 @@ def interval_mask(tout: Tensor) -> Tensor:
     """bool[T, T]: True where query (row) sees key (column), k ≤ q < tout[k]. For short streams and tests."""
     at = torch.arange(tout.numel(), device=tout.device)
     return (at[None, :] <= at[:, None]) & (at[:, None] < tout[None, :])
-
-
-def sharing_report(
-    trees: Sequence[RolloutTree], batches: Sequence[PackedBatch]
-) -> dict[str, float]:
-    """What packing saved, as two separate factors.
-
-    pack/skip_factor      tokens of all leaves / tokens of the trained rows, both as independent sequences
-    pack/sharing_factor   tokens of the trained rows as independent sequences / tokens in the streams
-    """
-    everything = float(sum(t.total_tokens() for t in trees))
-    trained = float(sum(b.total_tokens for b in batches))
-    unique = float(sum(b.unique_tokens for b in batches))
-    return {
-        "pack/streams": float(len(batches)),
-        "pack/rows": float(sum(len(b.rows) for b in batches)),
-        "pack/tokens": unique,
-        "pack/skip_factor": everything / trained if trained else 0.0,
-        "pack/sharing_factor": trained / unique if unique else 0.0,
-    }

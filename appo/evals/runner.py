@@ -6,18 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from appo.learner.ranks import Ranks
 from appo.obs.metrics import wilson
 from appo.rollout.tree import Rollouts
 from appo.types import RolloutTree, Task
 
-EVAL_STEP = (
-    -1
-)  # evaluation draws the same noise whenever it is run: differences come from the weights
+# Evaluation draws the same noise whenever it is run: differences come from the weights.
+EVAL_STEP = -1
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """accuracy and tool_use are means over the graded questions; errors (graders that failed) are left out of both."""
+    """trees: of this rank's questions. metrics: over all ranks; accuracy and tool_use are means over the graded questions,
+    errors (graders that failed) are left out of both."""
 
     trees: list[RolloutTree]
     metrics: dict[str, float]
@@ -29,29 +30,42 @@ def evaluate_policy(
     prompts: Sequence[Sequence[int]],
     grade: Callable[[Sequence[RolloutTree]], dict[str, float]],
     on_progress: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> EvalResult:
-    """Sample, grade and count. Seeds depend on the question only."""
-    begin = time.perf_counter()
-    growths = [rollouts.plant(t, ids, 1, EVAL_STEP) for t, ids in zip(tasks, prompts, strict=True)]
+    """Sample, grade and count; rank r answers tasks r::world. Seeds depend on the question only. Collective."""
+    ranks, begin = ranks or Ranks(), time.perf_counter()
+    mine = list(zip(tasks, prompts, strict=True))[ranks.rank :: ranks.world]
+    growths = [rollouts.plant(task, ids, 1, EVAL_STEP) for task, ids in mine]
     rollouts.run(on_progress=on_progress)
     for g in growths:
         rollouts.release(g)
     trees = rollouts.finish(growths)
-    counters = grade(trees)
+    errors = grade(trees).get("grade/errors", 0.0)
+    tally = ranks.sum(_tally(trees) | {"errors": errors}, "evaluation")
+    seconds = ranks.reduce({"s": time.perf_counter() - begin}, "max", "evaluation")["s"]
+    return EvalResult(trees, _rates(tally) | {"time/eval": seconds})
+
+
+def _tally(trees: Sequence[RolloutTree]) -> dict[str, float]:
+    """Counts over the graded leaves, which ranks add up."""
     leaves = [t.leaves[0] for t in trees if t.leaves[0].reward is not None]
-    n = max(len(leaves), 1)
-    right = sum(leaf.reward_parts.get("accuracy", 0.0) for leaf in leaves)
-    used = sum(any(c.ok for c in leaf.tool_calls) for leaf in leaves) / n
-    accuracy = right / n
-    low, high = wilson(right, len(leaves))
-    metrics = {
-        "eval/accuracy": accuracy,
+    return {
+        "graded": float(len(leaves)),
+        "right": sum(leaf.reward_parts.get("accuracy", 0.0) for leaf in leaves),
+        "used": float(sum(any(c.ok for c in leaf.tool_calls) for leaf in leaves)),
+        "truncated": float(sum(leaf.finish == "length" for leaf in leaves)),
+    }
+
+
+def _rates(tally: dict[str, float]) -> dict[str, float]:
+    n = max(tally["graded"], 1.0)
+    low, high = wilson(tally["right"], int(tally["graded"]))
+    return {
+        "eval/accuracy": tally["right"] / n,
         "eval/accuracy_low": low,
         "eval/accuracy_high": high,
-        "eval/tool_use": used,
-        "eval/questions": float(len(leaves)),
-        "eval/errors": counters.get("grade/errors", 0.0),
-        "eval/truncated": sum(leaf.finish == "length" for leaf in leaves) / n,
-        "time/eval": time.perf_counter() - begin,
+        "eval/tool_use": tally["used"] / n,
+        "eval/questions": tally["graded"],
+        "eval/errors": tally["errors"],
+        "eval/truncated": tally["truncated"] / n,
     }
-    return EvalResult(trees, metrics)

@@ -29,6 +29,7 @@ _PUBLIC = {
     "BranchScores": "branching",
     "select_branch_points": "selection",
     "BranchPoints": "selection",
+    "tree_attention": "attention",
     "policy_loss": "loss",
     "PolicyLoss": "loss",
     "backend_info": "native",

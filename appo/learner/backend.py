@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,74 +21,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from appo.data.packing import PackedBatch, pack_sequences
-from appo.errors import CheckpointError, ConfigError
+from appo.errors import CheckpointError
 from appo.kernels import LogProbEntropy
 from appo.learner import zero
+from appo.learner.export import export
 from appo.learner.forward import Policy, load_model
-from appo.learner.guards import NonFiniteGuard, default_dump_dir, poison, why_not_finite
-from appo.learner.lora import TARGETS, MergeGain, adapter_tensors, add_lora, merged_tensors
+from appo.learner.guards import NonFiniteGuard, default_dump_dir, poison, unfit, why_not_finite
+from appo.learner.lora import MergeGain, adapter_tensors, add_lora, merged_tensors
+from appo.learner.ranks import Ranks
+from appo.learner.settings import LearnerSettings
+from appo.learner.shards import load_shards, save_shard
 from appo.types import Counts
+
+__all__ = ["Learner", "LearnerSettings", "LossFunction"]
 
 Metrics = dict[str, tuple[float | Tensor, float | Tensor]]  # name → (sum, count)
 LossFunction = Callable[[LogProbEntropy, PackedBatch, Counts], tuple[Tensor, Metrics]]
-
-
-@dataclass(frozen=True)
-class LearnerSettings:
-    """How to train. lora_layers counts from the last layer (None: all). max_grad_norm 0 means no clipping.
-
-    threads None leaves torch's number alone; dump_dir None is a folder in the temporary directory.
-    """
-
-    mode: Literal["lora", "full"] = "lora"
-    lora_r: int = 16
-    lora_alpha: float = 32.0
-    lora_targets: tuple[str, ...] = TARGETS
-    lora_layers: int | None = None
-    lr: float = 1e-6
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    warmup_steps: int = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    total_steps: int = 0
-    max_grad_norm: float = 1.0
-    zero_stage: int = 1
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    gradient_checkpointing: bool = False
-    head_backend: Literal["auto", "torch", "cpu", "triton", "cublas32"] = "auto"
-    temperature: float = 1.0
-    max_nonfinite: int = 3
-    threads: int | None = None
-    dump_dir: str | None = None
-
-    def __post_init__(self) -> None:
-        choices = {
-            "mode": ("lora", "full"),
-            "schedule": ("constant", "linear", "cosine"),
-            "zero_stage": (0, 1, 2, 3),
-            "dtype": ("bfloat16", "float32"),
-            "head_backend": ("auto", "torch", "cpu", "triton", "cublas32"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"learner.{name} is {getattr(self, name)!r}; choose one of {allowed}"
-                )
-        for name, low in {"lr": 0.0, "temperature": 0.0, "max_nonfinite": 0}.items():
-            if not getattr(self, name) > low:
-                raise ConfigError(
-                    f"learner.{name} is {getattr(self, name)!r}; it must be above {low:g}"
-                )
-        if self.schedule != "constant" and self.total_steps <= self.warmup_steps:
-            raise ConfigError(
-                f"learner.schedule {self.schedule!r} needs total_steps ({self.total_steps}) above "
-                f"warmup_steps ({self.warmup_steps})"
-            )
-        if self.zero_stage == 0 and self.dtype == "bfloat16":
-            raise ConfigError(
-                "learner.zero_stage 0 keeps no float32 master weights for bfloat16; use 1 (same cost alone)"
-            )
 
 
 class Learner:
@@ -99,7 +46,13 @@ class Learner:
     >>> metrics = learner.train_minibatch(pack(trees, credits, token_budget=4096), counts, loss_fn)
     """
 
-    def __init__(self, model_dir: Path | str, cfg: LearnerSettings, seed: int):
+    def __init__(
+        self,
+        model_dir: Path | str,
+        cfg: LearnerSettings,
+        seed: int,
+        ranks: Ranks | None = None,
+    ):
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         self.cfg, self.model_dir = cfg, Path(model_dir)
@@ -121,12 +74,19 @@ class Learner:
                 targets=cfg.lora_targets,
                 layers=cfg.lora_layers,
             )
+        self._trained = {n: tuple(p.shape) for n, p in lm.named_parameters() if p.requires_grad}
         self._count = {
             "total": sum(p.numel() for p in lm.parameters()),
             "trainable": sum(p.numel() for p in lm.parameters() if p.requires_grad),
         }
+        self.ranks = ranks or Ranks.join()
         self.device = zero.join_group()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        assert (self.rank, self.world) == (self.ranks.rank, self.ranks.world)
+        self._multiple = (
+            128 if self.device.type == "cuda" else 1
+        )  # tokens: few lengths to compile for
+        self.on_micro_batch: Callable[[int, int], None] = lambda i, n: None  # after each, of n
         policy = Policy(
             lm,
             gradient_checkpointing=cfg.gradient_checkpointing,
@@ -150,29 +110,38 @@ class Learner:
 
         `counts` are this rank's denominators of the mini-batch; they are summed over ranks before any backward.
         `loss_fn(stats, batch, counts)` returns the loss of one micro-batch, already divided by those, and metrics as
-        (sum, count). No batch on any rank: no step, `learner/empty` is 1. Something not finite: no weight changes,
-        `learner/nonfinite` is 1; after `max_nonfinite` in a row LearnerError names the dumped batch. Neither moves
-        the learning-rate schedule.
+        (sum, count), numbers or scalar tensors. No batch on any rank: no step, `learner/empty` is 1. Something not
+        finite: no weight changes, `learner/nonfinite` is 1; after `max_nonfinite` in a row LearnerError names the dumped
+        batch. Neither moves the learning-rate schedule. Metrics are over all ranks, and the same on all of them.
         """
-        micro_batches = self._largest(len(batches))
+        micro_batches = self._most(len(batches))
         if not micro_batches:
             return {"learner/empty": 1.0, "learner/nonfinite": 0.0, "learner/lr": self._lr()}
-        counts = self._global(counts)
+        counts = Counts(**self.ranks.sum(asdict(counts), "loss denominators"))
         lr = self._lr()
         loss, sums, reason = self.accumulate(batches, counts, loss_fn, micro_batches)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         applied, norm = self._apply()
-        metrics = self._mean_over_ranks(sums)
-        metrics |= {"learner/loss": loss, "learner/grad_norm": norm, "learner/lr": lr}
+        metrics = self._means({"learner/loss": (loss, 0.0)} | sums)
+        metrics |= {"learner/grad_norm": norm, "learner/lr": lr}
         metrics |= {"learner/empty": 0.0, "learner/nonfinite": float(not applied)}
         metrics |= {"learner/micro_batches": float(micro_batches)}
         if applied:
             self.step += 1
             self.guard.passed()
         else:
+            reasons = self.ranks.everyone(reason, "why a step was refused")
+            said = [
+                f"rank {r}, {why}" if self.world > 1 else why
+                for r, why in enumerate(reasons)
+                if why
+            ]
             self.guard.refused(
-                self.step, self.rank, list(batches), reason or "gradient norm is not finite"
+                self.step,
+                self.rank,
+                list(batches),
+                "; ".join(said) or "gradient norm is not finite",
             )
         return metrics | {"learner/nonfinite_total": float(self.guard.total)}
 
@@ -185,28 +154,33 @@ class Learner:
     ) -> tuple[float, dict[str, tuple[float, float]], str | None]:
         """Forward and backward of every micro-batch, without the step.
 
-        Ranks with fewer batches than `micro_batches` run idle ones: DeepSpeed's collectives must meet. Returns the
-        loss (sum over ranks), this rank's metric sums and what was not finite, if anything.
+        Ranks with fewer batches than `micro_batches` run idle ones: DeepSpeed's collectives must meet. Returns this
+        rank's loss, its metric sums and what was not finite, if anything. On a device nothing is waited for before the
+        last micro-batch was handed over.
         """
-        total, reason = 0.0, None
-        sums: dict[str, tuple[float, float]] = {}
+        losses: list[Tensor] = []
+        wrong: list[Tensor] = []
+        sums: dict[str, list[float | Tensor]] = {}
         for i in range(micro_batches):
             self.engine.set_gradient_accumulation_boundary(i == micro_batches - 1)
             idle = i >= len(batches)
-            batch = (pack_sequences([[0, 0]]) if idle else batches[i]).to(self.device)
-            stats = self.engine(batch, 1 / self.cfg.temperature)
+            batch, stats = self._forward(None if idle else batches[i])
             loss, metrics = loss_fn(stats, batch, counts)
             if idle:  # through the same outputs: ZeRO-3 compares the order of modules between ranks
-                loss, metrics = loss * 0.0, {}
-            elif wrong := why_not_finite(loss, stats, batch):
-                reason, loss = reason or f"micro-batch {i}: {wrong}", poison(loss, stats)
-            for name, (s, n) in metrics.items():
-                a, b = sums.get(name, (0.0, 0.0))
-                sums[name] = (a + _number(s), b + _number(n))
-            total += float(loss.detach())
+                loss = loss * 0.0
+            else:
+                losses.append(loss.detach().double())
+                wrong.append(unfit(loss, stats, batch))
+                loss = poison(loss, stats, wrong[-1])
+                for name, pair in metrics.items():
+                    a, b = sums.get(name, (0.0, 0.0))
+                    sums[name] = [a + _alone(pair[0]), b + _alone(pair[1])]
             # DeepSpeed averages over ranks; our denominators are global, so the sum is what we want
             self.engine.backward(loss * self.world, scale_wrt_gas=False)
-        return self._sum(total), sums, reason
+            self.on_micro_batch(i, micro_batches)
+        total, *flat = _read([sum(losses), *(x for pair in sums.values() for x in pair)])
+        pairs = dict(zip(sums, zip(flat[::2], flat[1::2])))
+        return total, pairs, why_not_finite(wrong)
 
     def _apply(self) -> tuple[bool, float]:
         """The optimiser step, unless the gradient is not finite. (applied, global gradient norm)"""
@@ -225,39 +199,40 @@ class Learner:
     def _lr(self) -> float:
         return zero.learning_rate(self.cfg, self.step)
 
-    # -- ranks
+    def _most(self, batches: int) -> int:
+        """The largest number of batches on any rank."""
+        return int(self.ranks.reduce({"batches": batches}, "max", "micro-batches")["batches"])
 
-    def _sum(self, value: float) -> float:
-        if self.world == 1:
-            return value
-        t = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(t)
-        return float(t)
-
-    def _largest(self, value: int) -> int:
-        if self.world == 1:
-            return value
-        t = torch.tensor(value, device=self.device)
-        dist.all_reduce(t, op=dist.ReduceOp.MAX)
-        return int(t)
-
-    def _global(self, counts: Counts) -> Counts:
-        return Counts(*(self._sum(float(x)) for x in (counts.tokens, counts.rows, counts.rollouts)))
-
-    def _mean_over_ranks(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
-        everyone: list[Any] = [sums]
-        if self.world > 1:
-            everyone = [None] * self.world
-            dist.all_gather_object(everyone, sums)
-        names = {name: None for one in everyone for name in one}  # a rank may have been idle
-        out = {}
-        for name in names:
-            pairs = [one.get(name, (0.0, 0.0)) for one in everyone]
-            n = sum(c for _, c in pairs)
-            out[name] = sum(s for s, _ in pairs) / n if n else 0.0
-        return out
+    def _means(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+        """Sum over ranks / count over ranks of each name; a count of 0 everywhere leaves the sum (a loss, an empty mean)."""
+        flat = {f"{name}|{k}": x for name, pair in sums.items() for k, x in enumerate(pair)}
+        total = self.ranks.sum(flat, "metrics")  # names differ where a rank was idle
+        names = dict.fromkeys(key.rpartition("|")[0] for key in total)
+        return {n: total[f"{n}|0"] / (total[f"{n}|1"] or 1.0) for n in names}
 
     # -- reading the policy
+
+    @torch.no_grad()
+    def anchors(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """Log-prob of every edge of every batch under the weights as they are now. float32[E] each, on the CPU.
+
+        0 where `mask` is False. Bit for bit what `train_minibatch` would see on the same batches before its step.
+        Collective: ranks with fewer batches than others run idle forwards, so ZeRO-3's gathers meet.
+        """
+        out = []
+        forwards = self._most(len(batches))
+        for i in range(forwards):
+            stats = self._forward(batches[i] if i < len(batches) else None)[1]
+            if i < len(batches):
+                out.append(stats.logp.float())
+            self.on_micro_batch(i, forwards)
+        return [logp.cpu() for logp in out]
+
+    def _forward(self, batch: PackedBatch | None) -> tuple[PackedBatch, LogProbEntropy]:
+        """(batch on our device, its statistics); None stands for an idle stream."""
+        batch = (pack_sequences([[0, 0]]) if batch is None else batch).padded(self._multiple)
+        batch = batch.to(self.device)
+        return batch, self.engine(batch, 1 / self.cfg.temperature)
 
     @torch.no_grad()
     def logprobs(
@@ -305,30 +280,17 @@ class Learner:
         """Write all that `load` needs into a folder: DeepSpeed's state of the trainable weights, step, RNG."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        self.engine.save_checkpoint(
-            str(path),
-            tag="zero",
-            save_latest=False,
-            exclude_frozen_parameters=self.cfg.mode == "lora",
-        )
-        rng = {
-            "torch": torch.get_rng_state(),
-            "numpy": np.random.get_state(),
-            "python": random.getstate(),
-        }
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        torch.save(rng, path / f"rng_rank{self.rank}.pt")
+        save_shard(path, self.engine, self.lm, self.rank)
         if self.rank == 0:
             (path / "learner.json").write_text(
                 json.dumps(self._identity() | self._progress(), indent=1)
             )
 
     def load(self, path: Path | str) -> None:
-        """Continue bit by bit where `save` stopped. Call it on a fresh Learner.
+        """Continue where `save` stopped, bit by bit with the same number of ranks. Call it on a fresh Learner. Collective.
 
-        Raises CheckpointError when the checkpoint belongs to another model, another set of trained parameters or
-        another number of ranks.
+        The ZeRO stage, offloading and the number of ranks may differ from those the checkpoint was made with. Raises
+        CheckpointError when it belongs to another model or another set of trained parameters, or when a part is missing.
         """
         path = Path(path)
         try:
@@ -338,20 +300,10 @@ class Learner:
         for name, mine in self._identity().items():
             if saved.get(name) != mine:
                 raise CheckpointError(
-                    f"{path}: {name} is {saved.get(name)!r} in the checkpoint and {mine!r} in this run; "
+                    f"{path}: {name} is {_difference(saved.get(name), mine)}; "
                     "resume with the settings the checkpoint was made with, or start a new run"
                 )
-        loaded, _ = self.engine.load_checkpoint(
-            str(path), tag="zero", load_module_strict=self.cfg.mode == "full"
-        )
-        if loaded is None:
-            raise CheckpointError(f"{path}: DeepSpeed found nothing to load in {path / 'zero'}")
-        rng = torch.load(path / f"rng_rank{self.rank}.pt", weights_only=False)
-        torch.set_rng_state(rng["torch"])
-        np.random.set_state(rng["numpy"])
-        random.setstate(rng["python"])
-        if "cuda" in rng and self.device.type == "cuda":
-            torch.cuda.set_rng_state(rng["cuda"], self.device)
+        load_shards(path, self.engine, self.lm, self.rank, saved["world_size"])
         self.step = saved["step"]
         self.guard.in_a_row, self.guard.total = saved["nonfinite"]
 
@@ -364,17 +316,17 @@ class Learner:
             else None
         )
         return {
+            "dtype": c.dtype,  # first: it changes the checksum of the base model too
             "base_model": self._base,
             "mode": c.mode,
             "lora": lora,
-            "dtype": c.dtype,
-            "zero_stage": c.zero_stage,
-            "world_size": self.world,
+            "trained": {n: list(s) for n, s in self._trained.items()},
         }
 
     def _progress(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "world_size": self.world,
             "nonfinite": [self.guard.in_a_row, self.guard.total],
             "settings": asdict(self.cfg),
         }
@@ -382,41 +334,16 @@ class Learner:
     def save_hf(self, path: Path | str) -> None:
         """Export a folder that transformers and engines load: merged weights, config, tokenizer files.
 
-        Under LoRA the adapter alone is in `adapter/` as peft writes it. On rank 0; collective.
+        Under LoRA the adapter alone is in `adapter/` as peft writes it. Rank 0 writes; collective.
         """
-        from huggingface_hub import save_torch_state_dict
-
-        path = Path(path)
-        tensors = {}
-        for name, t in merged_tensors(self.lm, changed_only=False, gather=self._gather()):
-            if self.rank == 0:
-                tensors[name] = t.to("cpu", copy=True).contiguous()
-        if self.rank == 0:
-            path.mkdir(parents=True, exist_ok=True)
-            self.lm.config.save_pretrained(path)
-            save_torch_state_dict(tensors, path, metadata={"format": "pt"})
-            for pattern in (
-                "tokenizer*",
-                "vocab*",
-                "merges*",
-                "special_tokens*",
-                "added_tokens*",
-                "chat_template*",
-                "generation_config.json",
-            ):
-                for file in self.model_dir.glob(pattern):
-                    shutil.copy2(file, path / file.name)
-        if self._peft is not None:
-            self._save_adapter(path / "adapter")
-
-    def _save_adapter(self, path: Path) -> None:
-        trained = [p for p in self.lm.parameters() if p.requires_grad]
-        if self.cfg.zero_stage == 3:
-            with zero.gathered(trained):
-                if self.rank == 0:
-                    self._peft.save_pretrained(path)
-        elif self.rank == 0:
-            self._peft.save_pretrained(path)
+        export(
+            Path(path),
+            self.lm,
+            self._peft,
+            self.model_dir,
+            gather=self._gather(),
+            writes=self.ranks.main,
+        )
 
     def close(self) -> None:
         """Free the engine. Calling it twice is fine. The process group stays until the process ends."""
@@ -431,8 +358,24 @@ class Learner:
         self.close()
 
 
-def _number(x: float | Tensor) -> float:
-    return float(x.detach()) if isinstance(x, Tensor) else float(x)
+def _difference(saved: Any, mine: Any) -> str:
+    """Both values in words; of two dicts the entries that differ."""
+    if isinstance(saved, dict) and isinstance(mine, dict):
+        keys = [k for k in saved.keys() | mine.keys() if saved.get(k) != mine.get(k)]
+        saved, mine = ({k: d.get(k) for k in sorted(keys)[:3]} for d in (saved, mine))
+    return f"{saved!r} in the checkpoint and {mine!r} in this run"
+
+
+def _alone(x: float | Tensor) -> float | Tensor:
+    """A number, or a scalar that stays where it is: in float64 and without its graph."""
+    return x.detach().double() if isinstance(x, Tensor) else float(x)
+
+
+def _read(values: Sequence[float | Tensor]) -> list[float]:
+    """Numbers and scalars as numbers, with one wait for the device."""
+    scalars = [x for x in values if isinstance(x, Tensor)]
+    read = iter(torch.stack(scalars).tolist() if scalars else [])
+    return [next(read) if isinstance(x, Tensor) else float(x) for x in values]
 
 
 def _fingerprint(lm: nn.Module) -> str:

@@ -8,7 +8,6 @@ newest complete one. `latest` names it for people and scripts; loading does not 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -16,18 +15,19 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from appo.errors import CheckpointError
+from appo.learner.manifest import STATE, read_manifest, seal, sync, verify, write_synced
+from appo.learner.ranks import Ranks
 
-FORMAT = 1
+__all__ = ["load_latest", "read_manifest", "save_checkpoint"]
+
 FOLDER = "checkpoints"
-MANIFEST, STATE = "manifest.json", "state.json"
 _NAME = re.compile(r"step_(\d+)(\.old-\w+)?$")  # .old: a step saved again, between two renames
-_SCRATCH = re.compile(r"step_\d+\.(tmp|old|gone)-\w+$")
-_PACKAGES = ("appo", "torch", "transformers", "deepspeed", "peft", "numpy")
+_SCRATCH = re.compile(r"step_(\d+)\.(tmp|old|gone)-\w+$")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 log = logging.getLogger(__name__)
 
@@ -39,120 +39,94 @@ def save_checkpoint(
     state: dict[str, Any],
     *,
     keep_last: int = 2,
-    rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Save `step` under run_dir/checkpoints/step_N and return that folder.
 
     `write(folder)` puts the files there (`Learner.save`); `state` is anything JSON can hold (data cursor, policy
-    version, metric step …). The newest `keep_last` checkpoints up to this step stay. With several ranks all call
-    this; all write, rank 0 publishes, `barrier` makes them meet. Raises CheckpointError when writing fails; what was
-    complete before stays.
+    version, metric step …). The newest `keep_last` checkpoints up to this step stay. With several ranks all call this
+    and all write; rank 0's `state` counts, and rank 0 publishes. Raises CheckpointError, on all ranks alike, when
+    writing fails on one; what was complete before stays.
     """
+    ranks = ranks or Ranks()
     root = Path(run_dir) / FOLDER
     final = root / f"step_{step}"
-    scratch = root / f"step_{step}.tmp-{uuid.uuid4().hex[:8] if world_size == 1 else 'ranks'}"
+    scratch = root / ranks.share(f"step_{step}.tmp-{uuid.uuid4().hex[:8]}", "checkpoint")
+
+    def begin() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
+        scratch.mkdir()
+
+    def publish() -> None:
+        write_synced(scratch / STATE, json.dumps(state, indent=1).encode())
+        seal(scratch, step, ranks.world)
+        _publish(scratch, final)
+        _retire(root, step, keep_last)
+
     try:
-        if rank == 0:
-            root.mkdir(parents=True, exist_ok=True)
-            _sweep(root)
-            scratch.mkdir()
-        barrier()
-        write(scratch)
-        barrier()
-        if rank == 0:
-            _write_synced(scratch / STATE, json.dumps(state, indent=1).encode())
-            _seal(scratch, step, world_size)
-            _publish(scratch, final)
-            _retire(root, step, keep_last)
-        barrier()
-    except Exception as error:  # torch reports a full disk as RuntimeError
-        if rank == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
-        if not isinstance(error, OSError | RuntimeError):
-            raise
-        full = (
-            " (the disk is full: free some space or lower keep_last)"
-            if getattr(error, "errno", None) == errno.ENOSPC or not _free(root)
-            else ""
-        )
-        raise CheckpointError(
-            f"checkpoint of step {step} in {root} failed: {error}{full}; older ones are intact"
-        ) from error
+        _together(ranks, begin, root, on=ranks.main)
+        _together(ranks, lambda: write(scratch), root)
+        _together(ranks, publish, root, on=ranks.main)
+    except CheckpointError as error:
+        where = f"checkpoint of step {step} in {root} failed"
+        raise CheckpointError(f"{where}: {error}; older ones are intact") from error
+    finally:
+        if ranks.main and scratch.exists():
+            _remove(scratch)
     return final
 
 
-def load_latest(run_dir: Path | str) -> tuple[Path, dict[str, Any]]:
+def load_latest(run_dir: Path | str, ranks: Ranks | None = None) -> tuple[Path, dict[str, Any]]:
     """(folder, state) of the newest checkpoint whose files all match its manifest.
 
     Newer ones that are incomplete or damaged are skipped with a logged warning. Raises CheckpointError when none is
-    left, with the reason for each.
+    left, with the reason for each. With several ranks all call this: rank 0 looks, and all get the same.
     """
-    root = Path(run_dir) / FOLDER
+    ranks = ranks or Ranks()
+    found = ranks.share(
+        _newest(Path(run_dir) / FOLDER) if ranks.main else None, "newest checkpoint"
+    )
+    if isinstance(found, str):
+        raise CheckpointError(found)
+    return found
+
+
+def _newest(root: Path) -> tuple[Path, dict[str, Any]] | str:
+    """The newest trustworthy checkpoint and its state, or why there is none."""
     reasons = []
-    for _, path in sorted(
-        _complete_names(root), key=lambda item: (item[0], item[1].name.count(".")), reverse=True
-    ):
-        wrong = verify(path)
+    found = list(_complete_names(root))
+    # Of a step that was saved twice the copy that was set aside is the older one.
+    for step, path in sorted(found, key=lambda x: (x[0], "." not in x[1].name), reverse=True):
+        wrong = verify(path, step)
         if wrong is None:
             return path, json.loads((path / STATE).read_text())
         log.warning("checkpoint %s is skipped: %s", path, wrong)
         reasons.append(f"{path.name}: {wrong}")
-    raise CheckpointError(
-        f"no usable checkpoint in {root}" + (": " + "; ".join(reasons) if reasons else "")
-    )
+    return f"no usable checkpoint in {root}" + (": " + "; ".join(reasons) if reasons else "")
 
 
-def _free(folder: Path) -> bool:
-    """Whether the disk of `folder` has a megabyte left."""
-    return shutil.disk_usage(folder if folder.exists() else folder.parent).free > 1 << 20
-
-
-def verify(path: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None."""
+def _together(ranks: Ranks, work: Callable[[], None], disk: Path, on: bool = True) -> None:
+    """Do `work` on the ranks where `on`; CheckpointError on all of them when it failed on one. Collective."""
+    failure: Exception | None = None
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        listed = manifest["files"]
-        for name, entry in listed.items():
-            file = path / name
-            if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
-                return f"{name} does not match the manifest"
-        if STATE not in listed or manifest["format"] != FORMAT:
-            return f"the manifest is of format {manifest['format']!r}, this version reads {FORMAT}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+        if on:
+            work()
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        failure = error
+    said = ranks.everyone(failure and _in_words(failure, disk), "checkpoint")
+    wrong = [f"rank {r}: {s}" if ranks.world > 1 else s for r, s in enumerate(said) if s]
+    if wrong:
+        raise CheckpointError("; ".join(wrong)) from failure
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder: format, step, world_size, versions, files."""
-    try:
-        return json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} has no readable {MANIFEST}: {error}") from error
-
-
-def _seal(folder: Path, step: int, world_size: int) -> None:
-    """Flush every file, then write the manifest: it exists only beside complete files."""
-    files = {}
-    for file in _files(folder):
-        _sync(file)
-        files[str(file.relative_to(folder))] = {
-            "bytes": file.stat().st_size,
-            "sha256": _sha256(file),
-        }
-    for sub in {f.parent for f in _files(folder)} | {folder}:
-        _sync(sub)
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "world_size": world_size,
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "files": files,
-    }
-    _write_synced(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-    _sync(folder)
+def _in_words(error: Exception, folder: Path) -> str:
+    """The error, and that the disk of `folder` is full if that is behind it."""
+    while not folder.exists():
+        folder = folder.parent
+    full = shutil.disk_usage(folder).free < 1 << 20 or getattr(error, "errno", None) in _FULL
+    hint = " (the disk is full: free some space or lower keep_last)" if full else ""
+    return f"{error}{hint}"
 
 
 def _publish(scratch: Path, final: Path) -> None:
@@ -163,11 +137,11 @@ def _publish(scratch: Path, final: Path) -> None:
         old = root / f"{final.name}.old-{uuid.uuid4().hex[:8]}"
         os.rename(final, old)
     os.rename(scratch, final)
-    _sync(root)
+    sync(root)
     pointer = root / f"latest.tmp-{uuid.uuid4().hex[:8]}"
-    _write_synced(pointer, final.name.encode())
+    write_synced(pointer, final.name.encode())
     os.replace(pointer, root / "latest")
-    _sync(root)
+    sync(root)
     if old is not None:
         _remove(old)
 
@@ -186,9 +160,9 @@ def _sweep(root: Path) -> None:
     for path in list(root.iterdir()):
         if path.name.startswith("latest.tmp-"):
             path.unlink(missing_ok=True)
-        elif _SCRATCH.match(path.name):
-            successor = root / path.name.partition(".")[0]
-            if ".old-" not in path.name or (successor.exists() and verify(successor) is None):
+        elif match := _SCRATCH.match(path.name):
+            step, kind = int(match[1]), match[2]
+            if kind != "old" or verify(root / f"step_{step}", step) is None:
                 _remove(path)
 
 
@@ -207,34 +181,3 @@ def _complete_names(root: Path) -> Iterator[tuple[int, Path]]:
             match = _NAME.match(path.name)
             if match and path.is_dir():
                 yield int(match[1]), path
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -1,119 +1,47 @@
 """Log-probs and entropies of packed trees: transformer → hidden states → fused head, never [T, vocabulary].
 
-Attention runs tree by tree and root by root: tokens that see no other (siblings) never meet in a score matrix, so
-a stream of many rollouts costs what the rollouts cost, not the square of the stream. Where a root has no trained
-branch its attention is plain causal and needs no mask at all.
+Attention takes the ends of the subtrees as they are (`appo.kernels.tree_attention`): blocks of tokens that do not see each
+other never meet, so a stream of many rollouts costs what the rollouts cost, not the square of the stream, and no mask of
+that size is ever made.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging
 
-from appo.data.packing import PackedBatch, interval_mask
+from appo.data.packing import PackedBatch
 from appo.errors import ModelError
-from appo.kernels import LogProbEntropy, linear_logprob_entropy
+from appo.kernels import LogProbEntropy, linear_logprob_entropy, tree_attention
+from appo.learner.fuse import fuse
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 ATTENTION = "appo_tree"
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Queries [start, stop) of the stream; they see [prefix, prefix_stop) and, causally or by `mask`, each other.
-
-    mask is bool[stop-start+P, same] over prefix (P tokens) + segment, or None when all of it is one causal chain.
-    """
-
-    prefix: int
-    prefix_stop: int
-    start: int
-    stop: int
-    mask: Tensor | None
-
-
-def plan_attention(tout: Tensor) -> list[Segment]:
-    """Cut a stream into segments from the ends of its subtrees, int32[T]. Segments come in stream order.
-
-    A tree starts with the tokens that all of it sees (prompt); each subtree after them is one segment. The first
-    takes the prompt's own queries with it.
-    """
-    ends = tout.cpu()
-    segments: list[Segment] = []
-    tree = 0
-    while tree < ends.numel():
-        stop = int(ends[tree])
-        shared = tree + _leading(ends[tree:stop], stop)
-        at, begin = shared, tree
-        while begin < stop:
-            end = int(ends[at]) if at < stop else stop
-            prefix_stop = shared if begin > tree else tree
-            mask = _mask(ends, prefix_stop - tree, begin, end)
-            segments.append(Segment(tree, prefix_stop, begin, end, mask))
-            begin = at = end
-        tree = stop
-    return [s if s.mask is None else replace(s, mask=s.mask.to(tout.device)) for s in segments]
-
-
-def _leading(ends: Tensor, value: int) -> int:
-    """How many of the first entries equal `value`."""
-    other = (ends != value).nonzero()
-    return int(other[0]) if other.numel() else ends.numel()
-
-
-def _mask(ends: Tensor, prefix: int, start: int, stop: int) -> Tensor | None:
-    """None for a chain, else the interval mask of `prefix` tokens seen by all + the segment, in local coordinates."""
-    own = ends[start:stop]
-    if bool((own >= stop).all()):
-        return None
-    seen_by_all = torch.full((prefix,), stop, dtype=own.dtype)
-    return interval_mask(torch.cat([seen_by_all, own]) - (start - prefix))
-
-
-def tree_attention(
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    segments: list[Segment],
+    tout: Tensor,
     scaling: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention in the form that transformers calls: q[1, Hq, T, D], k and v[1, Hkv, T, D] → out[1, T, Hq, D]."""
     assert attention_mask is None, "the tree decides who sees whom"
-    out = []
-    for s in segments:
-        skip = s.prefix_stop - s.prefix
-        q, k, v = (_rows(x, s, skip) for x in (query, key, value))
-        o = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=s.mask,
-            is_causal=s.mask is None,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        out.append(o[:, :, skip:])
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return tree_attention(q, k, v, tout, scale=scaling)[None], None
 
 
-def _rows(x: Tensor, s: Segment, skip: int) -> Tensor:
-    """Prefix and segment of x[1, H, T, D] as one run."""
-    own = x[:, :, s.start : s.stop]
-    return torch.cat([x[:, :, s.prefix : s.prefix_stop], own], dim=2) if skip else own
-
-
-AttentionInterface.register(ATTENTION, tree_attention)
+AttentionInterface.register(ATTENTION, packed_attention)
 
 
 def load_model(model_dir: Path | str, dtype: torch.dtype) -> nn.Module:
@@ -151,7 +79,7 @@ def load_model(model_dir: Path | str, dtype: torch.dtype) -> nn.Module:
     for module in lm.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    return lm
+    return fuse(lm)
 
 
 class Policy(nn.Module):
@@ -176,7 +104,7 @@ class Policy(nn.Module):
             input_ids=batch.token_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
-            segments=plan_attention(batch.tout),
+            tout=batch.tout,
         ).last_hidden_state[0]  # [T, H]
         edges = batch.mask.nonzero().squeeze(1)
         stats = linear_logprob_entropy(

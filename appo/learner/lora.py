@@ -66,7 +66,20 @@ def add_lora(
         warnings.simplefilter(
             "ignore", FutureWarning
         )  # a name that transformers renames and peft still reads
-        return get_peft_model(lm, config, autocast_adapter_dtype=False)
+        model = get_peft_model(lm, config, autocast_adapter_dtype=False)
+    for module in lm.modules():
+        if isinstance(module, LoraLinear):
+            module.__class__ = _Adapted
+    return model
+
+
+class _Adapted(LoraLinear):
+    """peft's layer with the scaling applied to [T, r] instead of [T, out], forward and backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (adapter,) = self.active_adapters  # we add one
+        low = self.lora_A[adapter](x) * self.scaling[adapter]
+        return self.base_layer(x) + self.lora_B[adapter](low)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from appo.types import Finish, Leaf, Node, RolloutTree, Task, ToolCall
 FORMAT = 1
 
 _NODE = ("parent", "role", "fork_at", "token_ids", "logprobs", "entropy", "policy_version", "path",
-         "closed")  # fmt: skip
+         "closed", "anchor")  # fmt: skip
 _LEAF = ("node", "root", "branch", "parent_leaf", "split", "branch_score", "branch_rule", "branch_z",
          "finish", "reward", "reward_parts", "grade_error")  # fmt: skip
 _CALL = ("tool", "argument", "output", "ok", "wall_s", "error_kind", "tokens")

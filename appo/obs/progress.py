@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from appo.obs.card import card_rich, card_text, escape
 from appo.obs.engine import engine_parts
+from appo.obs.learner import learner_parts
 from appo.obs.metrics import PHASES, eval_questions, wilson
 
 SHOW_AFTER_S = 2.0  # phases shorter than this are not worth a bar
@@ -28,7 +29,7 @@ class Console:
     """All output of a command. `steps`: number of steps of the run, shown as `step 3/5`; set it once it is known.
 
     plain: True: lines without ANSI; False: rich; None: plain unless stdout is a capable terminal.
-    quiet: only warnings and errors.
+    quiet: only warnings and errors. rank: of several processes; all but 0 are quiet, and sign what they say.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Console:
         plain: bool | None = None,
         quiet: bool = False,
         *,
+        rank: int = 0,
         file: TextIO | None = None,
         err: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -43,7 +45,8 @@ class Console:
         self.file = file
         self.err = err or file
         self.plain = _is_plain(file or sys.stdout) if plain is None else plain
-        self.quiet = quiet
+        self.quiet = quiet or rank > 0
+        self.sign = f"rank {rank}: " if rank else ""
         self.steps: int | None = None
         self.clock = clock
         self.last_progress = float("-inf")
@@ -87,10 +90,12 @@ class Console:
 
     def _problem(self, label: str, style: str, text: str) -> None:
         if self.plain:
-            return self._line(f"{label}: {text}", to=self.err or sys.stderr)
+            return self._line(f"{self.sign}{label}: {text}", to=self.err or sys.stderr)
         from rich.text import Text
 
-        line = Text.assemble((f"{label}: ", style), (text, "red" if label == "warning" else ""))
+        line = Text.assemble(
+            (f"{self.sign}{label}: ", style), (text, "red" if label == "warning" else "")
+        )
         with self._lock:
             # While a bar is on screen everything must pass through its console, or the two overwrite each other.
             console = self._rich if self._live else _rich_console(self.err, stderr=True)
@@ -238,6 +243,7 @@ def step_parts(record: Mapping[str, Any], steps: int | None = None) -> tuple[str
     return f"{'eval' if is_eval else 'step'} {number}", [
         *parts,
         *engine_parts(record),
+        *learner_parts(record),
         *_seconds(record),
     ]
 

@@ -16,6 +16,7 @@ from appo.obs.card import md_code, md_table
 from appo.obs.chart import reward_curve
 from appo.obs.codec import tree_from_json
 from appo.obs.engine import engine_section
+from appo.obs.learner import learner_section
 from appo.obs.lines import read_lines, replace_file
 from appo.obs.metrics import PHASES, eval_questions, newcombe, read_metrics, wilson
 from appo.obs.progress import Console
@@ -38,6 +39,7 @@ COUNTERS = {
     "group/ungraded_leaves": "rollouts left out of their group",
     "group/zero_variance": "groups without signal (all rewards equal)",
     "branch/shortfall": "branch slots that stayed empty",
+    "pack/over_budget": "rows longer than the token budget",
     "learner/empty": "mini-batches without anything to learn",
     "learner/nonfinite": "mini-batches skipped for a non-finite loss or gradient",
 }
@@ -100,6 +102,8 @@ def report_text(run: Path, records: Records, config_yaml: str) -> str:
         _times(steps, evals),
         "## Rollout engine",
         engine_section(steps),
+        "## What the learner did not have to compute",
+        learner_section(steps),
         "## Counters",
         _counters(steps),
         "## Files",

@@ -5,6 +5,7 @@ python -m appo.reward.worker        # started by appo.reward.workers, ends when 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import os
@@ -61,6 +62,8 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard < 0 else min(MEMORY, hard), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The parent asks a worker that keeps it waiting for its stacks (GraderPool.describe).
+    faulthandler.register(signal.SIGUSR1, file=os.dup(2))
     # What a library prints must not end up between our lines.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

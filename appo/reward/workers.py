@@ -27,6 +27,7 @@ from appo.errors import ConfigError, GraderError
 from appo.reward import GRADERS
 from appo.reward.maths import quick_maths
 
+STACK_S = 0.5  # patience for answers to SIGUSR1
 LOAD_S = 60.0  # patience for a new worker to import its libraries
 IN_PROCESS = ("exact", "qa_em", "qa_f1", "paper")  # linear in the length of their input
 
@@ -94,6 +95,14 @@ class GraderPool:
         self.stats["graded"] += len(grades)
         self.stats["errors"] += sum(g.error is not None for g in grades)
         return grades
+
+    def describe(self) -> str:
+        """What each busy worker does, with its Python stack. Takes no lock: a watchdog asks when all else stands still."""
+        busy = [w for w in list(self._workers) if w.item is not None]
+        places = [w.ask_stack() for w in busy]
+        if busy:
+            time.sleep(STACK_S)
+        return "\n".join(w.describe(place) for w, place in zip(busy, places))
 
     def close(self) -> None:
         """Kill and reap every worker. May be called twice."""
@@ -253,6 +262,29 @@ class _Worker:
         self._buffer = rest
         reply: dict[str, Any] = json.loads(line)
         return reply
+
+    def ask_stack(self) -> int | None:
+        """Have it write its Python stack to its stderr; where that will begin, None if it cannot be asked."""
+        if (
+            self.loading or not self.alive
+        ):  # one that still starts has no handler, and the signal would end it
+            return None
+        begin = os.fstat(self._stderr.fileno()).st_size
+        self._process.send_signal(signal.SIGUSR1)
+        return begin
+
+    def describe(self, stack_at: int | None) -> str:
+        """Item, seconds, and the stack that it was asked for."""
+        limit = LOAD_S if self.loading else self._message["timeout_s"]
+        head = (
+            f"pid {self._process.pid}: {'loading ' if self.loading else ''}{self._message['grader']}, item {self.item}, "
+            f"for {time.monotonic() - self.began:.0f} s of {limit:g} s"
+        )
+        if stack_at is None:
+            return head
+        # pread: the worker writes where its file position is, which is ours as well.
+        stack = os.pread(self._stderr.fileno(), 1 << 16, stack_at).decode(errors="replace").strip()
+        return f"{head}\n{stack or 'no stack: it is stopped, or it does not come back from the kernel'}"
 
     def _end(self) -> None:
         """It closed its output, so it is going: wait for the exit code, but not for ever."""

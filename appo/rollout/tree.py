@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from appo.algo.presets import Algorithm
 from appo.errors import EngineError
 from appo.rollout.agent import Agent, AgentSettings, Line, State
 from appo.rollout.engine import RolloutEngine
+from appo.rollout.growth import Growth, growth_from_json, growth_to_json
 from appo.rollout.protocol import TagEvent, TokenText
 from appo.rollout.seeds import derive_seed
 from appo.tools.pool import ToolPool
@@ -25,24 +26,8 @@ from appo.types import Leaf, Node, RolloutTree, Task
 POLL_S = 0.02  # how long the loop sleeps when only tools are running
 
 
-@dataclass
-class Growth:
-    """A tree in the making and the engine handles of its roots (kept until its branches are forked)."""
-
-    tree: RolloutTree
-    prompt_seq: int
-    roots: list[Line] = field(default_factory=list)
-    branches: list[Line] = field(default_factory=list)
-    copy: int = 0  # the same task may come twice in a step; it must not draw the same noise
-    baseline: dict[int, np.ndarray] = field(default_factory=dict)  # see `Rollouts.remember`
-
-    @property
-    def roots_done(self) -> bool:
-        return all(line.state is State.DONE for line in self.roots)
-
-
 class Rollouts:
-    """Samples trees. One instance per run; `grow_roots` and `grow_branches` may be called in turn for each step."""
+    """Samples trees. One instance per run; `plant`, `run` and `grow_branches` are called in turn for each step."""
 
     def __init__(
         self,
@@ -107,7 +92,8 @@ class Rollouts:
         """
         while self._lines:
             done: list[Growth] = []
-            if self.engine.has_work():
+            forward = self.engine.has_work()
+            if forward:
                 for event in self.engine.step():
                     line = self._lines[event.seq]
                     done += self._dispatch(line, self.agent.on_stopped(line, event))
@@ -119,7 +105,7 @@ class Rollouts:
             done += self._collect_tools()
             for growth in done if on_roots_done else ():
                 on_roots_done(growth)
-            if on_progress:
+            if on_progress and forward:  # waiting for tools is no progress, as the watchdog sees it
                 on_progress(len(self._lines))
 
     def _dispatch(self, line: Line, call: TagEvent | None) -> list[Growth]:
@@ -252,6 +238,16 @@ class Rollouts:
         line = Line(tree, len(tree.leaves) - 1, seq, self._seed(g, path), sampled=sampled)
         g.branches.append(line)
         self._start(line, tree.nodes[node].token_ids[:offset])
+
+    # -- waiting -------------------------------------------------------------------------------------------------
+
+    def save(self, growth: Growth) -> dict[str, Any]:
+        """A growth whose roots are done, as JSON types: all that `restore` needs, in another process too."""
+        return growth_to_json(growth)
+
+    def restore(self, data: dict[str, Any]) -> Growth:
+        """What `save` wrote, known to the engine again. `grow_branches` does with it what it would have done."""
+        return growth_from_json(data, self.engine, self._seed)
 
     # -- ending --------------------------------------------------------------------------------------------------
 

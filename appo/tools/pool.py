@@ -120,6 +120,16 @@ class ToolPool:
             times = {"queued_s": self._queued_s, "run_s": self._run_s, "waited_s": self._waited_s}
             return {"calls": float(self._calls), "failures": sum(out.values()), **out, **times}
 
+    def describe(self) -> str:
+        """Calls that are out, one per line. Takes no lock: a watchdog asks while everything else stands still."""
+        now = time.monotonic()
+        return "\n".join(
+            f"{c.tool} {c.key}: "
+            + (f"queued for {now - c.submitted:.0f} s" if c.started is None else
+               f"running for {now - c.started:.0f} s of {self.timeout_s:g} s")
+            for c in list(self._open.values())
+        )  # fmt: skip
+
     def close(self) -> None:
         """Drop what is queued and let idle threads end. Does not wait for calls that run. Closes the tools."""
         with self._changed:

@@ -8,6 +8,7 @@ so that the second mini-batch is scored again before it branches, as in training
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from appo.config import load_config
 from appo.data.datasets import Cursor
 from appo.learner.trainer import Trainer
 from appo.obs.progress import Console
+from appo.plan import plan, tasks_of
 from appo.rollout.native.weights import read_tensors
-from appo.run import Session, plan, tasks_of
+from appo.run import Session
 
 PHASES = ("rollout", "score", "branch", "reward", "push")
 
@@ -27,6 +29,9 @@ PHASES = ("rollout", "score", "branch", "reward", "push")
 class NoLearner:
     def train_minibatch(self, *_: Any) -> dict[str, float]:
         return {"learner/empty": 0.0, "learner/nonfinite": 0.0, "learner/micro_batches": 0.0}
+
+    def anchors(self, batches: Sequence[Any]) -> list[Any]:
+        return [batch.behaviour for batch in batches]
 
 
 class Steps:

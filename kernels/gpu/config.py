@@ -82,6 +82,49 @@ def pick(table: dict[str, Tile], arch: str, regular: bool) -> Tile:
     return table.get(arch, table["default"]) if regular else SMALL
 
 
+@dataclass(frozen=True)
+class Walk:
+    """Tree attention: a block of `rows` queries meets blocks of `keys` keys."""
+
+    rows: int
+    keys: int
+    warps: int = 4
+    stages: int = 2
+
+
+# (longest head, bytes per number) → tile; the first that fits is taken. "default" is every other GPU.
+WalkTable = dict[str, dict[tuple[int, int], Walk]]
+TREE_FORWARD: WalkTable = {
+    "gfx942": {(64, 2): Walk(128, 64), (128, 2): Walk(128, 32), (128, 4): Walk(32, 32)},
+    "default": {
+        (64, 2): Walk(128, 64, 4, 3),
+        (128, 2): Walk(128, 64, 8),
+        (128, 4): Walk(64, 32, 8),
+    },
+}
+TREE_QUERY_GRADS: WalkTable = {
+    "sm_100": {(64, 2): Walk(64, 64), (128, 2): Walk(64, 32), (128, 4): Walk(32, 32)},
+    "gfx942": {(64, 2): Walk(64, 64), (128, 2): Walk(64, 32), (128, 4): Walk(32, 32)},
+    "default": {(64, 2): Walk(64, 64), (128, 2): Walk(64, 64, 8), (128, 4): Walk(32, 16)},
+}
+_WIDE_KEYS = {(64, 2): Walk(64, 64, 8), (128, 2): Walk(64, 64, 8), (128, 4): Walk(32, 32)}
+TREE_KEY_GRADS: WalkTable = {
+    "sm_90": _WIDE_KEYS,
+    "sm_100": _WIDE_KEYS,
+    "gfx942": {(64, 2): Walk(64, 64), (128, 2): Walk(32, 64), (128, 4): Walk(32, 32)},
+    "default": {(64, 2): Walk(32, 64), (128, 2): Walk(64, 64, 8), (128, 4): Walk(32, 32)},
+}
+WALK_INTERPRET = Walk(64, 64)
+
+
+def walk(table: WalkTable, arch: str, dim: int, itemsize: int) -> Walk:
+    """The tile for heads of `dim` numbers of `itemsize` bytes."""
+    if arch == "interpret":
+        return WALK_INTERPRET
+    fits = table.get(arch, table["default"]).items()
+    return next(w for (longest, size), w in fits if dim <= longest and itemsize <= size)
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -16,11 +16,12 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "bench/aot_report.py"
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-PRODUCTS = ("partial", "dlogits", "attend")  # must run on tensor cores
+PRODUCTS = ("partial", "dlogits", "attend", "attention")  # must run on tensor cores
 
 # Registers per thread. A product owns a multiprocessor alone and may use all there are; the others hide latency by running
 # side by side, and one that is not listed must leave room for three blocks of four warps.
-REGISTERS = {"partial": 255, "dlogits": 255, "rowgrads": 200, "attend": 255}
+REGISTERS = {"partial": 255, "dlogits": 255, "rowgrads": 200, "attend": 255, "attention": 255}
+REGISTERS_AMD = {"attention": 512}  # of each lane, with four waves of 64
 FEW = 168
 
 pytestmark = pytest.mark.skipif(
@@ -46,10 +47,11 @@ def test_budgets_of_shipped_kernels(arch, tmp_path):
     assert {"machine", "date", "command"} <= set(document)
     rows = document["cases"]
     assert len({row["name"] for row in rows}) == len(rows) > 0
+    most = REGISTERS | REGISTERS_AMD if arch.startswith("gfx") else REGISTERS
     for row in rows:
         assert (row["stack"], row["spills"], row["problems"]) == (0, 0, []), row
         assert row["shared"] <= row["shared_limit"], row
-        assert row["registers"] <= REGISTERS.get(row["name"].split()[0], FEW), row
+        assert row["registers"] <= most.get(row["name"].split()[0], FEW), row
     for kernel in PRODUCTS:
         found = [row for row in rows if kernel in row["name"]]
         assert found, f"no case of {kernel} for {arch}"

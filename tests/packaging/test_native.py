@@ -89,6 +89,8 @@ def test_library_exports_only_its_functions():
     exported = {words[-1] for words in lines if words[-2] == "T"}
     functions = ("abi_version", "future_value", "tree_future_value", "branch_scores", "select_branch_points",
                  "policy_loss", "linear_isa", "linear_stats", "linear_grads", "attend_segments",
+                 "tree_attention_forward", "tree_attention_backward",
+                 "rms_norm_forward", "rms_norm_backward", "swiglu_forward", "swiglu_backward", "rotary",
                  "layer_stack", "layer_stack_bytes", "layer_stack_norms", "layer_stack_pack", "layer_stack_adapt",
                  "layer_step", "layer_head", "layer_head_bytes", "layer_head_pack",
                  "layer_head_logits", "layer_head_sample", "sample_logits", "sample_bits")  # fmt: skip

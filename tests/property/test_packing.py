@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appo.data.packing import PackedBatch, interval_mask, pack, sharing_report, trains
+from appo.data.packing import PackedBatch, interval_mask, pack, trains
+from appo.data.sharing import sharing_tallies
+from appo.data.streams import Forest, cut
 from appo.types import Credit, Leaf, Node, RolloutTree, Task
 
 torch.set_num_threads(1)
@@ -25,9 +27,14 @@ def trees(draw: st.DrawFn) -> RolloutTree:
         size = len(nodes[parent].token_ids)
         fork_at = size if parent == 0 else draw(st.integers(0, size))
         tokens = draw(st.lists(ids, min_size=0, max_size=4))
+        tokens += [
+            (7 * len(nodes) + i) % 51 for i in range(draw(st.sampled_from([0, 0, 6, 36, 56])))
+        ]
         role = draw(st.sampled_from(["model", "model", "tool"]))
         logp = [-0.5 - i for i in range(len(tokens))] if role == "model" else None
-        nodes.append(Node(parent, role, fork_at, tokens, logprobs=logp, entropy=logp))
+        anchor = logp and draw(st.sampled_from([None, [x - 9 for x in logp]]))
+        version = draw(st.integers(0, 3))
+        nodes.append(Node(parent, role, fork_at, tokens, logp, logp, version, anchor=anchor))
         root_of[len(nodes) - 1] = roots if parent == 0 else root_of[parent]
         roots += parent == 0
     ends = draw(st.sets(st.integers(1, len(nodes) - 1), min_size=1))
@@ -48,7 +55,7 @@ def batches(draw: st.DrawFn) -> tuple[list[RolloutTree], list[list[Credit]], int
             mask = view.mask & (rng.random(len(view)) < 0.8)
             rows.append(Credit(leaf, advantage, mask, weight=float(leaf + 1)))
         credits.append(draw(st.permutations(rows)))
-    return forest, credits, draw(st.integers(1, 60))
+    return forest, credits, draw(st.integers(1, 130))
 
 
 def check_rows(batch: PackedBatch, forest: list[RolloutTree], credit_of: dict) -> None:
@@ -62,6 +69,8 @@ def check_rows(batch: PackedBatch, forest: list[RolloutTree], credit_of: dict) -
         assert batch.target[a:b].tolist() == view.response_ids.tolist()
         assert batch.mask[a:b].tolist() == list(credit.loss_mask)
         assert torch.equal(batch.behaviour[a:b], torch.from_numpy(view.logprobs))
+        assert torch.equal(batch.anchor[a:b], torch.from_numpy(view.anchor))
+        assert batch.version[a:b].tolist() == view.version.tolist()
         assert np.allclose(batch.advantage[a:b], credit.advantage, rtol=1e-6)
         assert float(batch.weight[r]) == credit.weight
         for t, source in enumerate(batch.source[a:b].tolist()):
@@ -102,7 +111,13 @@ def test_budget_is_kept_and_nothing_is_stored_twice(case: tuple) -> None:
         assert batch.total_tokens == sum(
             len(forest[i].path_ids(forest[i].leaves[leaf].node)) for i, leaf in batch.rows
         )
+    tables = Forest(forest)
+    for i, rows in enumerate(credits):
+        pieces = cut(tables, i, {r: tables.leaf(i, c.leaf) for r, c in enumerate(rows)}, budget)
+        assert sorted(r for p in pieces for r in p.rows) == list(range(len(rows)))
+        for p in pieces:  # an overestimate would cost streams and break no budget
+            assert p.size == sum(p.take.values())
     whole = pack(forest, credits, token_budget=10**6)
     assert len(whole) <= 1
-    report = sharing_report(forest, whole)
-    assert report["pack/sharing_factor"] >= 1.0 or not whole
+    report = sharing_tallies(forest, whole, 10**6)
+    assert report["pack/tokens_all"] >= report["pack/tokens_rows"] >= report["pack/tokens_unique"]

@@ -1,6 +1,7 @@
 """Configuration: every mistake is one paragraph that names field, value and fix."""
 
 import pytest
+import yaml
 
 from appo.algo.presets import resolve
 from appo.config import dump, load_config, recipe_names
@@ -33,6 +34,9 @@ def test_every_recipe_resolves(name):
         ("rollout=3", ["rollout", "group of keys"]),
         ("rollout.temperature=0", ["rollout.temperature is 0", "greedy"]),
         ("rollout.top_p=0.9", ["rollout.top_p=0.9", "full distribution"]),
+        ("staleness=-1", ["staleness is -1", "must not be negative"]),
+        ("learner.importance_cap=0.5", ["learner.importance_cap is 0.5", "1 or more"]),
+        ("learner.old_logprobs=engin", ["engin", "did you mean 'engine'"]),
         ("rollout.kv_tokens=0", ["rollout.kv_tokens is 0", "rollout.max_new_tokens"]),
         ("rollout.kv_tokens=many", ["rollout.kv_tokens='many'", "int"]),
         ("minibatches=3", ["prompts_per_step", "minibatches=3"]),
@@ -143,6 +147,7 @@ def test_dual_clip_can_be_switched_off():
         ("learner.betas=[0.9]", "two numbers"),
         ("tools.python.wall_s=20", "timeout_s"),
         ("learner.zero_stage=0", "stage 1"),
+        ("learner.offload=all", "needs learner.zero_stage=3"),
     ],
 )
 def test_contradictions_are_found_early(override, words):
@@ -150,10 +155,28 @@ def test_contradictions_are_found_early(override, words):
         load_config("quickstart", [override])
 
 
-def test_kv_tokens_is_the_native_engine_s():
-    assert load_config("quickstart", ["rollout.kv_tokens=20000"]).rollout.kv_tokens == 20000
-    with pytest.raises(ConfigError, match="rollout.kv_tokens is 20000, but rollout.engine is vllm"):
-        load_config("quickstart", ["rollout.kv_tokens=20000", "rollout.engine=vllm"])
+def test_roots_in_advance_need_the_native_engine():
+    assert load_config("quickstart", ["learner.importance_cap=null"]).learner.importance_cap is None
+    with pytest.raises(ConfigError, match="staleness is 2 and rollout.engine is vllm"):
+        load_config("quickstart", ["staleness=2", "rollout.engine=vllm"])
+
+
+@pytest.mark.parametrize("engine", ["native", "vllm"])
+def test_kv_tokens_hold_for_both_engines(engine):
+    cfg = load_config("quickstart", ["rollout.kv_tokens=20000", f"rollout.engine={engine}"])
+    assert cfg.rollout.kv_tokens == 20000
+
+
+def test_save_trees_is_a_number_or_all():
+    assert load_config("tiny").save_trees == 2
+    assert load_config("tiny", ["save_trees=0"]).save_trees == 0
+    cfg = load_config("tiny", ["save_trees=all"])
+    assert cfg.save_trees == "all"
+    assert yaml.safe_load(dump(cfg))["save_trees"] == "all"
+    with pytest.raises(ConfigError, match="save_trees='every'.*expected int, got str, or 'all'"):
+        load_config("tiny", ["save_trees=every"])
+    with pytest.raises(ConfigError, match="save_trees is -1"):
+        load_config("tiny", ["save_trees=-1"])
 
 
 def test_a_rollout_with_prompt_and_tool_results_fits_the_pool():

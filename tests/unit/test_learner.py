@@ -9,50 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
+from learner_forest import (
+    PROBES,
+    AdapterEngine,
+    PlainEngine,
+    counts_of,
+    forest,
+    objective,
+    relative,
+    write_model,
 )
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from appo.data.packing import PackedBatch, interval_mask, pack
+from appo.data.packing import PackedBatch, pack
 from appo.errors import ConfigError, LearnerError, ModelError
 from appo.learner.backend import Learner, LearnerSettings
-from appo.learner.forward import Policy, load_model, plan_attention
+from appo.learner.forward import Policy, load_model
 from appo.learner.lora import MergeGain, dithered_bfloat16
-from appo.learner.weights import push
+from appo.learner.weights import Tap, push
 from appo.learner.zero import learning_rate
-from appo.types import Counts, Credit, Leaf, Node, RolloutTree, Task
+from appo.types import Counts
 
 torch.set_num_threads(1)
-VOCAB = 97
-
-
-def write_model(path: Path, family: str = "qwen3", tied: bool = True) -> Path:
-    torch.manual_seed(1)
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    sizes |= {
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 256,
-    }
-    config, cls = {
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }[family]
-    lm = cls(config(**sizes, tie_word_embeddings=tied, initializer_range=0.1))
-    lm.save_pretrained(path)
-    (path / "tokenizer.json").write_text("{}")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -76,50 +55,6 @@ def lora(model_dir: Path, tmp_path: Path) -> Iterator[Learner]:
         yield learner
 
 
-def model_node(parent: int, fork_at: int, count: int, seed: int) -> Node:
-    rng = np.random.default_rng(seed)
-    logp = (-3 - rng.random(count)).tolist()
-    return Node(parent, "model", fork_at, rng.integers(0, VOCAB, count).tolist(), logp, logp, 0)
-
-
-def forest() -> tuple[list[RolloutTree], list[list[Credit]]]:
-    """Two prompts; roots with a tool call, a fork in the middle of a root, a fork of that fork, a second root."""
-    trees, credits = [], []
-    for seed in (0, 100):
-        nodes = [Node(None, "prompt", 0, [3 + seed % 7, 5, 7]), model_node(0, 3, 8, seed + 1)]
-        nodes += [
-            Node(1, "tool", 8, [1, 2, 3]),
-            model_node(2, 3, 4, seed + 2),
-            model_node(1, 4, 5, seed + 3),
-        ]
-        nodes += [model_node(4, 2, 4, seed + 4), model_node(0, 3, 9, seed + 5)]
-        leaves = [Leaf(3, 0), Leaf(4, 0, 0), Leaf(5, 0, 1), Leaf(6, 1)]
-        tree = RolloutTree(Task(f"t{seed}", [], None), nodes, leaves)
-        rows = []
-        for i in range(4):
-            view = tree.trajectory(i)
-            advantage = np.random.default_rng(seed + i).normal(size=len(view))
-            rows.append(Credit(i, advantage, view.mask.copy(), weight=1.0 + i))
-        trees.append(tree)
-        credits.append(rows)
-    return trees, credits
-
-
-def counts_of(credits: list[list[Credit]]) -> Counts:
-    rows = [c for cs in credits for c in cs]
-    return Counts(float(sum(c.loss_mask.sum() for c in rows)), float(len(rows)), float(len(rows)))
-
-
-def objective(stats, batch: PackedBatch, counts: Counts):
-    """A nonlinear loss with everything in it: ratio, advantage, row weight, entropy."""
-    row = torch.repeat_interleave(torch.arange(len(batch.rows)), batch.offsets.diff())
-    ratio = (stats.logp - batch.behaviour).exp()
-    loss = (-ratio * batch.advantage - 0.1 * stats.entropy) * batch.weight[row]
-    return loss[batch.mask].sum() / counts.tokens, {
-        "entropy": (stats.entropy.sum(), batch.mask.sum())
-    }
-
-
 def plain_gradients(lm: torch.nn.Module, trees, credits, temperature: float) -> dict[str, Tensor]:
     """The same loss by textbook means: one sequence at a time, causal attention, full softmax, shift by one."""
     tokens = counts_of(credits).tokens
@@ -136,12 +71,6 @@ def plain_gradients(lm: torch.nn.Module, trees, credits, temperature: float) -> 
             loss = (-ratio * torch.from_numpy(c.advantage) - 0.1 * entropy) * c.weight
             (loss[torch.from_numpy(c.loss_mask)].sum() / tokens).backward()
     return {n: p.grad.clone() for n, p in lm.named_parameters()}
-
-
-def relative(mine: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
-    assert mine.keys() == reference.keys()
-    error = sum(float((mine[n].double() - g.double()).square().sum()) for n, g in reference.items())
-    return (error / sum(float(g.double().square().sum()) for g in reference.values())) ** 0.5
 
 
 def learner_gradients(
@@ -164,25 +93,6 @@ def reference_model(learner: Learner) -> torch.nn.Module:
 # -- forward and gradient
 
 
-def test_the_attention_plan_says_what_the_intervals_say() -> None:
-    trees, credits = forest()
-    for rows in ([0], [3], [0, 3], [0, 1], [1, 2], [0, 1, 2, 3]):
-        kept = [[cs[r] for r in rows] for cs in credits]
-        (batch,) = pack(trees, kept, token_budget=1000)
-        size = batch.unique_tokens
-        sees = torch.zeros(size, size, dtype=torch.bool)
-        covered = 0
-        for s in plan_attention(batch.tout):
-            assert s.start == covered
-            covered = s.stop
-            keys = torch.cat([torch.arange(s.prefix, s.prefix_stop), torch.arange(s.start, s.stop)])
-            local = torch.ones(len(keys), len(keys)).tril().bool() if s.mask is None else s.mask
-            own = local[s.prefix_stop - s.prefix :]
-            sees[s.start : s.stop, keys] = own
-        assert covered == size
-        assert torch.equal(sees, interval_mask(batch.tout))
-
-
 def float64_norm(self: torch.nn.Module, x: Tensor) -> Tensor:
     return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
@@ -198,14 +108,15 @@ def test_tree_equals_independent_sequences_in_float64(
     for cs in credits:
         for c in cs:
             c.advantage = c.advantage.astype(np.float32).astype(np.float64)
-    lm = load_model(path, torch.float64)
-    monkeypatch.setattr(type(lm.model.norm), "forward", float64_norm)  # theirs is float32 inside
-    loss, _ = objective(Policy(lm)(batch, 1 / 0.7), batch, counts_of(credits))
-    loss.backward()
     # not eager attention: its softmax is float32 as well
     reference = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float64, attn_implementation="sdpa"
     )
+    # theirs is float32 inside; in float64 the learner runs it too
+    monkeypatch.setattr(type(reference.model.norm), "forward", float64_norm)
+    lm = load_model(path, torch.float64)
+    loss, _ = objective(Policy(lm)(batch, 1 / 0.7), batch, counts_of(credits))
+    loss.backward()
     expected = plain_gradients(reference, trees, credits, 0.7)
     assert relative({n: p.grad for n, p in lm.named_parameters()}, expected) < 1e-10
 
@@ -263,6 +174,29 @@ def test_logprobs_are_those_of_the_plain_model(full: Learner) -> None:
             logp = torch.log_softmax(lm(torch.tensor([ids])).logits[0, :-1] / 0.5, -1)
         expected = logp.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         assert np.allclose(mine, expected, atol=1e-5)
+
+
+def test_anchors_are_what_training_sees_and_leave_no_trace(full: Learner) -> None:
+    trees, credits = forest()
+    batches = pack(trees, credits, token_budget=40)
+    seen: list[Tensor] = []
+
+    def looking(stats, batch: PackedBatch, counts: Counts):
+        seen.append(stats.logp.detach().clone())
+        return objective(stats, batch, counts)
+
+    anchors = full.anchors(batches)
+    assert all(p.grad is None for p in full.lm.parameters())
+    full.accumulate(batches, counts_of(credits), looking, len(batches))
+    for group in full.engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    full.engine.step()
+    assert len(anchors) == len(batches) == len(seen) > 1
+    for anchor, logp, batch in zip(anchors, seen, batches, strict=True):
+        assert anchor.dtype == torch.float32 and anchor.shape == batch.mask.shape
+        assert torch.equal(anchor, logp)
+        assert not anchor[~batch.mask].any()
+        assert bool((anchor[batch.mask] < 0).all())
 
 
 # -- the optimiser step
@@ -517,60 +451,6 @@ def test_full_weights_have_the_names_of_the_folder(tmp_path: Path, tied: bool) -
     assert same(a, b)
 
 
-class PlainEngine:
-    """A rollout engine of the simplest kind: the plain model; `skip` loses the tensor whose name contains it."""
-
-    def __init__(self, path: Path, skip: str = "", version_lag: int = 0, stop_early: bool = False):
-        self.lm = AutoModelForCausalLM.from_pretrained(path).eval()
-        self.own = dict(self.lm.named_parameters())
-        self.skip, self.version_lag, self.stop_early = skip, version_lag, stop_early
-        self.policy_version = 0
-        self.sequences: dict[int, list[int]] = {}
-
-    def load_weights(self, named_tensors, version: int) -> None:
-        for name, tensor in named_tensors:
-            if self.stop_early:
-                return
-            if not self.skip or self.skip not in name:
-                self.own[name].data.copy_(tensor)
-        self.policy_version = version - self.version_lag
-
-    def add_prompt(self, token_ids) -> int:
-        self.sequences[len(self.sequences)] = token_ids
-        return len(self.sequences) - 1
-
-    def release(self, seq: int) -> None:
-        self.sequences[seq] = []
-
-    @torch.no_grad()
-    def score(self, seqs, temperature: float = 1.0) -> list:
-        out = []
-        for seq in seqs:
-            ids = torch.tensor([self.sequences[seq]])
-            logp = torch.log_softmax(self.lm(ids).logits[0, :-1] / temperature, -1)
-            out.append(
-                type("Scored", (), {"logprobs": logp.gather(1, ids[0, 1:, None])[:, 0].numpy()})
-            )
-        return out
-
-
-class AdapterEngine(PlainEngine):
-    """One that applies adapters beside its weights (here: adds them up itself)."""
-
-    accepts_adapters = True
-
-    def load_weights(self, named_tensors, version: int) -> None:
-        given = {n: t for n, t in named_tensors if not self.skip or self.skip not in n}
-        for name in given:
-            if name.endswith(".lora_A") and name[:-1] + "B" in given:
-                delta = given[name[:-1] + "B"] @ given[name].float()
-                self.own[name.removesuffix("lora_A") + "weight"].data += delta
-        self.policy_version = version
-
-
-PROBES = [[1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 14]]
-
-
 def test_a_push_arrives_and_a_skipped_tensor_stops_the_run(lora: Learner) -> None:
     trees, credits = forest()
     for _ in range(3):
@@ -591,6 +471,25 @@ def test_a_push_arrives_and_a_skipped_tensor_stops_the_run(lora: Learner) -> Non
         push(lora, PlainEngine(lora.model_dir, version_lag=1), 8, PROBES)
     with pytest.raises(LearnerError, match="stopped reading after 1 tensors"):
         push(lora, PlainEngine(lora.model_dir, stop_early=True), 8, PROBES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (3,), (7, 5), (64, 33), (513,)])
+def test_the_checksum_of_a_push_sees_every_byte(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    def checksum(name: str, tensor: Tensor) -> int:
+        tap = Tap([(name, tensor)])
+        assert [n for n, _ in tap] == [name]
+        return tap.crc
+
+    whole = torch.randn(torch.Size(shape).numel() + 1, dtype=dtype)
+    part = whole[1:].view(shape)  # begins in the middle of a word
+    expected = checksum("w", part)
+    assert checksum("w", part.clone()) == expected
+    assert checksum("v", part) != expected
+    for at in {0, part.numel() // 2, part.numel() - 1}:
+        other = part.clone()
+        other.view(-1).view(torch.uint8)[at * part.element_size()] ^= 1
+        assert checksum("w", other) != expected
 
 
 def test_an_engine_that_applies_adapters_gets_them_with_their_scale(lora: Learner) -> None:
@@ -617,6 +516,12 @@ def test_an_engine_that_applies_adapters_gets_them_with_their_scale(lora: Learne
         ({"lr": 0.0}, "learner.lr"),
         ({"schedule": "cosine"}, "total_steps"),
         ({"zero_stage": 0}, "master weights"),
+        ({"offload": "disk"}, "learner.offload is 'disk'"),
+        (
+            {"offload": "optimizer", "zero_stage": 0, "dtype": "float32"},
+            "offload is 'optimizer' and learner.zero_stage 0: that needs stage 1 or above",
+        ),
+        ({"offload": "all", "zero_stage": 2}, "that needs stage 3, the only one"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(model_dir: Path, change: dict, message: str) -> None:

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from appo.errors import DataError
 from appo.obs.codec import decode, encode
 from appo.obs.trees import stored_text
-from appo.rollout.store import append_trees, cut_after, read_trees, tree_from_json, tree_to_json
+from appo.rollout.store import (
+    append_trees,
+    cut_after,
+    read_step,
+    read_trees,
+    tree_from_json,
+    tree_to_json,
+)
 from appo.types import Finish, Leaf, Node, RolloutTree, Task, ToolCall
 
 
@@ -172,3 +179,38 @@ def test_unknown_keys_are_ignored():
     data = tree_to_json(make_tree()) | {"later": 1}
     data["leaves"][0]["later"] = 2
     assert asdict(tree_from_json(data)) == asdict(make_tree())
+
+
+def test_float32_statistics_of_an_engine_come_back_to_the_last_bit():
+    """What a replay rests on: engines hand out float32, JSON holds the decimals of the float64 of the same value."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 5000, dtype=np.uint32)
+    drawn = bits.view(np.float32)
+    drawn = drawn[np.isfinite(drawn)]  # every exponent, subnormal numbers too
+    for values in ([float(x) for x in drawn], list(drawn), drawn.tolist()):
+        tree = make_tree()
+        tree.nodes[1] = Node(
+            0, "model", 3, [7] * len(drawn), values, values, 4, (0,), anchor=values
+        )
+        back = through_file(tree).nodes[1]
+        for column in (back.logprobs, back.entropy, back.anchor):
+            np.testing.assert_array_equal(
+                np.asarray(column, np.float32).view(np.uint32), drawn.view(np.uint32)
+            )
+
+
+def test_a_step_is_read_back_by_mini_batch(tmp_path):
+    path = tmp_path / "trees.jsonl"
+    trees = [make_tree(1), make_tree(2), make_tree(2, answer="6"), make_tree(2, answer="7")]
+    append_trees(path, trees[:1], minibatch=[0])
+    append_trees(path, trees[1:], minibatch=[1, 0, 1])
+    assert read_step(path, 2) == {0: [trees[2]], 1: [trees[1], trees[3]]}
+    assert list(read_step(path, 2)) == [0, 1]
+    assert read_step(path, 3) == {}
+    assert list(read_trees(path)) == trees
+    append_trees(path, [make_tree(3)])
+    with pytest.raises(DataError, match="tree of step 3 does not say which mini-batch"):
+        read_step(path, 3)
+    with pytest.raises(ValueError, match="shorter"):
+        append_trees(path, trees, minibatch=[0])
+    with pytest.raises(DataError, match="no such file"):
+        read_step(tmp_path / "none.jsonl", 1)

@@ -1,0 +1,116 @@
+"""A resumed run may change what cannot change its results, and hears about everything else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from appo.config import Config, load_config
+from appo.errors import CheckpointError
+from appo.resume import FREE, NOT_SHOWN, ROUNDING, changed, check_config, flat
+
+
+def saved(*overrides: str) -> dict[str, Any]:
+    """The configuration as a checkpoint gives it back."""
+    state: dict[str, Any] = json.loads(json.dumps(flat(load_config("quickstart", overrides))))
+    return state
+
+
+def test_the_same_configuration_is_no_change() -> None:
+    cfg = load_config("tiny", ["output=runs/a"])
+    assert check_config(saved_of(cfg), cfg, "runs/a") == []
+
+
+def saved_of(cfg: Config) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(json.dumps(flat(cfg)))
+    return state
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("learner.lr=0.5", "learner.lr: "),
+        ("seed=4", "seed: 0 -> 4"),
+        ("algo.half_life=7", "algo.half_life: None -> 7.0"),
+        ("learner.betas=[0.9,0.9]", "learner.betas: "),
+        ("model.dtype=float32", "model.dtype: 'bfloat16' -> 'float32'"),
+        ("tools.python.wall_s=1", "tools.python.wall_s: 5.0 -> 1.0"),
+        ("prompts_per_step=2", "prompts_per_step: "),
+    ],
+)
+def test_what_matters_is_refused_with_both_values(override: str, line: str) -> None:
+    old = saved()
+    with pytest.raises(CheckpointError) as caught:
+        check_config(old, load_config("quickstart", [override]), "runs/x")
+    said = str(caught.value)
+    assert line in said and "resume=runs/x" in said
+    assert "What may change: steps, save_every" in said and caught.value.exit_code == 2
+
+
+def test_all_differences_are_listed_at_once() -> None:
+    with pytest.raises(CheckpointError, match=r"seed: 0 -> 4; .*learner\.lr: .* -> 0\.5"):
+        check_config(saved(), load_config("quickstart", ["seed=4", "learner.lr=0.5"]), "r")
+
+
+def test_free_keys_are_noted() -> None:
+    cfg = load_config("quickstart", ["steps=99", "eval.questions=4", "watchdog_s=60", "output=z"])
+    notes = check_config(saved(), cfg, "r")
+    assert len(notes) == 3 and any("-> 99" in n for n in notes)
+    assert all(n.startswith("changed on resume: ") for n in notes)
+
+
+def test_rounding_is_said() -> None:
+    (note,) = check_config(saved(), load_config("quickstart", ["learner.token_budget=777"]), "r")
+    assert "up to rounding only" in note and "-> 777" in note
+
+
+def test_the_number_of_steps_matters_to_a_schedule() -> None:
+    old = saved("learner.schedule=cosine")
+    cfg = load_config("quickstart", ["learner.schedule=cosine", "steps=77"])
+    with pytest.raises(CheckpointError, match=r"steps: \d+ -> 77 \(learner.schedule is 'cosine'\)"):
+        check_config(old, cfg, "r")
+
+
+def test_parameters_of_a_task_are_compared_one_by_one() -> None:
+    old = saved_of(load_config("tiny"))
+    cfg = load_config("tiny", ["data.params={digits: [1, 3], terms: [2, 3]}"])
+    with pytest.raises(CheckpointError, match=r"data\.params\.digits: \[1, 2\] -> \[1, 3\]\)"):
+        check_config(old, cfg, "r")
+
+
+@pytest.mark.parametrize(
+    ("edit", "accepted"),
+    [
+        (lambda s: s.pop("learner.lora.r"), True),  # of an older version; the default is in force
+        (lambda s: s.update({"learner.magic": 1}), False),  # of a newer one, which used it
+        (lambda s: s.update({"learner.magic": None}), True),
+    ],
+)
+def test_checkpoints_of_other_versions(edit: Callable[[dict], object], accepted: bool) -> None:
+    cfg = load_config("tiny")
+    state = saved_of(cfg)
+    edit(state)
+    if accepted:
+        assert check_config(state, cfg, "r") == []
+    else:
+        with pytest.raises(CheckpointError, match=r"learner\.magic: 1 -> None"):
+            check_config(state, cfg, "r")
+
+
+def test_every_name_in_the_lists_is_a_key() -> None:
+    keys = flat(Config())
+    for name in (*FREE, *ROUNDING, *NOT_SHOWN):
+        if name == "learner.offload" and name not in keys:
+            continue
+        assert any(k == name or k.startswith(name + ".") for k in keys), name
+
+
+def test_values_and_order() -> None:
+    now = {"a": 1, "b": [1, 2]}
+    assert [str(c) for c in changed({"a": 2, "b": [1, 2], "z": 3}, now)] == [
+        "a: 2 -> 1",
+        "z: 3 -> None",
+    ]

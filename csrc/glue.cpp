@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "dtypes.h"
 #include "isa.h"
 #include "threads.h"
 
@@ -30,15 +31,6 @@ const GlueKernels& kernels_for(const std::string& isa) {
   TVM_FFI_CHECK(has_avx2() && (isa.empty() || isa == "avx2"), ValueError)
       << "isa is '" << isa << "', expected avx512 or avx2, where the machine has it";
   return glue_avx2();
-}
-
-Dtype dtype_of(const Tensor& t, const char* name) {
-  const auto code = t.dtype().code;
-  const auto bits = t.dtype().bits;
-  if (code == kDLFloat && bits == 32) return Dtype::f32;
-  if (code == kDLFloat && bits == 16) return Dtype::f16;
-  TVM_FFI_CHECK(code == kDLBfloat && bits == 16, TypeError) << name << " must be float32, bfloat16 or float16";
-  return Dtype::bf16;
 }
 
 // The data of a contiguous CPU tensor with the shape and dtype of `like`.

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "checks.h"
+#include "dtypes.h"
 #ifdef APPO_LINEAR_KERNELS
 #include "isa.h"
 #include "linear_problem.h"
@@ -36,15 +37,6 @@ const LinearKernels& choose(const std::string& isa, const Matrix& h, const Matri
   if ((isa.empty() || isa == "avx2") && has_avx2()) return linear_avx2();
   TVM_FFI_THROW(ValueError) << "isa is '" << isa << "', expected avx512_bf16, avx512 or avx2, and this machine has '"
                             << linear_isa() << "'";
-}
-
-Dtype dtype_of(const ffi::TensorView& t, const char* name) {
-  const auto code = t.dtype().code;
-  const auto bits = t.dtype().bits;
-  if (code == kDLFloat && bits == 32) return Dtype::f32;
-  if (code == kDLFloat && bits == 16) return Dtype::f16;
-  TVM_FFI_CHECK(code == kDLBfloat && bits == 16, TypeError) << name << " must be float32, bfloat16 or float16";
-  return Dtype::bf16;
 }
 
 Matrix matrix_of(const ffi::TensorView& t, const char* name) {

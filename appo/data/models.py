@@ -20,6 +20,7 @@ from typing import Any, Literal
 from appo.data.model_check import ModelInfo, check_model_folder
 from appo.data.model_fetch import SMOLLM2, Log, first_line, from_hub, from_wheel, hub_off, wheel_off
 from appo.errors import ModelError
+from appo.obs.lines import sync
 
 __all__ = [
     "ModelInfo",
@@ -180,23 +181,15 @@ def _fill_atomically(place: Path, name: str, origin: str, fill: Callable[[Path],
             os.chmod(
                 path, 0o755 if path.is_dir() else 0o644
             )  # mkdtemp and safetensors write private files
-            _fsync(path)
+            sync(path)
         if place.exists():
             shutil.rmtree(place)  # incomplete, and we hold the lock
         os.rename(tmp, place)
-        _fsync(place.parent)
+        sync(place.parent)
     except OSError as error:
         raise ModelError(f"cannot write {place}: {error}; free space or set APPO_CACHE") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from appo.errors import CheckpointError
-from appo.learner.manifest import STATE, read_manifest, seal, sync, verify, write_synced
+from appo.learner.manifest import STATE, read_manifest, seal, verify
 from appo.learner.ranks import Ranks
+from appo.obs.lines import sync, write_synced
 
 __all__ = ["load_latest", "read_manifest", "save_checkpoint"]
 

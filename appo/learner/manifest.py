@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from appo.errors import CheckpointError
+from appo.obs.lines import sync, write_synced
 
 FORMAT = 2
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -75,23 +76,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
         return manifest
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} has no readable {MANIFEST}: {error}") from error
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and force it to the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -70,11 +70,25 @@ def cut_after(path: Path, step: int | None) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Write `data` beside `path`, sync, and rename over it: readers see the old or the new file, never a half."""
     tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "wb") as f:
+    write_synced(tmp, data)
+    os.replace(tmp, path)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and force it to the disk."""
+    with open(path, "wb") as f:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(tmp, path)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _parsed(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Build: copy `kernels/` into the wheel as `appo/kernels/` and compile `csrc/` into `appo/_native/`.
+"""Build: copy `kernels/` into the wheel as `appo/_kernels/` and compile `csrc/` into `appo/_native/`.
 
 Everything else is in pyproject.toml.  One shared library without CPython and without libtorch symbols serves every
 Python and every torch, so the wheel is tagged `py3-none-<platform>`.  Without a C++ compiler or CMake, or with
@@ -23,6 +23,7 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = Path("appo", "_native")
+LINK = Path("appo", "_kernels")  # how a checkout sees kernels/: a link, which sdists leave out
 
 
 def find_cmake() -> str | None:
@@ -47,7 +48,7 @@ PURE = why_pure()
 
 
 def source_digest() -> str:
-    """Hash of what the library is built from; appo.kernels.native compares it to notice a stale build."""
+    """Hash of what the library is built from; appo._kernels.common.native compares it to notice a stale build."""
     digest = hashlib.sha256()
     for path in [ROOT / "CMakeLists.txt", *sorted((ROOT / "csrc").glob("*"))]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -70,9 +71,13 @@ class BuildKernels(Command):
 
     def run(self) -> None:
         base = ROOT if self.editable_mode else Path(self.build_lib or "build/lib")
-        if not self.editable_mode:
+        if self.editable_mode:
+            if not (ROOT / LINK).is_dir():  # an unpacked sdist, or a checkout without links
+                (ROOT / LINK).unlink(missing_ok=True)
+                (ROOT / LINK).symlink_to(Path("..", "kernels"), target_is_directory=True)
+        else:
             for path in self.kernel_files():
-                target = base / "appo" / path
+                target = base / LINK / path.relative_to("kernels")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / path, target)
         self.build_native(base / NATIVE)

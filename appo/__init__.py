@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Config": "appo.config",
     "load_config": "appo.config",
-    "train": "appo.training",
-    "evaluate": "appo.training",
+    "train": "appo.run.train",
+    "evaluate": "appo.run.train",
     "read_trees": "appo.rollout.store",
-    "read_metrics": "appo.obs.metrics",
+    "read_metrics": "appo.observability.metrics",
     "RolloutEngine": "appo.rollout.engine",
     "SamplingParams": "appo.rollout.engine",
     "Task": "appo.types",

@@ -1,4 +1,4 @@
-"""The command line: thin commands over `appo.training`, `appo.run` and `appo.doctor`. Heavy imports happen inside."""
+"""The command line: thin commands over `appo.run.train`, `appo.run.session` and `appo.doctor`. Heavy imports happen inside."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def _cuda_device_files() -> bool:
 
 
 def _fail(error: AppoError) -> NoReturn:
-    from appo.obs.progress import Console
-    from appo.together import show
+    from appo.dist.failures import show
+    from appo.observability.progress import Console
 
     if not error.told:
         show(error, Console())
@@ -85,7 +85,7 @@ def _fail(error: AppoError) -> NoReturn:
 
 
 def _console(plain: bool, rank: int = 0) -> Any:
-    from appo.obs.progress import Console
+    from appo.observability.progress import Console
 
     console = Console(plain=True if plain else None, rank=rank)
     usual = warnings.showwarning
@@ -104,8 +104,8 @@ def _console(plain: bool, rank: int = 0) -> Any:
 def _several(recipe: str, overrides: list[str] | None, plain: bool) -> tuple[Any, Any, Any]:
     """(ranks, console, configuration) of a command that several processes share; rank 0 reads the recipe for all."""
     from appo.config import load_config
-    from appo.learner.ranks import Ranks
-    from appo.together import agreed
+    from appo.dist.failures import agreed
+    from appo.dist.ranks import Ranks
 
     ranks = Ranks.join()
     console, cfg = _console(plain, ranks.rank), None
@@ -130,9 +130,9 @@ def train(
     """Train a policy: `appo train quickstart`, `appo train tiny algo=grpo`, `appo train quickstart resume=RUN`."""
     ranks, console, cfg = _several(recipe, overrides, plain)
     if dry_run:
-        from appo.card import card_rows, card_warnings
         from appo.config import dump
-        from appo.plan import plan
+        from appo.run.plan import plan
+        from appo.run.startup_card import card_rows, card_warnings
 
         p = plan(cfg, console, ranks=ranks)
         if ranks.main:
@@ -141,7 +141,7 @@ def train(
             target.write_text(dump(cfg))
             console.note(f"resolved configuration written to {target}; nothing was loaded")
         return
-    from appo.training import train as run_training
+    from appo.run.train import train as run_training
 
     run_training(cfg, console, ranks)
 
@@ -161,7 +161,7 @@ def evaluate(
     plain: Plain = False,
 ) -> None:
     """Accuracy and tool use on the held-out questions of a recipe's task."""
-    from appo.training import evaluate as run_evaluation
+    from appo.run.train import evaluate as run_evaluation
 
     ranks, console, cfg = _several(recipe, overrides, plain)
     record = run_evaluation(cfg, run, console, ranks)
@@ -191,9 +191,9 @@ def rollout(
 ) -> None:
     """Sample rollout trees with the recipe's model and show them; nothing is learned."""
     from appo.config import load_config
-    from appo.obs.trees import render_tree
+    from appo.observability.trees import render_tree
     from appo.rollout.store import append_trees
-    from appo.training import sample_trees
+    from appo.run.train import sample_trees
 
     console = _console(plain)
     trees, text = sample_trees(load_config(recipe, overrides or []), prompts, console)
@@ -211,9 +211,9 @@ def replay(
     plain: Plain = False,
 ) -> None:
     """Learn one step of a run again from its saved trees and compare. Exit code 1 if the numbers differ."""
-    from appo.learner.ranks import Ranks
-    from appo.replay import replay as learn_again
-    from appo.replay import rows
+    from appo.dist.ranks import Ranks
+    from appo.run.replay import replay as learn_again
+    from appo.run.replay import rows
 
     ranks = Ranks.join()
     console = _console(plain, ranks.rank)
@@ -245,7 +245,7 @@ def sft_tiny(
 
     from appo.config import load_config
     from appo.learner.sft import SftSettings, run_sft
-    from appo.plan import usable_cores
+    from appo.run.plan import usable_cores
 
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"--output={output}: the folder is not empty; choose another one")

@@ -23,7 +23,7 @@ EXTRAS = {"vllm": "pip install 'appo[vllm]'", "flash-attn": "pip install 'appo[f
 def run_doctor(console: Any) -> bool:
     """Print the card; → True when training can run here."""
     from appo import __version__
-    from appo.plan import usable_cores
+    from appo.run.plan import usable_cores
     from appo.tools.sandbox import probe
 
     warnings: list[str] = []
@@ -111,7 +111,7 @@ def _native(warnings: list[str]) -> str:
 
 def _head() -> str:
     """What backend="auto" of linear_logprob_entropy means here."""
-    from appo.kernels import backends
+    from appo._kernels.common import backends
 
     isa, triton = backends.linear_isa(), backends.triton_version()
     on_cpu = f"CPU: cpu ({isa})" if isa else "CPU: torch (no native matrix kernels here)"
@@ -128,7 +128,7 @@ def _gpu() -> str:
 
 
 def _cache() -> str:
-    from appo.data.models import default_cache
+    from appo.models.resolve import default_cache
 
     place = default_cache()
     models = (

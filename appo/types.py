@@ -56,7 +56,7 @@ class Node:
     logprobs   behaviour log-probabilities at the sampling temperature, one per token; None unless role == "model"
     entropy    entropy in nats of the distribution each token was drawn from; None unless role == "model"
     anchor     log-probabilities that the loss takes ratios against, one per token, where the learner computed them
-               itself (`appo.learner.anchors`); None: those recorded by the engine, `logprobs`
+               itself (`appo.trainer.old_logprobs`); None: those recorded by the engine, `logprobs`
     path       position in the tree, the source of all randomness below it: (root index, branch index, …)
     closed     its last token closed a tool call or the answer
 

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from appo.kernels.gpu.aot import AotCase
+from appo._kernels.common.gpu.aot import AotCase
 
 # Dynamic shared memory that one block may ask for; registers of one multiprocessor (NVIDIA) or of one lane over all the
 # waves of a SIMD (AMD); columns of tensor memory. A kernel over any of them compiles and then fails at its first launch.

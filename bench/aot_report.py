@@ -23,7 +23,7 @@ from typing import Any
 
 from common import machine, parser
 
-from appo.kernels.gpu.aot import ARCHS
+from appo._kernels.common.gpu.aot import ARCHS
 
 MARKERS = ("<!-- aot-table -->", "<!-- /aot-table -->")
 COLUMNS = {
@@ -84,7 +84,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument(
         "--module",
         action="append",
-        help="module with aot_cases(); repeatable; default: all of appo.kernels.gpu",
+        help="module with aot_cases(); repeatable; default: every gpu folder of kernels/",
     )
     args = options.parse_args()
     args.arch = args.arch or list(ARCHS)
@@ -108,11 +108,12 @@ def cases(arch: str, args: argparse.Namespace) -> list[Any]:
 def modules(names: Sequence[str] | None) -> list[Any]:
     if names:
         return [importlib.import_module(name) for name in names]
-    import appo.kernels.gpu as package
+    import appo._kernels as package
 
     found = [
-        importlib.import_module(f"{package.__name__}.{info.name}")
-        for info in pkgutil.iter_modules(package.__path__)
+        importlib.import_module(info.name)
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        if ".gpu." in info.name
     ]
     return [module for module in found if hasattr(module, "aot_cases")]
 

@@ -26,10 +26,10 @@ from common import Case, arguments, report, timings
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from appo.rollout.native import segments
-from appo.rollout.native.layout import BLOCK
-from appo.rollout.native.pool import KVPool
-from appo.rollout.native.segments import attend_segments
+from appo.rollout.native.attention import segments
+from appo.rollout.native.attention.pool import KVPool
+from appo.rollout.native.attention.segments import attend_segments
+from appo.rollout.native.tree.layout import BLOCK
 
 Shape = tuple[int, int, int]  # query heads, key heads, head dimension
 SMOL: Shape = (9, 3, 64)

@@ -24,15 +24,15 @@ from common import Case, medians, parser, report
 from engine import model_folder
 from torch import Tensor
 
-from appo.kernels import native
+from appo._kernels.common import native
 from appo.rollout.engine import SamplingParams
-from appo.rollout.native.layers import PARTS
-from appo.rollout.native.layout import Layout
-from appo.rollout.native.model import Model
-from appo.rollout.native.native_tree import make_tree
-from appo.rollout.native.pool import KVPool
-from appo.rollout.native.sampler import Sampler
-from appo.rollout.native.weights import read_config, read_tensors
+from appo.rollout.native.attention.pool import KVPool
+from appo.rollout.native.model.layers import PARTS
+from appo.rollout.native.model.model import Model
+from appo.rollout.native.model.weights import read_config, read_tensors
+from appo.rollout.native.sampling.sampler import Sampler
+from appo.rollout.native.tree.layout import Layout
+from appo.rollout.native.tree.native_tree import make_tree
 
 CONTEXT = 1024
 SHARED, OWN = 512, 200

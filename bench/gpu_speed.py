@@ -14,9 +14,9 @@ from gpu_timing import Stopwatch, explain
 from peers import Implementation, implementations, ours
 from torch import Tensor
 
-from appo.kernels.backends import module
-from appo.kernels.blocks import LinearCall, Upstream
-from appo.kernels.stats import LN2, Stats, finish
+from appo._kernels.common.backends import module
+from appo._kernels.common.stats import LN2, Stats, finish
+from appo._kernels.linear_logprob.blocks import LinearCall, Upstream
 
 SWEEP = Shape(32_768, 3584, 152_064), Shape(4096, 3584, 152_064)
 SWEEP_QUICK = (Shape(4096, 896, 151_936),)
@@ -47,7 +47,7 @@ def forward(rows: Rows, quick: bool, watch: Stopwatch) -> None:
 
 def default_tile(table: str, call: LinearCall) -> Any:
     """The shipped tile for this device."""
-    from appo.kernels.gpu import config, launch
+    from appo._kernels.common.gpu import config, launch
 
     return config.pick(getattr(config, table), launch.arch(call.h.device), True)
 
@@ -98,7 +98,7 @@ def backward(rows: Rows, quick: bool, watch: Stopwatch) -> None:
 
 def in_strips(block: tuple[int, int], run: Callable[[], object]) -> object:
     """`run` with another size of the strip of gradients than the one in the table."""
-    from appo.kernels.gpu import backward
+    from appo._kernels.linear_logprob.gpu import backward
 
     with mock.patch.object(backward, "gradient_block", return_value=block):
         return run()

@@ -6,7 +6,7 @@ Parts, each in a process of its own, so that a crash or a hang is reported and t
 
     tests     pytest -m gpu
     matrix    every backend against float64 on the same inputs, on the device
-    forward, cublas32, backward   sweeps over tile settings and block sizes; the tables of kernels/gpu/config.py come from here
+    forward, cublas32, backward   sweeps over tile settings and block sizes; the tables of kernels/common/gpu/config.py come from here
     peers     PyTorch eager, torch.compile, F.linear_cross_entropy, Liger, Cut-Cross-Entropy: those that are installed
 
 Times are medians of CUDA events with a cold L2, alternating, with the SM clock beside them. --minutes (default 8) is shared

@@ -34,7 +34,7 @@ from model_files import prepare, vocab_of
 from rollout_soak import soak
 from workload import Workload
 
-from appo.data.models import default_cache
+from appo.models.resolve import default_cache
 
 FIGURES = {
     "call_us": ("call", "µs"),

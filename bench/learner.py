@@ -41,7 +41,7 @@ from engine import model_folder
 from engines import Engine, EngineFailed, Running, last_line, python_of
 from trees import Work
 
-from appo.data.models import default_cache
+from appo.models.resolve import default_cache
 
 PEERS = Path(__file__).resolve().parent / "learner_peers"
 OURS = Engine("ours", "ours", str(PEERS / "peer_ours.py"))

@@ -24,9 +24,9 @@ import appo
 from appo.algo.objective import make_objective
 from appo.algo.presets import resolve
 from appo.config import Config
-from appo.data.packing import PackedBatch, pack
 from appo.kernels import linear_logprob_entropy
 from appo.learner import Learner, LearnerSettings
+from appo.packing.pack import PackedBatch, pack
 from appo.types import Counts, Credit, Leaf, Node, RolloutTree, Task
 
 PROMPT, RESPONSE, PROMPTS = 134, 60, 2  # of the run that the README prints: averages per prompt

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python bench/memory.py [--quick] [--json FILE]
 
-The table is computed by `appo.memory` from the models' published shapes; nothing of that size is loaded. The formulas are
+The table is computed by `appo.run.memory` from the models' published shapes; nothing of that size is loaded. The formulas are
 then compared with small models: tensors of a DeepSpeed engine between backward and step (ZeRO 0 to 3, on one rank and, by
 torchrun, on two), storages that autograd saves in a forward, the native engine's own KV pool, and the most that was alive
 at once in a forward and backward (PyTorch's profiler). `error` is (formula - measured) / measured.
@@ -29,13 +29,14 @@ from common import _write, parser, peak_bytes
 from torch import Tensor
 
 import appo
-from appo import memory
 from appo.algo.presets import resolve
-from appo.data.packing import PackedBatch, pack_sequences
-from appo.learner import Learner, LearnerSettings, forward
-from appo.learner.forward import Policy, load_model
-from appo.memory import Shape, Training
+from appo.learner import Learner, LearnerSettings
+from appo.learner import policy as forward
+from appo.learner.policy import Policy, load_model
+from appo.packing.pack import PackedBatch, pack_sequences
 from appo.rollout.native import NativeEngine
+from appo.run import memory
+from appo.run.memory import Shape, Training
 from appo.types import Counts
 
 BUDGET = 80e9  # bytes of one GPU

@@ -4,8 +4,8 @@
 
 16 prompts × 16 leaves × about 2,000 tokens in four shapes: flat roots of one node each; agents (4 roots and 12 branches,
 model turns of 60 tokens between tool results of 100); deep trees of small nodes (8 tokens a turn, hundreds of nodes on a
-path); chains of nodes of one token. Every row trains. --old FILE times another version of appo/data/packing.py beside
-it, e.g. one that `git show COMMIT:appo/data/packing.py` wrote to FILE. Every rank packs its own trees: the notes compare
+path); chains of nodes of one token. Every row trains. --old FILE times another version of appo/packing/pack.py beside
+it, e.g. one that `git show COMMIT:appo/packing/pack.py` wrote to FILE. Every rank packs its own trees: the notes compare
 with one of eight GPUs that train 100,000 tokens a second together (a CPU core trains a few thousand).
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from common import Case, medians, parser, report
 
-from appo.data.packing import PackedBatch, pack
+from appo.packing.pack import PackedBatch, pack
 from appo.types import Credit, Leaf, Node, RolloutTree, Task
 
 RANK_TOKENS_PER_S = 12_500  # what one of eight GPUs trains

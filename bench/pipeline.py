@@ -20,7 +20,7 @@ from typing import Any
 
 from common import Case, in_fresh_process, parser, report
 
-from appo.plan import usable_cores
+from appo.run.plan import usable_cores
 
 STEPS = {"tiny": 6, "quickstart": 5}  # of a run; the first and the last do not count
 
@@ -48,11 +48,11 @@ class Slow:
 def steps_of(recipe: str, staleness: int, tool_s: float, steps: int) -> list[dict[str, float]]:
     """Metrics of the steps of one run that count, with "seconds" of each."""
     from appo.config import load_config
-    from appo.data.datasets import Cursor
-    from appo.learner.weights import push
-    from appo.obs.progress import Console
-    from appo.plan import plan, tasks_of
-    from appo.run import Session, make_learner, make_trainer
+    from appo.data.tasks import Cursor
+    from appo.learner.push_weights import push
+    from appo.observability.progress import Console
+    from appo.run.plan import plan, tasks_of
+    from appo.run.session import Session, make_learner, make_trainer
 
     overrides = [f"staleness={staleness}", "eval.questions=0", f"steps={steps}"]
     console = Console(plain=True, quiet=True)

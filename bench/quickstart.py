@@ -29,7 +29,7 @@ def train(recipe: str, steps: int, output: Path) -> None:
 
 def main() -> None:
     args = arguments(__doc__ or "")
-    from appo.obs.metrics import read_metrics
+    from appo.observability.metrics import read_metrics
 
     recipe, steps = ("tiny", 2) if args.quick else ("quickstart", 4)
     with tempfile.TemporaryDirectory() as folder:

@@ -39,7 +39,7 @@ from engines import EngineFailed, Running, chosen, last_line, start
 from model_files import prepare, vocab_of
 from workload import Workload
 
-from appo.data.models import default_cache
+from appo.models.resolve import default_cache
 
 # key of an answer → (column, unit, higher is better)
 FIGURES = {

@@ -11,7 +11,7 @@ import time
 import psutil
 from common import Case
 
-from appo.data.models import TINY
+from appo.models.resolve import TINY
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
 

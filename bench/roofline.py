@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from common import parser
 
-from appo.kernels.gpu import config
+from appo._kernels.common.gpu import config
 
 PEAK_FLOPS = 798e12
 PEAK_BYTES = 3.0e12
@@ -52,7 +52,7 @@ def minimum(n: int, hidden: int, v: int) -> Work:
 
 def forward_triton(n: int, hidden: int, v: int) -> Work:
     """K1 on blocks of tokens, K2 after each."""
-    from appo.kernels.gpu import merge, partial
+    from appo._kernels.linear_logprob.gpu import merge, partial
 
     tile = config.pick(config.PARTIAL, ARCH, True)
     plan = config.cut(n, v, tile, True, PROCESSORS)
@@ -68,7 +68,7 @@ def forward_triton(n: int, hidden: int, v: int) -> Work:
 
 def forward_cublas32(n: int, hidden: int, v: int) -> Work:
     """A library product into each block of float32 logits, K3 over it."""
-    from appo.kernels.gpu import rowstats
+    from appo._kernels.linear_logprob.gpu import rowstats
 
     tokens, columns = config.logit_block(n, v)
     moved = done = 0
@@ -82,7 +82,7 @@ def forward_cublas32(n: int, hidden: int, v: int) -> Work:
 
 def backward_triton(n: int, hidden: int, v: int) -> Work:
     """K4 into a strip of bf16 gradients, then dh += G w and dW += Gᵀ h in float32; both rounded once at the end."""
-    from appo.kernels.gpu import dlogits
+    from appo._kernels.linear_logprob.gpu import dlogits
 
     tokens, columns = config.gradient_block(n, v)
     moved = done = 0

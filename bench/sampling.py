@@ -18,10 +18,10 @@ import torch
 from common import Case, medians, parser, report
 from torch import Tensor
 
-from appo.rollout.native import native_draw
-from appo.rollout.native.draw import Rows
-from appo.rollout.native.head import NativeHead
-from appo.rollout.native.model import Linear
+from appo.rollout.native.model.head import NativeHead
+from appo.rollout.native.model.model import Linear
+from appo.rollout.native.sampling import native_sample as native_draw
+from appo.rollout.native.sampling.definition import Rows
 
 TEMPERATURE = 0.9
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from appo.data.packing import interval_mask
+from appo.packing.pack import interval_mask
 
 
 @dataclass(frozen=True)

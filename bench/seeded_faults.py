@@ -52,56 +52,56 @@ class Fault:
 FAULTS = [
     Fault(
         "targets shifted by one",
-        "kernels/logprob.py",
+        "kernels/linear_logprob/op.py",
         "column = targets - vocab_start\n",
         "column = targets - vocab_start - 1\n",
         "test_values and torch and 1100",
     ),
     Fault(
         "entropy gradient set to 0",
-        "kernels/logprob.py",
+        "kernels/linear_logprob/op.py",
         "he * LN2, ga)",
         "he * 0.0, ga)",
         "test_gradients and torch",
     ),
     Fault(
         "-inf mask dropped, PyTorch",
-        "kernels/blocks.py",
+        "kernels/linear_logprob/blocks.py",
         "return x.masked_fill_(x < EMPTY, EMPTY)",
         "return x",
         "test_minus_infinity and torch",
     ),
     Fault(
         "statistics merged in bf16, PyTorch",
-        "kernels/stats.py",
+        "kernels/common/stats.py",
         "return Stats(m, s, u, a.z + b.z)",
         "return Stats(m, s.bfloat16().to(m.dtype), u.bfloat16().to(m.dtype), a.z + b.z)",
         "test_values and torch and 32001",
     ),
     Fault(
         "columns past V not masked, Triton K1",
-        "kernels/gpu/partial.py",
+        "kernels/linear_logprob/gpu/partial.py",
         "(column < V)[None, :]",
         "(column < V + COLUMNS)[None, :]",
         "test_values and triton and 1100",
     ),
     Fault(
         "statistics merged in bf16, Triton K2",
-        "kernels/gpu/algebra.py",
+        "kernels/common/gpu/algebra.py",
         "    s = tl.sum(weight * s, axis=0)\n",
         "    s = tl.sum(weight * s, axis=0).to(tl.bfloat16).to(tl.float32)\n",
         "test_values and triton and 1100",
     ),
     Fault(
         "targets shifted by one, Triton K1",
-        "kernels/gpu/partial.py",
+        "kernels/linear_logprob/gpu/partial.py",
         "column[None, :] == target[:, None]",
         "column[None, :] == target[:, None] + 1",
         "test_values and triton and 1100",
     ),
     Fault(
         "entropy gradient set to 0, Triton K4",
-        "kernels/gpu/algebra.py",
+        "kernels/common/gpu/algebra.py",
         "constant[:, None] - bent[:, None] * logp2",
         "constant[:, None] + 0.0 * logp2",
         "test_gradients and triton",
@@ -209,7 +209,7 @@ FAULTS = [
     ),
     Fault(
         "subtrees end a token late, PyTorch attention",
-        "kernels/attention_torch.py",
+        "kernels/tree_attention/backend_torch.py",
         "(j <= i) & (i < tout[None, :last])",
         "(j <= i) & (i <= tout[None, :last])",
         "test_every_loss_in_float64 and rollouts",
@@ -217,7 +217,7 @@ FAULTS = [
     ),
     Fault(
         "gradients of shared keys of one query block only, PyTorch attention",
-        "kernels/attention_torch.py",
+        "kernels/tree_attention/backend_torch.py",
         "dk[:, :b] += (ds.transpose(2, 3) @ q).sum(1)",
         "dk[:, :b] = (ds.transpose(2, 3) @ q).sum(1)",
         "test_large_trees and torch",
@@ -225,7 +225,7 @@ FAULTS = [
     ),
     Fault(
         "subtrees end a token late, Triton attention",
-        "kernels/gpu/tree_attention_forward.py",
+        "kernels/tree_attention/gpu/forward.py",
         "(row[:, None] < ends[None, :])",
         "(row[:, None] <= ends[None, :])",
         "test_small_trees and triton and forks",
@@ -257,7 +257,7 @@ FAULTS = [
     ),
     Fault(
         "partly hidden blocks taken as whole, FlexAttention",
-        "kernels/attention_flex.py",
+        "kernels/tree_attention/backend_flex.py",
         "whole = (last <= q0) & (least > q1)",
         "whole = (last <= q0) & (least > q0)",
         "test_blocks_are_those",
@@ -265,7 +265,7 @@ FAULTS = [
     ),
     Fault(
         "siblings seen, flash-attn",
-        "kernels/attention_flash.py",
+        "kernels/tree_attention/backend_flash.py",
         "before[ends[before] > start]",
         "before[ends[before] >= start]",
         "test_runs_have_the_keys",
@@ -273,7 +273,7 @@ FAULTS = [
     ),
     Fault(
         "positions are indices of the stream",
-        "appo/learner/forward.py",
+        "appo/learner/policy.py",
         "position_ids=batch.position_ids[None]",
         "position_ids=torch.arange(batch.unique_tokens)[None]",
         "test_every_loss_in_float64 and rollouts",
@@ -281,7 +281,7 @@ FAULTS = [
     ),
     Fault(
         "hidden states of the token before, learner",
-        "appo/learner/forward.py",
+        "appo/learner/policy.py",
         "rows=batch.source[edges]",
         "rows=batch.source[edges].clamp(min=1) - 1",
         "test_every_loss_in_float64 and rollouts",
@@ -289,7 +289,7 @@ FAULTS = [
     ),
     Fault(
         "labels shifted by one, packing",
-        "appo/data/packing.py",
+        "appo/packing/pack.py",
         "tokens.ids[at],",
         "tokens.ids[np.roll(at, -1)],",
         "test_every_loss_in_float64 and rollouts",
@@ -297,7 +297,7 @@ FAULTS = [
     ),
     Fault(
         "positions are indices, packing",
-        "appo/data/layout.py",
+        "appo/packing/placement.py",
         "position=np.arange(len(shift)) + shift,",
         "position=np.arange(len(shift)) + 0 * shift,",
         "test_every_loss_in_float64 and rollouts",
@@ -305,7 +305,7 @@ FAULTS = [
     ),
     Fault(
         "the end of the earlier of equal forks, packing",
-        "appo/data/layout.py",
+        "appo/packing/placement.py",
         "np.concatenate([-rank[child], np.ones(nodes, np.int64)])",
         "np.concatenate([rank[child], np.ones(nodes, np.int64)])",
         "test_every_loss_in_float64 and rollouts",
@@ -313,7 +313,7 @@ FAULTS = [
     ),
     Fault(
         "anchors of another token, packing",
-        "appo/data/packing.py",
+        "appo/packing/pack.py",
         '"anchor": anchor[at],',
         '"anchor": anchor[np.roll(at, 1)],',
         "test_every_loss_in_float64 and weight and anchors",
@@ -371,7 +371,7 @@ class Copy:
                 shutil.copy(source, root / name)
         # The checkout may be installed in editable mode: the copy comes first.
         self.env = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
-        where = "import appo, appo.kernels.stats as s; print(appo.__file__, s.__file__)"
+        where = "import appo, appo._kernels.common.stats as s; print(appo.__file__, s.__file__)"
         files = self._run([sys.executable, "-c", where], self.env).stdout.split()
         if not all(Path(f).is_relative_to(root) for f in files):
             raise RuntimeError(f"the copy in {root} is not what runs: {files}")

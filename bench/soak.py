@@ -18,9 +18,9 @@ from typing import Any
 
 from common import Case, _resident, arguments, medians, report
 
-from appo.rollout.native.layout import Layout
-from appo.rollout.native.native_tree import NativeTree, make_tree
-from appo.rollout.native.segment_tree import SegmentTree
+from appo.rollout.native.tree.layout import Layout
+from appo.rollout.native.tree.native_tree import NativeTree, make_tree
+from appo.rollout.native.tree.segment_tree import SegmentTree
 
 MAX_BLOCKS = 256
 MOST_LIVE = 64

@@ -26,8 +26,8 @@ from common import Case, in_fresh_process, parser, report, resident_bytes, timin
 from sdpa_plan import attend, plan_attention
 from torch import Tensor
 
-from appo.data.packing import interval_mask
 from appo.kernels import tree_attention
+from appo.packing.pack import interval_mask
 
 HEADS, KV_HEADS, DIM = 9, 3, 64
 MIB = 2**20

@@ -1,4 +1,4 @@
-// The Branching Score and the choice of positions. Twins of kernels/branching.py and kernels/selection.py; tested
+// The Branching Score and the choice of positions. Twins of kernels/branching/op.py and kernels/branching/selection.py; tested
 // against each other.
 //
 // Scores: one call, one segment at a time in a workspace that fits the second-level cache (24 bytes a token). Reads

@@ -21,7 +21,7 @@
 
 namespace appo {
 
-constexpr float kEmpty = -1e30f;  // stands for minus infinity, as in kernels/stats.py
+constexpr float kEmpty = -1e30f;  // stands for minus infinity, as in kernels/common/stats.py
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr int64_t kTile = 256;  // columns per tile of logits; statistics are rescaled once per tile
 constexpr int64_t kRows = 48;   // rows per tile of logits: 48 x 256 floats stay in L2 beside the panel

@@ -1,5 +1,5 @@
 // Segmented reverse discounted scans: out[i] = mask[i] * x[i] + gamma * out[i+1] inside each segment, and the same along
-// a tree of segments. O(N) time, no workspace per token. Twins of the definitions in kernels/scan.py; the two are tested
+// a tree of segments. O(N) time, no workspace per token. Twins of the definitions in kernels/branching/future_value.py; the two are tested
 // against each other.
 
 #include <tvm/ffi/function.h>
@@ -88,7 +88,7 @@ void tree_future_value(ffi::TensorView x, ffi::TensorView mask, ffi::TensorView 
   }
 }
 
-// Raised whenever a signature changes; kernels/native.py refuses a library of another version.
+// Raised whenever a signature changes; kernels/common/native.py refuses a library of another version.
 int64_t abi_version() { return 6; }
 
 }  // namespace

@@ -3,7 +3,8 @@
 import torch
 from head_backends import device_of
 
-from appo.kernels import attention_torch, tree_attention
+from appo._kernels.tree_attention import backend_torch as attention_torch
+from appo.kernels import tree_attention
 
 
 def random_ends(n, seed):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from appo.rollout.native.layout import BLOCK, Layout
+from appo.rollout.native.tree.layout import BLOCK, Layout
 
 
 class Watch:

@@ -28,7 +28,7 @@ class ByteTokenizer:
         return {"<eos>": EOS}
 
     def convert_ids_to_tokens(self, ids):
-        from appo.rollout.protocol import _byte_level_table
+        from appo.rollout.tags import _byte_level_table
 
         table = {b: c for c, b in _byte_level_table().items()}
         return ["<eos>" if i == EOS else table[i] for i in ids]

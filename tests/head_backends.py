@@ -12,8 +12,8 @@ import os
 import pytest
 import torch
 
+from appo._kernels.common.backends import linear_isa, triton_version
 from appo.kernels import linear_logprob_entropy
-from appo.kernels.backends import linear_isa, triton_version
 
 ON_DEVICE = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 INTERPRETED = ("triton", "cublas32")

@@ -15,7 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from appo.data.packing import PackedBatch
+from appo.packing.pack import PackedBatch
 from appo.types import Counts, Credit, Leaf, Node, RolloutTree, Task
 
 VOCAB = 97

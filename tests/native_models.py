@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from appo.rollout.native.attention import attend_segments_torch
-from appo.rollout.native.layers import NativeLayers
-from appo.rollout.native.layout import BLOCK, Layout
-from appo.rollout.native.model import Model
-from appo.rollout.native.native_tree import make_tree
-from appo.rollout.native.pool import KVPool
-from appo.rollout.native.weights import ModelConfig
+from appo.rollout.native.attention.attention import attend_segments_torch
+from appo.rollout.native.attention.pool import KVPool
+from appo.rollout.native.model.layers import NativeLayers
+from appo.rollout.native.model.model import Model
+from appo.rollout.native.model.weights import ModelConfig
+from appo.rollout.native.tree.layout import BLOCK, Layout
+from appo.rollout.native.tree.native_tree import make_tree
 
 FLOATS = torch.float32
 FAMILIES = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from head_backends import device_of, why_not
 
-from appo.kernels import native
+from appo._kernels.common import native
 
 
 def packed_backends(*names):

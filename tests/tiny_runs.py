@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from appo.obs.metrics import read_metrics, strip_times
+from appo.observability.metrics import read_metrics, strip_times
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (

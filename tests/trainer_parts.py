@@ -11,10 +11,10 @@ from fakes import EOS, ByteTokenizer, InstantPool, ScriptedEngine
 from appo.algo.objective import make_objective
 from appo.algo.presets import ALGORITHMS
 from appo.kernels import LogProbEntropy
-from appo.learner.trainer import Trainer
 from appo.rollout.agent import AgentSettings
-from appo.rollout.protocol import TokenText
-from appo.rollout.tree import Rollouts
+from appo.rollout.sampler import Rollouts
+from appo.rollout.tags import TokenText
+from appo.trainer.trainer import Trainer
 from appo.types import Task
 
 TEXT = TokenText(ByteTokenizer())

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 from tree_shadow import Both, Shadow, rows_read
 
 from appo.errors import EngineError, StaleWeightsError
-from appo.rollout.native.layout import Layout
+from appo.rollout.native.tree.layout import Layout
 
 MOST_SEQS, MOST_TOKENS = 12, 150
 NUMBER = st.integers(0, 10**6)  # taken modulo what there is

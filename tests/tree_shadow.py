@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from appo._kernels.common import native
 from appo.errors import EngineError
-from appo.kernels import native
-from appo.rollout.native.layout import BLOCK, Layout
-from appo.rollout.native.native_tree import NativeTree
-from appo.rollout.native.segment_tree import SegmentTree
+from appo.rollout.native.tree.layout import BLOCK, Layout
+from appo.rollout.native.tree.native_tree import NativeTree
+from appo.rollout.native.tree.segment_tree import SegmentTree
 
 TREES = [SegmentTree] if native.load()[0] is None else [SegmentTree, NativeTree]
 COUNTS = (

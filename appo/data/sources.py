@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-from appo.data.records import question_text, scan_records
+from appo.data.rl_records import question_text, scan_records
 from appo.errors import DataError
 from appo.types import Task
 
@@ -201,7 +201,7 @@ class ReasoningGym:
 
 
 class Records:
-    """Tasks from files (see appo.data.records). Without an `eval` file, `train` is divided by question text.
+    """Tasks from files (see appo.data.rl_records). Without an `eval` file, `train` is divided by question text.
 
     train, eval  paths   repair  mend known corruption   grader  use this one for all rows
     Training questions that also stand in the eval file are left out, and counted in a warning.

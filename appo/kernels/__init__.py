@@ -1,38 +1,63 @@
 """Kernels: definitions in PyTorch, native code where it is built, one name for both.
 
-The source lives in the top-level `kernels/` folder, which has no `__init__.py` on purpose: transformers imports
-whatever package called `kernels` it finds on the path. In a checkout (or editable install) this package reads that
-folder through `__path__`; in a wheel the files lie beside this one.
+This package is the public door. The source is the top-level `kernels/` folder, one sub-folder per operation, which
+Python sees as `appo._kernels`: a link in a checkout, a copy in a wheel. `kernels/` itself has no `__init__.py` on
+purpose: transformers imports whatever package called `kernels` it finds on the path.
+
+Importing this package loads no torch; each name loads its module when it is first used.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path as _Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_source = _Path(__file__).resolve().parents[2] / "kernels"
-if (_source / "native.py").is_file() and (_source.parent / "csrc").is_dir():  # our own checkout
-    __path__.insert(0, str(_source))
+if TYPE_CHECKING:  # the types of the names below, for editors and mypy
+    from appo._kernels.branching.future_value import (
+        future_value as future_value,
+    )
+    from appo._kernels.branching.future_value import (
+        half_life_to_gamma as half_life_to_gamma,
+    )
+    from appo._kernels.branching.future_value import (
+        tree_future_value as tree_future_value,
+    )
+    from appo._kernels.branching.op import BranchScores as BranchScores
+    from appo._kernels.branching.op import branch_scores as branch_scores
+    from appo._kernels.branching.selection import BranchPoints as BranchPoints
+    from appo._kernels.branching.selection import (
+        select_branch_points as select_branch_points,
+    )
+    from appo._kernels.common.debug import watch as watch
+    from appo._kernels.common.native import backend_info as backend_info
+    from appo._kernels.linear_logprob.blocks import IGNORE as IGNORE
+    from appo._kernels.linear_logprob.op import LogProbEntropy as LogProbEntropy
+    from appo._kernels.linear_logprob.op import (
+        linear_logprob_entropy as linear_logprob_entropy,
+    )
+    from appo._kernels.linear_logprob.op import logprob_entropy as logprob_entropy
+    from appo._kernels.policy_loss.op import PolicyLoss as PolicyLoss
+    from appo._kernels.policy_loss.op import policy_loss as policy_loss
+    from appo._kernels.tree_attention.op import tree_attention as tree_attention
 
-# public name → module that defines it
+# public name → module that defines it, below appo._kernels
 _PUBLIC = {
-    "linear_logprob_entropy": "logprob",
-    "logprob_entropy": "logprob",
-    "LogProbEntropy": "logprob",
-    "IGNORE": "blocks",
-    "watch": "debug",
-    "future_value": "scan",
-    "tree_future_value": "scan",
-    "half_life_to_gamma": "scan",
-    "branch_scores": "branching",
-    "BranchScores": "branching",
-    "select_branch_points": "selection",
-    "BranchPoints": "selection",
-    "tree_attention": "attention",
-    "policy_loss": "loss",
-    "PolicyLoss": "loss",
-    "backend_info": "native",
+    "linear_logprob_entropy": "linear_logprob.op",
+    "logprob_entropy": "linear_logprob.op",
+    "LogProbEntropy": "linear_logprob.op",
+    "IGNORE": "linear_logprob.blocks",
+    "watch": "common.debug",
+    "future_value": "branching.future_value",
+    "tree_future_value": "branching.future_value",
+    "half_life_to_gamma": "branching.future_value",
+    "branch_scores": "branching.op",
+    "BranchScores": "branching.op",
+    "select_branch_points": "branching.selection",
+    "BranchPoints": "branching.selection",
+    "tree_attention": "tree_attention.op",
+    "policy_loss": "policy_loss.op",
+    "PolicyLoss": "policy_loss.op",
+    "backend_info": "common.native",
 }
 
 __all__ = list(_PUBLIC)
@@ -41,7 +66,7 @@ __all__ = list(_PUBLIC)
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'appo.kernels' has no attribute {name!r}")
-    value = getattr(import_module(f"appo.kernels.{_PUBLIC[name]}"), name)
+    value = getattr(import_module(f"appo._kernels.{_PUBLIC[name]}"), name)
     globals()[name] = value
     return value
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from appo.learner.backend import Learner, LearnerSettings
     from appo.learner.checkpoint import load_latest, save_checkpoint
-    from appo.learner.weights import push
+    from appo.learner.learner import Learner, LearnerSettings
+    from appo.learner.push_weights import push
 
 __all__ = ["Learner", "LearnerSettings", "load_latest", "push", "save_checkpoint"]
 
 _HOME = {
-    "Learner": "appo.learner.backend",
-    "LearnerSettings": "appo.learner.backend",
+    "Learner": "appo.learner.learner",
+    "LearnerSettings": "appo.learner.learner",
     "load_latest": "appo.learner.checkpoint",
     "save_checkpoint": "appo.learner.checkpoint",
-    "push": "appo.learner.weights",
+    "push": "appo.learner.push_weights",
 }
 
 

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError
 from appo.learner.manifest import STATE, read_manifest, seal, verify
-from appo.learner.ranks import Ranks
-from appo.obs.lines import sync, write_synced
+from appo.observability.lines import sync, write_synced
 
 __all__ = ["load_latest", "read_manifest", "save_checkpoint"]
 

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from appo.data.packing import PackedBatch
 from appo.errors import LearnerError
+from appo.packing.pack import PackedBatch
 
 
 class Stats(Protocol):

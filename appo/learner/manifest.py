@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from appo.errors import CheckpointError
-from appo.obs.lines import sync, write_synced
+from appo.observability.lines import sync, write_synced
 
 FORMAT = 2
 MANIFEST, STATE = "manifest.json", "state.json"

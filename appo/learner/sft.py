@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from appo.data import tiny
-from appo.data.datasets import build_tasks
 from appo.data.prompts import PromptBuilder
+from appo.data.tasks import build_tasks
+from appo.models import tiny
 from appo.types import Task
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from appo.data.prompts import budget_text, encode_plain, result_text
 from appo.errors import PoolTooSmallError
 from appo.rollout.engine import RolloutEngine, SamplingParams, Stopped
-from appo.rollout.protocol import ANSWER, TagEvent, TagParser, TokenText
+from appo.rollout.tags import ANSWER, TagEvent, TagParser, TokenText
 from appo.tools.base import ToolResult
 from appo.types import Finish, Leaf, Node, RolloutTree, ToolCall
 

@@ -2,7 +2,7 @@
 
 Text is written next to the ids (`text` of a node, `token` of a branch point) for people and for the report; it is
 never read back into a tree. `minibatch` is the mini-batch of its step that a tree was trained in, from 0; a replay puts
-it back there (`read_step`). The format itself is `appo.obs.codec`.
+it back there (`read_step`). The format itself is `appo.observability.codec`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from appo.errors import DataError
-from appo.obs.codec import tree_from_json, tree_to_json
-from appo.obs.lines import append_lines, cut_after, read_lines, to_line
+from appo.observability.codec import tree_from_json, tree_to_json
+from appo.observability.lines import append_lines, cut_after, read_lines, to_line
 from appo.types import RolloutTree
 
 __all__ = [

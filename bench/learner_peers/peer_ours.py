@@ -12,8 +12,9 @@ from trees import Work, batches
 from appo.algo.objective import make_objective
 from appo.algo.presets import resolve
 from appo.config import AlgoConfig
-from appo.learner import Learner, LearnerSettings, backend
-from appo.learner.weights import Tap
+from appo.learner import Learner, LearnerSettings
+from appo.learner import learner as backend
+from appo.learner.push_weights import Tap
 
 
 def make(settings: dict[str, Any]):

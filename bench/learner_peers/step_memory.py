@@ -12,7 +12,7 @@ from trees import Work, batches
 from appo.algo.objective import make_objective
 from appo.algo.presets import resolve
 from appo.config import AlgoConfig
-from appo.learner.forward import Policy, load_model
+from appo.learner.policy import Policy, load_model
 
 MIB = 2**20
 

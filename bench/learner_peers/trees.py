@@ -99,7 +99,7 @@ class Work:
 
 def batches(work: Work, budget: int, only: list[int] | None = None) -> tuple[list[Any], Any]:
     """(packed streams, counts) of the trained rows; `only`: each of these rows as a tree of its own, sharing nothing."""
-    from appo.data.packing import pack
+    from appo.packing.pack import pack
     from appo.types import Counts
 
     trees, credits = ([tree(work)], [credits_of(work)]) if only is None else separate(work, only)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gguf_file import write_gguf
 
-from appo.data.models import default_cache
+from appo.models.resolve import default_cache
 
 SMOLLM2 = "HuggingFaceTB--SmolLM2-135M-Instruct"
 

@@ -16,12 +16,12 @@ from serve import serve
 
 import appo
 from appo.config import load_config
-from appo.data.datasets import Cursor
-from appo.learner.trainer import Trainer
-from appo.obs.progress import Console
-from appo.plan import plan, tasks_of
-from appo.rollout.native.weights import read_tensors
-from appo.run import Session
+from appo.data.tasks import Cursor
+from appo.observability.progress import Console
+from appo.rollout.native.model.weights import read_tensors
+from appo.run.plan import plan, tasks_of
+from appo.run.session import Session
+from appo.trainer.trainer import Trainer
 
 PHASES = ("rollout", "score", "branch", "reward", "push")
 

@@ -17,7 +17,7 @@ def test_alone_every_method_is_a_plain_function_and_torch_stays_out():
 
     run(1, "-c", """if 1:
         import sys
-        from appo.learner.ranks import Ranks
+        from appo.dist.ranks import Ranks
         r = Ranks.join()
         assert (r.rank, r.world, r.local_rank, r.local_world, r.main) == (0, 1, 0, 1, True)
         assert r.sum({"a": 1.5}) == {"a": 1.5} and r.reduce({"a": 2.0}, "max") == {"a": 2.0}
@@ -61,7 +61,7 @@ def test_the_death_of_a_rank_ends_the_wait_of_the_other_and_names_the_cause(end,
 
 
 def questions(folder: Path) -> None:
-    from appo.learner.ranks import Ranks
+    from appo.dist.ranks import Ranks
 
     ranks = Ranks.join()
     me, two = ranks.rank, ranks.world
@@ -127,7 +127,7 @@ def questions(folder: Path) -> None:
 
 
 def death(folder: Path) -> None:
-    from appo.learner.ranks import Ranks
+    from appo.dist.ranks import Ranks
 
     ranks = Ranks.join()
     (folder / str(ranks.rank)).touch()

@@ -14,7 +14,7 @@ import pytest
 from rank_runs import ROOT, join, run, start
 
 from appo.learner.checkpoint import verify
-from appo.obs.metrics import read_metrics, strip_times
+from appo.observability.metrics import read_metrics, strip_times
 
 HERE = Path(__file__)
 STEPS = 4
@@ -228,10 +228,10 @@ def fate(end: str) -> None:
     import torch
     import torch.distributed as dist
 
+    from appo.dist.failures import one_fate
+    from appo.dist.ranks import Ranks
     from appo.errors import AppoError, LearnerError
-    from appo.learner.ranks import Ranks
-    from appo.obs.progress import Console
-    from appo.together import one_fate
+    from appo.observability.progress import Console
 
     ranks = Ranks.join()
     try:

@@ -21,13 +21,13 @@ import torch
 from learner_forest import counts_of, forest, write_model
 from rank_runs import run
 
-from appo.data.packing import pack
 from appo.errors import CheckpointError
-from appo.learner.backend import Learner
-from appo.learner.forward import Policy, load_model
+from appo.learner.learner import Learner
 from appo.learner.lora import add_lora, merged_tensors
+from appo.learner.policy import Policy, load_model
 from appo.learner.settings import LearnerSettings
 from appo.learner.zero import learning_rate
+from appo.packing.pack import pack
 
 sys.path.insert(0, str(Path(__file__).parent))
 import zero_cases

@@ -20,13 +20,14 @@ import torch
 from learner_forest import PROBES, PlainEngine, counts_of, forest
 from learner_forest import objective as forest_objective
 
-from appo.data.packing import PackedBatch, pack
+from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError, LearnerError
-from appo.learner import backend, zero
-from appo.learner.backend import Learner
-from appo.learner.ranks import Ranks
+from appo.learner import learner as backend
+from appo.learner import zero
+from appo.learner.learner import Learner
+from appo.learner.push_weights import push
 from appo.learner.settings import LearnerSettings
-from appo.learner.weights import push
+from appo.packing.pack import PackedBatch, pack
 from appo.types import Counts
 
 STEPS, SAVED_AT, SAVED_AGAIN_AT = 6, 2, 4

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from appo.data.models import check_model_folder
+from appo.models.resolve import check_model_folder
 from appo.rollout.store import read_trees
 
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import textwrap
 
-from appo.obs.metrics import read_metrics
+from appo.observability.metrics import read_metrics
 
 PREAMBLE = """
 import sys, torch

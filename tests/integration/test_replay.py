@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
+from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError, ConfigError, DataError
-from appo.learner.ranks import Ranks
-from appo.obs.metrics import read_metrics
-from appo.replay import replay, rows
+from appo.observability.metrics import read_metrics
+from appo.run.replay import replay, rows
 
 SHORT = (
     "threads=1", "deterministic=true", "prompts_per_step=4", "eval.questions=0", "save_every=1", "keep_last=9", "steps=2",

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from appo.obs.metrics import read_metrics, strip_times
+from appo.observability.metrics import read_metrics, strip_times
 
 
 def command(*args):

@@ -234,7 +234,7 @@ def test_without_the_repack_the_tied_head_is_caught(engine, models, monkeypatch)
 
 def test_push_of_the_learner_with_its_probe(engine, models):
     """`learner.weights.push`: names, versions and log-probs of probe sequences agree."""
-    weights = pytest.importorskip("appo.learner.weights")
+    weights = pytest.importorskip("appo.learner.push_weights")
 
     class Learner:
         class cfg:

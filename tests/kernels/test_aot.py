@@ -61,7 +61,7 @@ def test_budgets_of_shipped_kernels(arch, tmp_path):
 TOY = """
 import triton
 import triton.language as tl
-from appo.kernels.gpu.aot import AotCase
+from appo._kernels.common.gpu.aot import AotCase
 
 @triton.jit
 def product(a_ptr, b_ptr, c_ptr, H, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_backends import on, packed_backends, packed_offsets
 
+from appo._kernels.common import native
 from appo.kernels import (
     BranchPoints,
     BranchScores,
     branch_scores,
     future_value,
-    native,
     select_branch_points,
 )
 

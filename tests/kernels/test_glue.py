@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from appo.kernels import backends, glue
+from appo._kernels.common import backends
+from appo._kernels.fused_layers import op as glue
 
 BACKENDS = [
     "torch",
@@ -91,7 +92,7 @@ def test_not_finite_numbers_stay_in_their_rows(backend):
 @pytest.mark.skipif(backends.linear_isa() is None, reason="no native kernels")
 def test_threads_and_instruction_sets():
     """The same bits for 1 and 3 threads; AVX2 agrees with the best up to the order of a sum."""
-    from appo.kernels import native
+    from appo._kernels.common import native
 
     x, w, dy = (made(s, torch.float32, i) for i, s in enumerate([(1500, 160), (160,), (1500, 160)]))
 

@@ -10,22 +10,23 @@ import pytest
 import torch
 from head_backends import ON_DEVICE, marks_of
 
-from appo.rollout.native.attention import attend_segments_torch
-from appo.rollout.native.pool import KVPool
-from appo.rollout.native.segment_tree import SegmentTree
+from appo.rollout.native.attention.attention import attend_segments_torch
+from appo.rollout.native.attention.pool import KVPool
+from appo.rollout.native.tree.segment_tree import SegmentTree
 
 triton = pytest.importorskip("triton")
 pytestmark = marks_of("triton")
 
-from appo.kernels.gpu import attend, attend_merge, kv_write  # noqa: E402
-from appo.kernels.gpu.attend_segments import (  # noqa: E402
+from appo._kernels.segment_attention.gpu import attend, kv_write  # noqa: E402
+from appo._kernels.segment_attention.gpu import merge as attend_merge  # noqa: E402
+from appo._kernels.segment_attention.gpu.segments import (  # noqa: E402
     Tables,
     attend_segments,
     heights,
     unavailable,
     workspace,
 )
-from appo.kernels.gpu.attend_work import FIXED_SPLIT, Cut, work  # noqa: E402
+from appo._kernels.segment_attention.gpu.work import FIXED_SPLIT, Cut, work  # noqa: E402
 
 torch.set_num_threads(1)
 DEVICE = torch.device("cuda" if ON_DEVICE else "cpu")

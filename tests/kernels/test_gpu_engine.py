@@ -13,12 +13,13 @@ from tiny_models import build, finish
 
 from appo.errors import EngineError
 from appo.rollout.engine import SamplingParams
-from appo.rollout.native import NativeEngine, flash
-from appo.rollout.native.graphs import Graphs
+from appo.rollout.native import NativeEngine
+from appo.rollout.native.attention import flash
+from appo.rollout.native.device.graphs import Graphs
 
 pytest.importorskip("triton")
-from appo.rollout.native.device import BUCKETS, FIXED_ROWS, DeviceRunner
-from appo.rollout.native.device_tables import Shape, Stage
+from appo.rollout.native.device.device import BUCKETS, FIXED_ROWS, DeviceRunner
+from appo.rollout.native.device.device_tables import Shape, Stage
 
 torch.set_num_threads(1)
 interpreted = [*marks_of("triton"), pytest.mark.skipif(ON_DEVICE, reason="the CPU is tested in Triton's interpreter")]  # fmt: skip
@@ -139,7 +140,7 @@ class TestInterpreted:
 
     def test_more_rows_than_a_pass_takes(self, folder, monkeypatch):
         """Passes of 8 rows one after another: what later rows read was written by earlier ones."""
-        monkeypatch.setattr("appo.rollout.native.device.MOST_ROWS", 8)
+        monkeypatch.setattr("appo.rollout.native.device.device.MOST_ROWS", 8)
         engine, host = engine_of(folder), engine_of(folder, "torch")
         ours, theirs = (e.score([e.add_prompt(list(range(30)))])[0] for e in (engine, host))
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=1e-5, atol=1e-5)
@@ -171,10 +172,10 @@ class TestInterpreted:
             DeviceRunner(engine.model, pool, False)
 
     def test_why_the_runner_cannot_run(self, folder, monkeypatch):
-        monkeypatch.setattr("appo.kernels.gpu.launch.interpreted", lambda: False)
+        monkeypatch.setattr("appo._kernels.common.gpu.launch.interpreted", lambda: False)
         with pytest.raises(EngineError, match="the device is cpu; use device='cuda'"):  # fmt: skip
             engine_of(folder)
-        monkeypatch.setitem(sys.modules, "appo.rollout.native.device", None)
+        monkeypatch.setitem(sys.modules, "appo.rollout.native.device.device", None)
         with pytest.raises(EngineError, match="runner='device'"):
             engine_of(folder)
 
@@ -274,8 +275,8 @@ def test_graphs_run_capture_and_replay(monkeypatch):
 
 def test_a_decode_step_keeps_its_shape_as_sequences_grow():
     """From 16 to 1,000 own tokens of 12 sequences: as many shapes as the tables double."""
-    from appo.kernels.gpu.attend_work import Cut, work
-    from appo.rollout.native.segment_tree import SegmentTree
+    from appo._kernels.segment_attention.gpu.work import Cut, work
+    from appo.rollout.native.tree.segment_tree import SegmentTree
 
     tree, shapes = SegmentTree(), set()
     prompt = tree.add(range(500))

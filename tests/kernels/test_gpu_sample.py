@@ -9,15 +9,15 @@ import pytest
 import torch
 from head_backends import device_of, marks_of
 
-from appo.rollout.native import draw as definition
-from appo.rollout.native import gpu_draw
-from appo.rollout.native.draw import Rows, race
-from appo.rollout.native.noise import halves, key
+from appo.rollout.native.sampling import definition
+from appo.rollout.native.sampling import gpu_sample as gpu_draw
+from appo.rollout.native.sampling.definition import Rows, race
+from appo.rollout.native.sampling.noise import halves, key
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from appo.kernels.gpu import sample as gpu  # noqa: E402
+from appo._kernels.sampling.gpu import sample as gpu  # noqa: E402
 
 torch.set_num_threads(1)
 pytestmark = marks_of("triton")

@@ -9,11 +9,11 @@ import torch
 from head_backends import marks_of
 from packed_backends import on, packed_offsets, random_tree
 
+from appo._kernels.common import packed
 from appo.kernels import (
     BranchScores,
     branch_scores,
     future_value,
-    packed,
     policy_loss,
     select_branch_points,
     tree_future_value,

@@ -219,8 +219,11 @@ def test_sweeps_call_what_exists(suite, tmp_path, monkeypatch):
     import gpu_speed
     from gpu_rows import Rows, Shape
 
-    from appo.kernels import linear_cublas, linear_torch, linear_triton
-    from appo.kernels.gpu import backward, launch
+    from appo._kernels.common.gpu import launch
+    from appo._kernels.linear_logprob import backend_cublas as linear_cublas
+    from appo._kernels.linear_logprob import backend_torch as linear_torch
+    from appo._kernels.linear_logprob import backend_triton as linear_triton
+    from appo._kernels.linear_logprob.gpu import backward
 
     tiles, blocks = [], []
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from appo.kernels import linear_cpu, linear_torch, native
-from appo.kernels.blocks import LinearCall, Upstream
-from appo.kernels.stats import EMPTY, LN2, Stats, finish
+from appo._kernels.common import native
+from appo._kernels.common.stats import EMPTY, LN2, Stats, finish
+from appo._kernels.linear_logprob import backend_cpu as linear_cpu
+from appo._kernels.linear_logprob import backend_torch as linear_torch
+from appo._kernels.linear_logprob.blocks import LinearCall, Upstream
 
 torch.set_num_threads(1)
 

@@ -12,10 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from appo.kernels import linear_cublas, linear_logprob_entropy, linear_torch, linear_triton
-from appo.kernels.blocks import LinearCall, Upstream
-from appo.kernels.gpu import launch
-from appo.kernels.gpu.config import (
+from appo._kernels.common.gpu import launch
+from appo._kernels.common.gpu.config import (
     DLOGITS,
     PARTIAL,
     SMALL,
@@ -28,8 +26,13 @@ from appo.kernels.gpu.config import (
     logit_workspace_bytes,
     stats_workspace_bytes,
 )
-from appo.kernels.gpu.merge import merge_slots_into
-from appo.kernels.stats import LN2, Stats, column_stats, empty, finish, merge
+from appo._kernels.common.stats import LN2, Stats, column_stats, empty, finish, merge
+from appo._kernels.linear_logprob import backend_cublas as linear_cublas
+from appo._kernels.linear_logprob import backend_torch as linear_torch
+from appo._kernels.linear_logprob import backend_triton as linear_triton
+from appo._kernels.linear_logprob.blocks import LinearCall, Upstream
+from appo._kernels.linear_logprob.gpu.merge import merge_slots_into
+from appo.kernels import linear_logprob_entropy
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings(
@@ -166,7 +169,7 @@ def test_blocks_of_tokens(monkeypatch):
     """A workspace too small for the batch: same bits, in several launches."""
     call = problem(70, 64, 1100)
     full = linear_triton.partial_stats(call, TILE)
-    monkeypatch.setattr("appo.kernels.gpu.config.STATS_BYTES", 16 * 2 * 32)
+    monkeypatch.setattr("appo._kernels.common.gpu.config.STATS_BYTES", 16 * 2 * 32)
     assert cut(70, 1100, TILE, True, 4).tokens == 32
     assert torch.equal(linear_triton.partial_stats(call, TILE), full)
 
@@ -194,7 +197,7 @@ def test_gradients(backend, output):
 @each_backend
 def test_gradients_in_strips(backend, monkeypatch):
     """Several strips in both directions, rows that repeat and rows that nobody asks for."""
-    monkeypatch.setattr("appo.kernels.gpu.config.LOGIT_TOKENS", 20)
+    monkeypatch.setattr("appo._kernels.common.gpu.config.LOGIT_TOKENS", 20)
     rows = torch.randint(50, (70,), generator=torch.Generator().manual_seed(3))
     call = problem(70, 64, 1100, rows=rows)
     up = upstream(call)
@@ -406,7 +409,7 @@ import sys
 sys.modules["triton"] = None
 for name in ("triton", "cublas"):
     try:
-        __import__(f"appo.kernels.linear_{name}")
+        __import__(f"appo._kernels.linear_logprob.backend_{name}")
     except ImportError as error:
         print(error)
 """

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from appo._kernels.linear_logprob.op import grads_op, stats_op
 from appo.kernels import IGNORE, linear_logprob_entropy, logprob_entropy, watch
-from appo.kernels.logprob import grads_op, stats_op
 
 torch.set_num_threads(1)
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_backends import on, packed_backends, packed_offsets
 
+from appo._kernels.common import native
 from appo.algo import losses
-from appo.kernels import PolicyLoss, half_life_to_gamma, native, policy_loss
+from appo.kernels import PolicyLoss, half_life_to_gamma, policy_loss
 from appo.types import Counts
 
 torch.set_num_threads(1)

@@ -11,9 +11,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from appo.kernels import linear_cublas, linear_triton
-from appo.kernels.blocks import LinearCall, Upstream
-from appo.kernels.gpu import backward, config, dlogits, launch, partial, rowgrads, rowstats
+from appo._kernels.common.gpu import config, launch
+from appo._kernels.linear_logprob import backend_cublas as linear_cublas
+from appo._kernels.linear_logprob import backend_triton as linear_triton
+from appo._kernels.linear_logprob.blocks import LinearCall, Upstream
+from appo._kernels.linear_logprob.gpu import backward, dlogits, partial, rowgrads, rowstats
 
 HIDDEN, VOCAB = 64, 152_064
 SLACK = 64 << 10  # small vectors: copies of [N] inputs, the softcap

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_backends import on, packed_backends, packed_offsets, random_tree
 
-from appo.kernels import future_value, half_life_to_gamma, native, tree_future_value
+from appo._kernels.common import native
+from appo.kernels import future_value, half_life_to_gamma, tree_future_value
 
 torch.set_num_threads(1)
 HAS_NATIVE = native.load()[0] is not None

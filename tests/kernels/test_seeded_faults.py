@@ -25,8 +25,8 @@ def test_every_fault_still_applies(script):
 
 
 def test_a_fault_whose_text_is_gone_is_an_error(script):
-    fault = script.Fault("gone", "kernels/stats.py", "no such line", "", "")
-    with pytest.raises(ValueError, match=r"'gone'.*kernels/stats.py holds its text 0 times"):
+    fault = script.Fault("gone", "kernels/common/stats.py", "no such line", "", "")
+    with pytest.raises(ValueError, match=r"'gone'.*kernels/common/stats.py holds its text 0 times"):
         script.patched(script.ROOT, fault)
 
 

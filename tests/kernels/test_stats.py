@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appo.kernels.stats import LOG2E, column_stats, empty, finish, merge
+from appo._kernels.common.stats import LOG2E, column_stats, empty, finish, merge
 
 torch.set_num_threads(1)
 

@@ -21,9 +21,11 @@ from attention_problems import (
 )
 from head_backends import backend_params, dtype_of, relative
 
-from appo.kernels import attention_cpu, attention_torch, tree_attention
-from appo.kernels.attention import Kept, TreeCall, backward_op, check_tree, forward_op
-from appo.kernels.backends import linear_isa
+from appo._kernels.common.backends import linear_isa
+from appo._kernels.tree_attention import backend_cpu as attention_cpu
+from appo._kernels.tree_attention import backend_torch as attention_torch
+from appo._kernels.tree_attention.op import Kept, TreeCall, backward_op, check_tree, forward_op
+from appo.kernels import tree_attention
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter

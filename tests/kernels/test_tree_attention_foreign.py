@@ -9,8 +9,11 @@ import torch
 from attention_problems import HEADS, LARGE, TREES, error, exact, problem, random_ends, run
 from torch.nn.attention import flex_attention as flex
 
-from appo.kernels import attention_flash, attention_flex, attention_torch, tree_attention
-from appo.kernels.attention_recent import Recent
+from appo._kernels.tree_attention import backend_flash as attention_flash
+from appo._kernels.tree_attention import backend_flex as attention_flex
+from appo._kernels.tree_attention import backend_torch as attention_torch
+from appo._kernels.tree_attention.recent import Recent
+from appo.kernels import tree_attention
 
 torch.set_num_threads(1)
 ALL = TREES | LARGE

@@ -18,7 +18,7 @@ def test_transformers_ignores_our_kernels():
         "import sys; from transformers import Qwen3ForCausalLM; from transformers.utils import is_kernels_available; "
         "import appo.kernels; appo.kernels.future_value; "
         "ours = sys.modules.get('kernels'); assert getattr(ours, '__file__', None) is None, ours; "
-        "assert 'kernels.scan' not in sys.modules and 'appo.kernels.scan' in sys.modules"
+        "assert 'kernels.scan' not in sys.modules and 'appo._kernels.branching.future_value' in sys.modules"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200
@@ -28,7 +28,7 @@ def test_transformers_ignores_our_kernels():
 
 def test_no_second_copy_of_a_definition():
     """In a checkout `appo/kernels/` holds the path shim and nothing else: the source is kernels/."""
-    import appo.kernels.scan
+    import appo._kernels.branching.future_value
 
     assert [p.name for p in (ROOT / "appo" / "kernels").glob("*.py")] == ["__init__.py"]
-    assert Path(appo.kernels.scan.__file__).parent == ROOT / "kernels"
+    assert Path(appo._kernels.branching.future_value.__file__).parent == ROOT / "kernels"

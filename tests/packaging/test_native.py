@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from appo.kernels import backend_info, future_value, native
+from appo._kernels.common import native
+from appo.kernels import backend_info, future_value
 
 ROOT = Path(__file__).resolve().parents[2]
 ARGS = (torch.ones(3), torch.ones(3), torch.tensor([0, 3]), 0.5)

@@ -17,7 +17,7 @@ from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
 from appo.rollout.native import engine as engine_module
-from appo.rollout.native.segment_tree import SegmentTree
+from appo.rollout.native.tree.segment_tree import SegmentTree
 from appo.rollout.seeds import derive_seed
 
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
 from appo.rollout.native import engine as engine_module
 from appo.rollout.native.scheduler import State
-from appo.rollout.native.segment_tree import SegmentTree
+from appo.rollout.native.tree.segment_tree import SegmentTree
 
 torch.set_num_threads(1)
 _FOLDER = tempfile.TemporaryDirectory()

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appo.data.packing import PackedBatch, interval_mask, pack, trains
-from appo.data.sharing import sharing_tallies
-from appo.data.streams import Forest, cut
+from appo.packing.forest import Forest, cut
+from appo.packing.pack import PackedBatch, interval_mask, pack, trains
+from appo.packing.sharing import sharing_tallies
 from appo.types import Credit, Leaf, Node, RolloutTree, Task
 
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appo.rollout.protocol import TagEvent, TagParser
+from appo.rollout.tags import TagEvent, TagParser
 
 PIECES = st.sampled_from(
     [

@@ -38,8 +38,8 @@ def look(me: psutil.Process) -> dict[str, float]:
 def soak(steps: int, every: int) -> dict[str, Any]:
     """What was held every `every` steps and after the end, and slopes over the second half."""
     from appo.config import load_config
-    from appo.obs.progress import Console
-    from appo.training import TrainingRun, train
+    from appo.observability.progress import Console
+    from appo.run.train import TrainingRun, train
 
     me, seen = psutil.Process(), []
     real = TrainingRun._one_step

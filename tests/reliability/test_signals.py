@@ -11,11 +11,11 @@ import time
 
 import pytest
 
-from appo.signals import SAME_S, Stopped, StopRequest
+from appo.dist.signals import SAME_S, Stopped, StopRequest
 
 SCRIPT = """
 import ctypes, sys, time
-from appo.signals import StopRequest
+from appo.dist.signals import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
     {body}

@@ -21,10 +21,10 @@ import pytest
 import torch
 from tiny_runs import finish, start, steps
 
-from appo.data.packing import PackedBatch, pack_sequences
 from appo.errors import LearnerError
 from appo.learner import Learner, LearnerSettings, push
 from appo.learner.checkpoint import load_latest
+from appo.packing.pack import PackedBatch, pack_sequences
 from appo.rollout.native import NativeEngine
 from appo.types import Counts
 

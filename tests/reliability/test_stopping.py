@@ -15,8 +15,8 @@ import pytest
 import torch
 from tiny_runs import finish, records, start, steps, train, until, weights, written
 
+from appo.dist.signals import SAME_S
 from appo.learner.checkpoint import load_latest
-from appo.signals import SAME_S
 
 SLOW_TOOL = """
 import time, appo.tools.python as python_tool
@@ -27,7 +27,7 @@ python_tool.PythonTool.__call__ = slow
 
 # The third record does not fit: half of its line reaches the disk.
 FULL_DISK = """
-import errno, os, appo.obs.metrics as metrics
+import errno, os, appo.observability.metrics as metrics
 real, count = metrics.append_lines, [0]
 def full(path, lines):
     count[0] += 1

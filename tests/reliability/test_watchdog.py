@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from appo.obs.watchdog import EXIT_STALLED, Watchdog
+from appo.observability.watchdog import EXIT_STALLED, Watchdog
 
 PREAMBLE = """
 import ctypes, subprocess, sys, threading, time
-from appo.obs import watchdog
-from appo.obs.watchdog import Watchdog
+from appo.observability import watchdog
+from appo.observability.watchdog import Watchdog
 def stuck_here(seconds):
     ctypes.CDLL(None).sleep(seconds)  # in C, without the interpreter lock
 """

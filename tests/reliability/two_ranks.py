@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from appo.data.packing import PackedBatch, pack_sequences
+from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError, LearnerError
 from appo.learner import Learner, LearnerSettings
 from appo.learner.checkpoint import load_latest, save_checkpoint
-from appo.learner.ranks import Ranks
+from appo.packing.pack import PackedBatch, pack_sequences
 from appo.types import Counts
 
 FOLDER, MODEL = Path(sys.argv[1]), sys.argv[2]

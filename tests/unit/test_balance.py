@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appo.data.packing import PackedBatch, interval_mask, pack, pack_sequences
-from appo.learner.balance import Costs, balance, deal
-from appo.learner.ranks import Ranks
+from appo.dist.ranks import Ranks
+from appo.packing.pack import PackedBatch, interval_mask, pack, pack_sequences
+from appo.trainer.balance import Costs, balance, deal
 from appo.types import Credit, Leaf, Node, RolloutTree, Task
 
 torch.set_num_threads(1)

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from appo.card import card_rows, card_warnings
 from appo.config import load_config
-from appo.learner.ranks import Ranks
-from appo.obs.progress import Console
-from appo.plan import plan, usable_cores
+from appo.dist.ranks import Ranks
+from appo.observability.progress import Console
+from appo.run.plan import plan, usable_cores
+from appo.run.startup_card import card_rows, card_warnings
 
 
 @pytest.fixture

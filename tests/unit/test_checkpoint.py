@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from appo.data.packing import PackedBatch, pack_sequences
 from appo.errors import CheckpointError
 from appo.learner import checkpoint
-from appo.learner.backend import Learner, LearnerSettings
 from appo.learner.checkpoint import load_latest, read_manifest, save_checkpoint
+from appo.learner.learner import Learner, LearnerSettings
+from appo.packing.pack import PackedBatch, pack_sequences
 from appo.types import Counts
 
 torch.set_num_threads(1)

@@ -6,7 +6,7 @@ import yaml
 from appo.algo.presets import resolve
 from appo.config import dump, load_config, recipe_names
 from appo.errors import ConfigError
-from appo.run import check_pool
+from appo.run.session import check_pool
 
 
 def test_dump_reads_back_to_the_same_configuration(tmp_path):

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from appo.data.datasets import Cursor, build_tasks, read_rl_records, split_of
-from appo.data.records import question_text, scan_records
+from appo.data.rl_records import question_text, scan_records
+from appo.data.tasks import Cursor, build_tasks, read_rl_records, split_of
 from appo.errors import DataError
 
 
@@ -67,7 +67,7 @@ def test_positions_are_pure_functions_of_seed_and_split() -> None:
     assert build_tasks("arithmetic", split="train", seed=8)[0] != one[0]
     # The same in another process: nothing depends on the hash seed of the interpreter.
     code = (
-        "from appo.data.datasets import build_tasks;"
+        "from appo.data.tasks import build_tasks;"
         "print(build_tasks('arithmetic', split='train', seed=7)[41].messages[0]['content'])"
     )
     env = {

@@ -8,8 +8,8 @@ from tiny_models import PROMPT, VOCAB, finish
 from appo.errors import EngineError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
+from appo.rollout.native.model.weights import read_tensors
 from appo.rollout.native.scheduler import State
-from appo.rollout.native.weights import read_tensors
 
 torch.set_num_threads(1)
 

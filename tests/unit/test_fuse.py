@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from appo.learner.forward import ATTENTION, load_model
-from appo.learner.fuse import fuse
+from appo.learner.fused_layers import fuse
+from appo.learner.policy import ATTENTION, load_model
 from tests.tiny_models import CONFIGS, PROMPT, build
 
 
@@ -70,7 +70,7 @@ def test_every_block_is_exchanged_where_models_are_loaded(tmp_path):
 
 
 def test_the_original_runs_where_there_is_no_native_code(tmp_path, monkeypatch):
-    monkeypatch.setattr("appo.learner.fuse.choose", lambda backend, x: "torch")
+    monkeypatch.setattr("appo.learner.fused_layers.choose", lambda backend, x: "torch")
     lm = build("qwen3", tmp_path)
     lm.set_attn_implementation(ATTENTION)
     tout = {"tout": torch.full((len(PROMPT),), len(PROMPT))}

@@ -22,13 +22,13 @@ from learner_forest import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from appo.data.packing import PackedBatch, pack
 from appo.errors import ConfigError, LearnerError, ModelError
-from appo.learner.backend import Learner, LearnerSettings
-from appo.learner.forward import Policy, load_model
+from appo.learner.learner import Learner, LearnerSettings
 from appo.learner.lora import MergeGain, dithered_bfloat16
-from appo.learner.weights import Tap, push
+from appo.learner.policy import Policy, load_model
+from appo.learner.push_weights import Tap, push
 from appo.learner.zero import learning_rate
+from appo.packing.pack import PackedBatch, pack
 from appo.types import Counts
 
 torch.set_num_threads(1)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from learner_forest import model_node, objective, write_model
 
-from appo.data.packing import PackedBatch, pack, pack_sequences
-from appo.learner.backend import Learner
+from appo.learner.learner import Learner
 from appo.learner.settings import LearnerSettings
+from appo.packing.pack import PackedBatch, pack, pack_sequences
 from appo.types import Counts, Credit, Leaf, Node, RolloutTree, Task
 
 torch.set_num_threads(1)

@@ -11,12 +11,12 @@ import torch
 from tiny_models import CONFIGS, SHAPE
 from transformers import AutoModelForCausalLM
 
-from appo import memory
+from appo._kernels.linear_logprob import backend_cpu as linear_cpu
 from appo.algo.presets import resolve
 from appo.config import load_config
-from appo.kernels import linear_cpu
 from appo.learner import zero
-from appo.memory import Shape, Training
+from appo.run import memory
+from appo.run.memory import Shape, Training
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "memory.py"
 

@@ -17,16 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from appo.data import model_fetch
-from appo.data.gguf import convert_llama_gguf, unpermute_rotary
-from appo.data.models import (
+from appo.errors import ModelError
+from appo.models import fetch as model_fetch
+from appo.models.gguf import convert_llama_gguf, unpermute_rotary
+from appo.models.resolve import (
     MANIFEST,
     check_model_folder,
     default_cache,
     load_tokenizer,
     resolve_model,
 )
-from appo.errors import ModelError
 
 torch.set_num_threads(1)
 
@@ -180,8 +180,8 @@ def test_offline_error_lists_everything(tmp_path: Path, monkeypatch: pytest.Monk
     def never(*_: object) -> None:
         raise AssertionError("offline must ask nobody")
 
-    monkeypatch.setattr("appo.data.models.from_hub", never)
-    monkeypatch.setattr("appo.data.models.from_wheel", never)
+    monkeypatch.setattr("appo.models.resolve.from_hub", never)
+    monkeypatch.setattr("appo.models.resolve.from_wheel", never)
     with pytest.raises(ModelError) as caught:
         resolve_model(model_fetch.SMOLLM2, cache_dir=tmp_path, offline=True)
     text = str(caught.value)

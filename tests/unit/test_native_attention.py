@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from appo._kernels.common import native
 from appo.errors import EngineError
-from appo.kernels import native
-from appo.rollout.native import segments
-from appo.rollout.native.attention import attend_segments_torch
-from appo.rollout.native.pool import KVPool
-from appo.rollout.native.segments import attend_segments
+from appo.rollout.native.attention.attention import attend_segments_torch, segments
+from appo.rollout.native.attention.pool import KVPool
+from appo.rollout.native.attention.segments import attend_segments
 
 pytestmark = pytest.mark.skipif(
     not segments.available(torch.float32, 64, torch.device("cpu")), reason="no native attention"

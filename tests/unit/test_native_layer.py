@@ -31,12 +31,12 @@ from native_models import (
 from tiny_models import build, dense
 from torch import Tensor
 
+from appo._kernels.linear_logprob import backend_cpu as linear_cpu
 from appo.errors import EngineError
-from appo.kernels import linear_cpu
 from appo.rollout.native import NativeEngine
-from appo.rollout.native.layers import NativeLayers, unavailable
-from appo.rollout.native.model import Model
-from appo.rollout.native.pool import KVPool
+from appo.rollout.native.attention.pool import KVPool
+from appo.rollout.native.model.layers import NativeLayers, unavailable
+from appo.rollout.native.model.model import Model
 
 torch.set_num_threads(1)
 ISA = linear_cpu.isa()

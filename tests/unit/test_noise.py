@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from appo.rollout.native import native_draw
-from appo.rollout.native.noise import halves, key, uniform, uniforms
+from appo.rollout.native.sampling import native_sample as native_draw
+from appo.rollout.native.sampling.noise import halves, key, uniform, uniforms
 
 torch.set_num_threads(1)
 needs_native = pytest.mark.skipif(

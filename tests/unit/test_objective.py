@@ -12,10 +12,10 @@ from trainer_parts import FixedLearner, make_trainer, run_steps
 from appo.algo.credit import assign
 from appo.algo.objective import importance_weight, make_objective
 from appo.algo.presets import ALGORITHMS
-from appo.data.packing import pack
 from appo.kernels import LogProbEntropy
-from appo.learner.anchors import set_anchors
-from appo.obs.codec import tree_from_json, tree_to_json
+from appo.observability.codec import tree_from_json, tree_to_json
+from appo.packing.pack import pack
+from appo.trainer.old_logprobs import set_anchors
 from appo.types import Counts, Credit
 
 NOW = 5

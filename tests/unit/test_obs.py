@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from appo.errors import ConfigError, DataError
-from appo.obs import progress
-from appo.obs.branches import BranchLog, branch_table
-from appo.obs.card import card_text, elide, escape, md_code
-from appo.obs.chart import reward_curve
-from appo.obs.lines import append_lines
-from appo.obs.metrics import MetricsWriter, newcombe, read_metrics, strip_times, wilson
-from appo.obs.progress import Console, step_parts
-from appo.obs.report import write_report
-from appo.obs.trees import MAX_LINES, render_tree
+from appo.observability import progress
+from appo.observability.branches import BranchLog, branch_table
+from appo.observability.card import card_text, elide, escape, md_code
+from appo.observability.chart import reward_curve
+from appo.observability.lines import append_lines
+from appo.observability.metrics import MetricsWriter, newcombe, read_metrics, strip_times, wilson
+from appo.observability.progress import Console, step_parts
+from appo.observability.report import write_report
+from appo.observability.trees import MAX_LINES, render_tree
 from appo.rollout.store import append_trees
 from appo.types import Finish, Leaf, Node, RolloutTree, Task, ToolCall
 
@@ -116,7 +116,7 @@ def test_a_cut_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("appo.obs.lines.os.replace", die)
+    monkeypatch.setattr("appo.observability.lines.os.replace", die)
     with pytest.raises(KeyboardInterrupt):
         MetricsWriter(tmp_path, resume_after=1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -136,7 +136,7 @@ def test_unwritable_folder_is_a_config_error(tmp_path):
 
 def test_line_is_on_disk_when_write_returns(tmp_path):
     code = (
-        "import os, signal, sys; from appo.obs.metrics import MetricsWriter\n"
+        "import os, signal, sys; from appo.observability.metrics import MetricsWriter\n"
         "MetricsWriter(sys.argv[1]).write({'step': 7}); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60, check=False)
@@ -586,7 +586,7 @@ def test_report_goes_on_without_its_picture(tmp_path, monkeypatch):
     def broken(*_):
         raise OSError("no font")
 
-    monkeypatch.setattr("appo.obs.report.reward_curve", broken)
+    monkeypatch.setattr("appo.observability.report.reward_curve", broken)
     c, out = plain_console()
     write_report(tmp_path, "", c)
     assert "warning: curve.png could not be written: OSError: no font" in out.getvalue()
@@ -595,7 +595,7 @@ def test_report_goes_on_without_its_picture(tmp_path, monkeypatch):
 
 def test_console_costs_neither_torch_nor_matplotlib_nor_rich():
     code = (
-        "import sys, appo.obs.report, appo.obs.trees; from appo.obs.progress import Console\n"
+        "import sys, appo.observability.report, appo.observability.trees; from appo.observability.progress import Console\n"
         "c = Console(True); c.card('t', [('a', 'b')]); c.step({'step': 1})\n"
         "bad = {'torch', 'matplotlib', 'rich'} & set(sys.modules); sys.exit(', '.join(bad) or 0)"
     )

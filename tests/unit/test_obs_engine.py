@@ -1,7 +1,7 @@
 """The engine's numbers in the step line and in the report."""
 
-from appo.obs.engine import engine_parts, engine_section
-from appo.obs.progress import step_parts
+from appo.observability.engine import engine_parts, engine_section
+from appo.observability.progress import step_parts
 
 STEP = {
     "step": 1, "kind": "step", "engine/prefill_tokens": 100.0, "engine/decode_tokens": 250.0,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from appo.obs.learner import NoSignal, learner_parts, learner_section
-from appo.obs.progress import step_parts
-from appo.obs.report import report_text
+from appo.observability.learner import NoSignal, learner_parts, learner_section
+from appo.observability.progress import step_parts
+from appo.observability.report import report_text
 
 STEPS = [
     {"step": 1, "pack/tokens_all": 1000.0, "pack/tokens_rows": 400.0, "pack/tokens_unique": 250.0,

@@ -11,11 +11,11 @@ import pytest
 import tiny_models
 import torch
 
-from appo.data import packing
-from appo.data.packing import interval_mask, pack, pack_sequences, trains
-from appo.data.sharing import sharing_tallies
 from appo.errors import DataError
-from appo.learner.forward import Policy, load_model
+from appo.learner.policy import Policy, load_model
+from appo.packing import pack as packing
+from appo.packing.pack import interval_mask, pack, pack_sequences, trains
+from appo.packing.sharing import sharing_tallies
 from appo.types import Credit, Leaf, Node, RolloutTree, Task
 
 torch.set_num_threads(1)

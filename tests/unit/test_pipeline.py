@@ -17,12 +17,12 @@ from trainer_parts import (
     run_steps,
 )
 
+from appo._kernels.common import native
 from appo.errors import CheckpointError, DataError
-from appo.kernels import native
-from appo.learner.pipeline import deal, share_threads
-from appo.learner.tally import StepLog, Tally, count_branches, count_trees
-from appo.obs.codec import tree_to_json
-from appo.obs.metrics import strip_times
+from appo.observability.codec import tree_to_json
+from appo.observability.metrics import strip_times
+from appo.trainer.prefetch import deal, share_threads
+from appo.trainer.step_metrics import StepLog, Tally, count_branches, count_trees
 from appo.types import Task
 
 STEPS = 4

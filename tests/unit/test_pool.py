@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from appo._kernels.common import native
 from appo.errors import EngineError
-from appo.kernels import native
-from appo.rollout.native import pool as pool_module
-from appo.rollout.native.pool import KVPool
+from appo.rollout.native.attention import pool as pool_module
+from appo.rollout.native.attention.pool import KVPool
 
 F32, BF16 = torch.float32, torch.bfloat16
 LAYERS, HEADS = 3, 2

@@ -10,7 +10,7 @@ import pytest
 
 from appo.config import Config, load_config
 from appo.errors import CheckpointError
-from appo.resume import FREE, NOT_SHOWN, ROUNDING, changed, check_config, flat
+from appo.run.resume import FREE, NOT_SHOWN, ROUNDING, changed, check_config, flat
 
 
 def saved(*overrides: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appo.config import RewardSettings
-from appo.data.datasets import build_tasks
+from appo.data.tasks import build_tasks
 from appo.errors import ConfigError, GraderError
 from appo.reward import GRADERS
 from appo.reward.compose import RewardConfig, grade_item, score_leaf

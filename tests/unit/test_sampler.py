@@ -10,17 +10,17 @@ import pytest
 import torch
 from tiny_models import VOCAB, build
 
+from appo._kernels.linear_logprob import backend_cpu as linear_cpu
 from appo.errors import EngineError
-from appo.kernels import linear_cpu
 from appo.rollout.engine import SamplingParams
-from appo.rollout.native import draw as definition
-from appo.rollout.native import native_draw
-from appo.rollout.native.draw import Rows, race
-from appo.rollout.native.head import NativeHead
-from appo.rollout.native.model import Model
-from appo.rollout.native.noise import key
-from appo.rollout.native.sampler import Sampler
-from appo.rollout.native.weights import read_config, read_tensors
+from appo.rollout.native.model.head import NativeHead
+from appo.rollout.native.model.model import Model
+from appo.rollout.native.model.weights import read_config, read_tensors
+from appo.rollout.native.sampling import definition
+from appo.rollout.native.sampling import native_sample as native_draw
+from appo.rollout.native.sampling.definition import Rows, race
+from appo.rollout.native.sampling.noise import key
+from appo.rollout.native.sampling.sampler import Sampler
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

@@ -5,11 +5,11 @@ import pytest
 import torch
 from tree_shadow import TREES, rows_read
 
+from appo._kernels.common import native
 from appo.errors import EngineError, StaleWeightsError
-from appo.kernels import native
-from appo.rollout.native.layout import Layout
-from appo.rollout.native.native_tree import NativeTree, make_tree
-from appo.rollout.native.segment_tree import SegmentTree
+from appo.rollout.native.tree.layout import Layout
+from appo.rollout.native.tree.native_tree import NativeTree, make_tree
+from appo.rollout.native.tree.segment_tree import SegmentTree
 
 
 @pytest.fixture(params=TREES)

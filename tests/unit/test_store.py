@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appo.errors import DataError
-from appo.obs.codec import decode, encode
-from appo.obs.trees import stored_text
+from appo.observability.codec import decode, encode
+from appo.observability.trees import stored_text
 from appo.rollout.store import (
     append_trees,
     cut_after,

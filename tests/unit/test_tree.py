@@ -8,8 +8,8 @@ from appo.algo.presets import ALGORITHMS
 from appo.errors import PoolTooSmallError
 from appo.rollout.agent import AgentSettings
 from appo.rollout.grade import spans_of
-from appo.rollout.protocol import TokenText
-from appo.rollout.tree import Rollouts
+from appo.rollout.sampler import Rollouts
+from appo.rollout.tags import TokenText
 from appo.types import Finish, Leaf, Node, RolloutTree, Task
 
 TEXT = TokenText(ByteTokenizer())

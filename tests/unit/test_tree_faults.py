@@ -15,11 +15,11 @@ from tree_machine import Operations
 from tree_shadow import TREES
 
 from appo.errors import EngineError, StaleWeightsError
-from appo.rollout.native import native_tree, segment_tree
-from appo.rollout.native.block_list import BlockList
-from appo.rollout.native.layout import blocks_for, lay_out
-from appo.rollout.native.native_tree import NativeTree
-from appo.rollout.native.segment_tree import SegmentTree
+from appo.rollout.native.tree import native_tree, segment_tree
+from appo.rollout.native.tree.block_list import BlockList
+from appo.rollout.native.tree.layout import blocks_for, lay_out
+from appo.rollout.native.tree.native_tree import NativeTree
+from appo.rollout.native.tree.segment_tree import SegmentTree
 
 if sys.platform == "linux":
     import resource

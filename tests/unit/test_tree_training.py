@@ -30,12 +30,13 @@ from tree_gradients import (
     random_tree,
 )
 
+from appo._kernels.tree_attention import backend_torch as attention_torch
+from appo._kernels.tree_attention import op as attention
 from appo.algo.credit import assign
 from appo.algo.objective import Objective, make_objective
 from appo.algo.presets import ALGORITHMS
-from appo.data.packing import PackedBatch, pack
-from appo.kernels import attention, attention_torch
-from appo.learner.forward import Policy, load_model
+from appo.learner.policy import Policy, load_model
+from appo.packing.pack import PackedBatch, pack
 from appo.types import Counts, RolloutTree
 
 torch.set_num_threads(1)

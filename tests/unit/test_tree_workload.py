@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from appo.data.models import TINY
+from appo.models.resolve import TINY
 from appo.rollout.native import NativeEngine
 
 BENCH = Path(__file__).parents[2] / "bench"

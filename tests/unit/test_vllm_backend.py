@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from appo.algo.presets import resolve
 from appo.config import load_config
 from appo.errors import ConfigError, EngineError, ModelError, StaleWeightsError
-from appo.plan import _check_engine
 from appo.rollout.engine import SamplingParams
-from appo.rollout.native.segment_tree import SegmentTree
+from appo.rollout.native.tree.segment_tree import SegmentTree
 from appo.rollout.vllm import VLLMEngine, head, reports, start, tap, weights
 from appo.rollout.vllm.sequences import Sequences
+from appo.run.plan import _check_engine
 
 PROMPT = np.random.default_rng(3).integers(0, VOCAB, 70).tolist()
 OTHER = [*PROMPT[:-1], (PROMPT[-1] + 1) % VOCAB]

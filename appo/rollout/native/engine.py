@@ -32,16 +32,16 @@ from appo.rollout.native.checks import (
 )
 from appo.rollout.native.counters import Counters
 from appo.rollout.native.events import Event, EventLog
-from appo.rollout.native.layout import BLOCK
 from appo.rollout.native.loop import Loop
-from appo.rollout.native.model import Model
-from appo.rollout.native.native_tree import make_tree
+from appo.rollout.native.model.model import Model
+from appo.rollout.native.model.weights import read_config, read_tensors
 from appo.rollout.native.prompts import Prompts
 from appo.rollout.native.runner import make_runner
-from appo.rollout.native.sampler import Sampler
+from appo.rollout.native.sampling.sampler import Sampler
 from appo.rollout.native.scheduler import Run, Scheduler, State
 from appo.rollout.native.scoring import TreeScore
-from appo.rollout.native.weights import read_config, read_tensors
+from appo.rollout.native.tree.layout import BLOCK
+from appo.rollout.native.tree.native_tree import make_tree
 from appo.rollout.submission import Alone, checked_ids
 
 

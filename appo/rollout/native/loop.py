@@ -13,10 +13,10 @@ from appo.errors import EngineError
 from appo.rollout.engine import Stopped
 from appo.rollout.native.counters import Counters
 from appo.rollout.native.events import EventLog
-from appo.rollout.native.layout import Layout
 from appo.rollout.native.runner import Runner
-from appo.rollout.native.sampler import Sampler
+from appo.rollout.native.sampling.sampler import Sampler
 from appo.rollout.native.scheduler import Run, Scheduler, State
+from appo.rollout.native.tree.layout import Layout
 from appo.rollout.submission import Reason
 
 Drawn = tuple[list[int], list[float], list[float]]  # tokens, logprobs, entropies

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from appo.rollout.native.segment_tree import SegmentTree
+from appo.rollout.native.tree.segment_tree import SegmentTree
 
 MIN_SHARED = 16  # tokens; a shorter common prefix is not worth a segment of its own
 

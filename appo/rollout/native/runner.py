@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from appo.errors import EngineError
-from appo.rollout.native.attention import attend_segments_torch
-from appo.rollout.native.layout import Layout
-from appo.rollout.native.model import Model
-from appo.rollout.native.pool import KVPool
-from appo.rollout.native.segments import attend_segments
+from appo.rollout.native.attention.attention import attend_segments_torch
+from appo.rollout.native.attention.pool import KVPool
+from appo.rollout.native.attention.segments import attend_segments
+from appo.rollout.native.model.model import Model
+from appo.rollout.native.tree.layout import Layout
 
 BUCKET = 8  # deterministic PyTorch: rows are padded to a multiple of this (products of 1-3 rows take another path)
 
@@ -125,7 +125,7 @@ def make_runner(
     if not device and model.device.type == "cpu":
         return HostRunner(model, KVPool(*shape, limit=limit), deterministic)
     try:
-        from appo.rollout.native.device import DeviceRunner
+        from appo.rollout.native.device.device import DeviceRunner
     except ImportError as error:  # no Triton; it says what to install
         raise EngineError(f"runner='device': {error}") from error
     pool = KVPool(*shape, layout="plain", limit=limit)

@@ -23,8 +23,8 @@ from enum import Enum
 from appo.errors import PoolTooSmallError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native.events import EventLog
-from appo.rollout.native.layout import BLOCK, Layout
-from appo.rollout.native.segment_tree import SegmentTree
+from appo.rollout.native.tree.layout import BLOCK, Layout
+from appo.rollout.native.tree.segment_tree import SegmentTree
 from appo.rollout.submission import StopRule
 
 Path = list[tuple[int, int]]  # (node, how many of its own positions), root first

@@ -20,10 +20,10 @@ from torch import Tensor
 from appo.errors import EngineError
 from appo.kernels import linear_logprob_entropy
 from appo.rollout.engine import Scored
-from appo.rollout.native.layout import Layout
 from appo.rollout.native.runner import Runner
 from appo.rollout.native.scheduler import Scheduler
-from appo.rollout.native.segment_tree import SegmentTree
+from appo.rollout.native.tree.layout import Layout
+from appo.rollout.native.tree.segment_tree import SegmentTree
 
 Unit = tuple[int, int, int]  # node, first own position, count
 Reads = tuple[tuple[int, int], ...]  # (node, how many of its own positions), root first

@@ -1,0 +1,100 @@
+"""Several ranks behave as one program: a mistake is told once and ends all of them, and so does whatever kills one.
+
+With one rank both context managers let everything through: the command line prints the error as ever.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from appo.errors import AppoError, RankError
+from appo.dist.ranks import LOOK_S, Ranks
+from appo.observability.progress import Console
+from appo.dist.signals import Stopped
+
+
+@contextmanager
+def agreed(ranks: Ranks, console: Console) -> Iterator[None]:
+    """Go on only if no rank met an error (of ours) in the block; the first one is printed by rank 0 and raised by all.
+
+    Nothing collective may happen inside: a rank that fails does not get there.
+    """
+    if ranks.world == 1:
+        yield
+        return
+    error = None
+    try:
+        yield
+    except AppoError as e:
+        error = e
+    mine = None if error is None else (type(error).__name__, str(error), error.exit_code)
+    each = ranks.everyone(mine, "agreement that all is well")
+    failed = [(r, found) for r, found in enumerate(each) if found is not None]
+    if not failed:
+        return
+    rank, (name, text, code) = failed[0]
+    if ranks.main:
+        console.error(name, text if rank == 0 else f"rank {rank}: {text}")
+    ranks.barrier("the end")  # a launcher ends all ranks as soon as one has gone: print first
+    raise told(error or RankError(f"rank {rank}: {text}"), code)
+
+
+@contextmanager
+def one_fate(ranks: Ranks, console: Console) -> Iterator[None]:
+    """An error in the block is left as a word for the other ranks, and each cause is printed by one rank."""
+    try:
+        yield
+    except AppoError as error:
+        if ranks.world > 1 and not error.told:
+            _tell(error, ranks, console)
+        raise
+    except RuntimeError as error:  # a collective of the learner's says no more than that it failed
+        cause = ranks.what_happened() if ranks.world > 1 else ""
+        if not cause:
+            ranks.leave(word_of(error))
+            raise
+        lost = RankError(cause)
+        _tell(lost, ranks, console)
+        raise lost from error
+    except BaseException as error:
+        ranks.leave(word_of(error))
+        raise
+
+
+def told(error: AppoError, exit_code: int | None = None) -> AppoError:
+    """The error, marked as printed."""
+    error.told = True
+    if exit_code is not None:
+        error.exit_code = exit_code
+    return error
+
+
+def show(error: AppoError, console: Console) -> None:
+    """Print an error; a run that ends because it was asked to is none."""
+    if isinstance(error, Stopped):
+        console.warn(str(error))
+    else:
+        console.error(type(error).__name__, str(error))
+
+
+def word_of(error: BaseException) -> str:
+    """What a rank leaves for the others about the error that ends it."""
+    return f"{type(error).__name__}: {error}"
+
+
+def _tell(error: AppoError, ranks: Ranks, console: Console) -> None:
+    word = word_of(error)
+    if not ranks.main:
+        # Rank 0 speaks for all of those who met the same, or who were left by the same rank.
+        deadline = time.monotonic() + LOOK_S + 1
+        while time.monotonic() < deadline and 0 not in ranks.left() and not ranks.gone(0):
+            time.sleep(0.05)
+        heard = ranks.left().get(0)
+        if heard == word or (heard is not None and isinstance(error, RankError)):
+            told(error)
+    if not error.told:
+        show(error, console)
+        told(error)
+    ranks.leave(word)

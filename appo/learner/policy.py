@@ -1,0 +1,125 @@
+"""Log-probs and entropies of packed trees: transformer → hidden states → fused head, never [T, vocabulary].
+
+Attention takes the ends of the subtrees as they are (`appo._kernels.tree_attention`): blocks of tokens that do not see each
+other never meet, so a stream of many rollouts costs what the rollouts cost, not the square of the stream, and no mask of
+that size is ever made.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.utils import logging
+
+from appo.errors import ModelError
+from appo.kernels import LogProbEntropy, linear_logprob_entropy, tree_attention
+from appo.learner.fused_layers import fuse
+from appo.packing.pack import PackedBatch
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+ATTENTION = "appo_tree"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    tout: Tensor,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention in the form that transformers calls: q[1, Hq, T, D], k and v[1, Hkv, T, D] → out[1, T, Hq, D]."""
+    assert attention_mask is None, "the tree decides who sees whom"
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return tree_attention(q, k, v, tout, scale=scaling)[None], None
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+
+
+def load_model(model_dir: Path | str, dtype: torch.dtype) -> nn.Module:
+    """A causal LM of the Llama, Qwen2 or Qwen3 family from a local folder, with tree attention and without dropout.
+
+    Raises ModelError when the folder cannot be loaded or the model has parts that the learner does not compute.
+    """
+    if not (Path(model_dir) / "config.json").is_file():
+        raise ModelError(
+            f"cannot load a model from {str(model_dir)!r}: there is no config.json in it"
+        )
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(
+            str(model_dir), dtype=dtype, attn_implementation=ATTENTION, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a model from {str(model_dir)!r}: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    config = lm.config
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            f"{model_dir}: model_type is {config.model_type!r}; the learner trains {', '.join(FAMILIES)}"
+        )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        raise ModelError(
+            f"{model_dir}: sliding-window attention is not supported; choose a model without it"
+        )
+    if lm.lm_head.bias is not None:
+        raise ModelError(f"{model_dir}: lm_head has a bias, which the fused head does not compute")
+    config.attention_dropout = 0.0  # a ratio of log-probs needs the same function twice
+    for module in lm.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return fuse(lm)
+
+
+class Policy(nn.Module):
+    """A causal LM that answers with statistics of the packed edges; head_backend as in `linear_logprob_entropy`."""
+
+    def __init__(
+        self, lm: nn.Module, *, gradient_checkpointing: bool = False, head_backend: str = "auto"
+    ):
+        super().__init__()
+        self.lm = lm
+        self.head_backend = head_backend
+        if gradient_checkpointing:
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", FutureWarning
+                )  # renamed in a later transformers 5.x
+                lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, batch: PackedBatch, inv_temp: float = 1.0) -> LogProbEntropy:
+        """logp, entropy, lse: float32[E], at temperature 1/inv_temp; 0 (and no gradient) where mask is False."""
+        hidden = self.lm.model(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            tout=batch.tout,
+        ).last_hidden_state[0]  # [T, H]
+        edges = batch.mask.nonzero().squeeze(1)
+        stats = linear_logprob_entropy(
+            hidden,
+            self.lm.lm_head.weight,
+            batch.target[edges],
+            rows=batch.source[edges],
+            inv_temp=inv_temp,
+            backend=self.head_backend,
+        )
+        return LogProbEntropy(*(_scatter(x, edges, batch.mask.numel()) for x in stats))
+
+
+def _scatter(values: Tensor, at: Tensor, size: int) -> Tensor:
+    """values[N] at positions `at` of a vector of zeros, [size]; differentiable."""
+    if values.numel() == size:
+        return values
+    return values.new_zeros(size).index_put((at,), values)

@@ -1,0 +1,63 @@
+"""The output head in C++ (csrc/layer_head.cpp): its weight packed once, logits or drawn tokens from it.
+
+Needs what the C++ layers need (layers.unavailable). A row's bits depend on that row, its draw and the weights: not on
+the batch it stands in, not on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from appo._kernels.common import native
+from appo.rollout.native.sampling.definition import Drawn, Rows
+
+
+class NativeHead:
+    """A packed copy of a weight [vocab, hidden] of `dtype`, float32 or bfloat16; `packed_bytes` of memory.
+
+    isa      "avx512_bf16", "avx512", "avx2"; "" is the best for the dtype
+    threads  upper bound; None: torch's
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        hidden: int,
+        dtype: torch.dtype,
+        isa: str = "",
+        threads: int | None = None,
+    ):
+        self.vocab, self.threads = vocab, threads
+        self._head = _function("layer_head")(vocab, hidden, dtype == torch.bfloat16, isa)
+        self.packed_bytes: int = _function("layer_head_bytes")(self._head)
+        self._logits, self._sample = _function("layer_head_logits"), _function("layer_head_sample")
+
+    def pack(self, weight: Tensor) -> None:
+        """Copy weight[vocab, hidden]; to be called after every change of it."""
+        _function("layer_head_pack")(self._head, weight, self.thread_count())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, V] float32 of hidden[R, d], which may be float32 beside bfloat16 weights: nothing is rounded then."""
+        out = torch.empty(len(hidden), self.vocab)
+        self._logits(self._head, hidden, out, self.thread_count())
+        return out
+
+    def draw(self, hidden: Tensor, rows: Rows) -> Drawn:
+        """One token per row of hidden[R, d], from `logits(hidden)` of which only ever a tile is in memory."""
+        out = Drawn.empty(len(hidden))
+        self._sample(
+            self._head, hidden.contiguous(),
+            rows.seeds, rows.positions, rows.inv_temp, rows.greedy,
+            out.tokens, out.logp, out.entropy, self.thread_count(),
+        )  # fmt: skip
+        return out
+
+    def thread_count(self) -> int:
+        return torch.get_num_threads() if self.threads is None else self.threads
+
+
+def _function(name: str) -> Any:
+    return native.function(name, "cpu")

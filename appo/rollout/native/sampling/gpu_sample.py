@@ -1,0 +1,22 @@
+"""`draw` over logits on a GPU in Triton (kernels/sampling/gpu/sample.py): same noise and tokens as the definition in draw.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from appo._kernels.common import backends
+from appo.rollout.native.sampling.definition import Drawn, Rows
+
+
+def available(device: torch.device) -> bool:
+    return device.type == "cuda" and backends.triton_runs(device)
+
+
+def draw(logits: Tensor, rows: Rows) -> Drawn:
+    """One token per row of logits[R, V]; waits for the device once, for the results."""
+    from appo._kernels.sampling.gpu.sample import sample  # needs Triton
+
+    columns = (rows.seeds, rows.positions, rows.inv_temp, rows.greedy)
+    found = sample(logits, *(x.to(logits.device, non_blocking=True) for x in columns)).cpu()
+    return Drawn(found[0].long(), found[1].float(), found[2].float())

@@ -1,0 +1,262 @@
+"""Where the parts are put together: a checked plan → engine, rollouts, graders, learner, trainer.
+
+`appo.run.plan` finds every mistake that can be found without loading a model; `Session` loads what sampling and grading
+need; `make_learner` and `make_trainer` add what learning needs, which `appo.run.train` drives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from appo.config import Config
+from appo.data.prompts import PromptBuilder, encode_plain, result_text
+from appo.dist.ranks import Ranks
+from appo.errors import ConfigError
+from appo.models.resolve import load_tokenizer
+from appo.observability.progress import Console
+from appo.run.plan import Plan, tasks_of
+from appo.types import RolloutTree, Task
+
+
+def make_engine(p: Plan) -> Any:
+    """The rollout engine of the configuration, with the model loaded."""
+    r = p.cfg.rollout
+    common: dict[str, Any] = dict(
+        dtype=p.cfg.model.dtype,
+        max_batch=r.max_batch,
+        prefill_chunk=r.prefill_chunk,
+        max_context=r.max_context,
+    )
+    if r.engine == "vllm":
+        from appo.rollout.vllm import VLLMEngine
+
+        kv_bytes = None
+        if r.kv_tokens is not None:  # else vLLM takes nearly all of the device's memory
+            width = 2 if p.cfg.model.dtype == "bfloat16" else 4
+            kv_bytes = r.kv_tokens * 2 * p.model.layers * p.model.kv_dim * width
+        return VLLMEngine(p.source.path, statistics=r.statistics, kv_bytes=kv_bytes, **common)
+    from appo.rollout.native import NativeEngine
+
+    return NativeEngine(
+        p.source.path, deterministic=p.cfg.deterministic, kv_tokens=r.kv_tokens, **common
+    )
+
+
+def make_learner(p: Plan, ranks: Ranks | None = None) -> Any:
+    """The learner of the configuration, with the base weights loaded. Collective."""
+    from appo.learner.learner import Learner
+
+    return Learner(p.source.path, _learner_settings(p), seed=p.cfg.seed, ranks=ranks or Ranks())
+
+
+def _learner_settings(p: Plan) -> Any:
+    """`learner.*` as the learner's own settings."""
+    from appo.learner.settings import LearnerSettings
+
+    c = p.cfg.learner
+    return LearnerSettings(
+        mode=c.mode, lora_r=c.lora.r, lora_alpha=c.lora.alpha, lora_targets=tuple(c.lora.targets),
+        lora_layers=c.lora.layers, lr=c.lr, weight_decay=c.weight_decay, betas=(c.betas[0], c.betas[1]),
+        warmup_steps=c.warmup_steps, schedule=c.schedule, total_steps=p.cfg.steps * p.cfg.minibatches,
+        max_grad_norm=c.max_grad_norm, zero_stage=c.zero_stage, offload=c.offload, dtype=p.cfg.model.dtype,
+        gradient_checkpointing=c.gradient_checkpointing, temperature=p.cfg.rollout.temperature,
+        head_backend=c.head_backend, max_nonfinite=c.max_nonfinite, threads=p.threads, dump_dir=str(p.output),
+    )  # fmt: skip
+
+
+def make_trainer(
+    p: Plan,
+    learner: Any,
+    ranks: Ranks,
+    *,
+    push: Callable[[int], dict[str, float]],
+    sampler: Any = None,
+    grade: Callable[[Sequence[RolloutTree]], dict[str, float]] | None = None,
+) -> Any:
+    """The step loop of the configuration. Without sampler and grade it can learn from trees that exist (replay)."""
+    from appo.algo.objective import make_objective
+    from appo.trainer.balance import Costs
+    from appo.trainer.trainer import Trainer
+
+    cfg = p.cfg
+    trainer = Trainer(
+        algo=p.algo,
+        sampler=sampler,
+        learner=learner,
+        objective=make_objective(
+            p.algo,
+            entropy_coef=cfg.learner.entropy_coef,
+            version=lambda: trainer.version,
+            anchored=lambda: trainer.anchored,
+            importance_cap=cfg.learner.importance_cap,
+        ),
+        grade=grade,
+        push=push,
+        token_budget=cfg.learner.token_budget,
+        minibatches=cfg.minibatches,
+        rescore_roots=cfg.model.dtype == "bfloat16",
+        keep_all_rows=cfg.learner.entropy_coef != 0,
+        ranks=ranks,
+        staleness=cfg.staleness,
+        old_logprobs=cfg.learner.old_logprobs,
+        threads=p.threads,
+        costs=Costs.of_model(learner.lm.config, learner.parameter_counts()["total"]),
+    )
+    return trainer
+
+
+class Session:
+    """Everything that sampling and grading need, loaded: tokenizer, engine, tools, graders. Use as a context manager.
+
+    Every rank has its own. Making one is not collective; `evaluate` is.
+    """
+
+    def __init__(self, p: Plan, console: Console, ranks: Ranks | None = None):
+        import torch
+
+        from appo.reward.workers import GraderPool
+        from appo.rollout.tags import TokenText
+        from appo.tools.pool import ToolPool
+
+        torch.set_num_threads(p.threads)
+        cfg = p.cfg
+        self.plan, self.console, self.ranks = p, console, ranks or Ranks()
+        self._stack = ExitStack()
+        self.tokenizer = load_tokenizer(p.source.path)
+        self.text = TokenText(self.tokenizer, p.model.vocab)
+        self.engine = make_engine(p)
+        room = self.engine.max_context - cfg.rollout.max_new_tokens
+        if room <= 0:
+            raise ConfigError(
+                f"rollout.max_new_tokens={cfg.rollout.max_new_tokens} leaves no room for a prompt in a context of "
+                f"{self.engine.max_context} tokens; lower it"
+            )
+        self.builder = PromptBuilder(
+            self.tokenizer, cfg.data.system, cfg.data.example, max_prompt_tokens=room
+        )
+        self.pool = ToolPool(_tools(p), workers=cfg.tools.workers, timeout_s=cfg.tools.timeout_s)
+        self._stack.callback(self.pool.close)
+        self.graders = GraderPool(workers=cfg.reward.workers, timeout_s=cfg.reward.timeout_s)
+        self._stack.callback(self.graders.close)
+        self.rollouts = self.make_rollouts(cfg.rollout.temperature)
+
+    def make_rollouts(self, temperature: float) -> Any:
+        """A sampler at a temperature, on the shared engine and tool pool."""
+        from appo.rollout.agent import AgentSettings
+        from appo.rollout.sampler import Rollouts
+
+        cfg = self.plan.cfg
+        settings = AgentSettings(
+            max_new_tokens=cfg.rollout.max_new_tokens,
+            max_tool_calls=cfg.rollout.max_tool_calls,
+            temperature=temperature,
+            tools=tuple(cfg.tools.enabled),
+        )
+        return Rollouts(
+            self.engine,
+            self.text,
+            self.pool,
+            settings,
+            run_seed=cfg.seed,
+            deterministic=cfg.deterministic,
+        )
+
+    def grade(self, trees: Sequence[RolloutTree]) -> dict[str, float]:
+        """Rewards onto the leaves; → error counters."""
+        from appo.rollout.grade import grade_trees
+
+        return grade_trees(trees, self.text.text, self.graders, self.plan.cfg.reward)
+
+    def prompts(self, tasks: Sequence[Task]) -> list[list[int]]:
+        """Prompt ids, each checked against the context."""
+        return [self.builder.ids(t) for t in tasks]
+
+    def check_prompts(self, most: int = 512) -> None:
+        """Render the first prompts of each split, so that one that is too long is found before the first step.
+
+        Too long for the context, or for rollout.kv_tokens.
+        """
+        longest = 0
+        for split in ("train", "eval"):
+            source = tasks_of(self.plan.cfg, split)
+            wanted = self.plan.cfg.eval.questions if split == "eval" else most
+            prompts = self.prompts([source[i] for i in range(min(wanted, most, len(source)))])
+            longest = max(longest, *map(len, prompts), 0)
+        frame = len(encode_plain(self.tokenizer, result_text("")))
+        check_pool(self.plan.cfg, longest, frame, self.engine.max_context)
+
+    def evaluate(
+        self, step: int, on_progress: Callable[[int], None] = lambda left: None
+    ) -> dict[str, Any]:
+        """Accuracy and tool use on the held-out questions, over all ranks; → metrics record. Collective."""
+        from appo.run.evaluate import evaluate_policy
+
+        cfg = self.plan.cfg
+        source = tasks_of(cfg, "eval")
+        tasks = [source[i] for i in range(min(cfg.eval.questions, len(source)))]
+        mine = len(tasks[self.ranks.rank :: self.ranks.world])
+        with self.console.phase(f"evaluating {len(tasks)} questions", mine) as bar:
+
+            def progress(left: int) -> None:
+                bar.update(mine - left)
+                on_progress(left)
+
+            result = evaluate_policy(
+                self.make_rollouts(cfg.eval.temperature), tasks, self.prompts(tasks), self.grade,
+                on_progress=progress, ranks=self.ranks,
+            )  # fmt: skip
+        return {"step": step, "kind": "eval"} | result.metrics
+
+    def describe(self) -> dict[str, str]:
+        """What is under way, for the watchdog: which ranks, tools and graders are waited for. From any thread."""
+        return {
+            "collective": self.ranks.waiting or "none",
+            "tool calls": self.pool.describe(),
+            "graders": self.graders.describe(),
+        }
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def check_pool(cfg: Config, prompt: int, frame: int, context: int) -> None:
+    """One rollout fits rollout.kv_tokens: the longest prompt, all it may sample, and its tool results.
+
+    A result takes about a token per character, and `frame` around it. There is no bound on that (a character can be
+    several tokens), so the agent ends a rollout whose results are longer and do not fit. Up to three nodes of a path end
+    inside a block: those of a shared prompt, of a prompt, of a root.
+    """
+    from appo.rollout.native.tree.layout import BLOCK
+
+    limit, r = cfg.rollout.kv_tokens, cfg.rollout
+    if limit is None:
+        return
+    results = r.max_tool_calls * (cfg.tools.python.max_chars + frame) if cfg.tools.enabled else 0
+    need = min(prompt + r.max_new_tokens + results, context)
+    blocks = -(-need // BLOCK) + 3
+    if limit // BLOCK < blocks:
+        raise ConfigError(
+            f"rollout.kv_tokens is {limit}, but one rollout may need {blocks * BLOCK}: {need} for the longest prompt "
+            f"({prompt}), rollout.max_new_tokens={r.max_new_tokens} and rollout.max_tool_calls={r.max_tool_calls} results "
+            f"({results}) in a context of {context}, and blocks of {BLOCK} that are not full; use "
+            f"rollout.kv_tokens={blocks * BLOCK} or more, or lower tools.python.max_chars or rollout.max_new_tokens"
+        )
+
+
+def _tools(p: Plan) -> dict[str, Any]:
+    from appo.tools.python import PythonTool
+    from appo.tools.sandbox import SandboxLimits
+
+    out: dict[str, Any] = {}
+    t = p.cfg.tools.python
+    for name in p.cfg.tools.enabled:
+        if name != "python":
+            raise ConfigError(f"tools.enabled: {name!r} is not available; this version has: python")
+        limits = SandboxLimits(wall_s=t.wall_s, cpu_s=t.cpu_s, memory_mb=t.memory_mb)
+        out[name] = PythonTool(p.tool_level, t.allow_unsafe, limits=limits, max_chars=t.max_chars)
+    return out

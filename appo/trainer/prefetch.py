@@ -1,0 +1,236 @@
+"""Roots of coming steps, drawn on a thread of their own while the learner trains.
+
+With staleness k, the roots of mini-batch j of step t + k are drawn while mini-batch j of step t trains, under the weights
+that the engine has then: the thread starts after that mini-batch's branches are complete and is joined before the new
+weights are pushed. So what is drawn with which weights is a matter of counting, never of timing. Only the engine and the
+tools run there: no collective, no tokenizer that somebody else uses, no randomness but that of a root's own path.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from appo.dist.ranks import Ranks
+from appo.errors import CheckpointError
+from appo.trainer.step_metrics import StepLog
+from appo.types import Task
+
+Progress = Callable[[int], None]  # rollouts that still grow
+
+LOOK_S = 0.1  # how often the main thread looks after the other one while it waits
+GRACE_S = (
+    5.0  # how long a thread may take to end after its step has failed; then it is left to itself
+)
+FILES = "roots_rank{}.jsonl"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of a step: its place in the step's batch and in its mini-batch, both over all ranks.
+
+    copy: how often the task came before in the step.
+    """
+
+    index: int
+    position: int
+    task: Task
+    ids: Sequence[int]
+    copy: int
+
+
+@dataclass
+class Part:
+    """This rank's share of a mini-batch: its prompts and the growths (of the sampler) that belong to them."""
+
+    prompts: list[Prompt]
+    growths: list[Any]
+
+
+def deal(
+    tasks: Sequence[Task], prompts: Sequence[Sequence[int]], minibatches: int, ranks: Ranks
+) -> list[list[Prompt]]:
+    """This rank's prompts of each mini-batch: of those of mini-batch k, in order, every world-th. A share may be empty."""
+    size, seen = len(tasks) // minibatches, Counter[str]()
+    parts: list[list[Prompt]] = [[] for _ in range(minibatches)]
+    for index, (task, ids) in enumerate(zip(tasks, prompts, strict=True)):
+        k, position = divmod(index, size)
+        if position % ranks.world == ranks.rank:
+            parts[k].append(Prompt(index, position, task, ids, seen[task.task_id]))
+        seen[task.task_id] += 1
+    return parts
+
+
+@dataclass
+class Roots:
+    """Draws roots, now or beside the learner, and keeps those that wait for their step.
+
+    sampler   see `appo.trainer.trainer.Sampler`
+    count     roots per prompt
+    remember  whether roots that wait for an update are scored with the weights that drew them (`Rollouts.remember`)
+    threads   (learner, sampler) while both run; None leaves torch's numbers alone
+    """
+
+    sampler: Any
+    count: int
+    minibatches: int
+    remember: bool = False
+    threads: tuple[int, int] | None = None
+    waiting: dict[int, list[Part]] = field(default_factory=dict)  # step → its mini-batches so far
+
+    def plant(self, step: int, prompts: Sequence[Prompt]) -> Part:
+        """Roots that start to grow at the sampler's next `run`."""
+        plant = self.sampler.plant
+        growths = [plant(p.task, p.ids, self.count, step, p.copy) for p in prompts]
+        return Part(list(prompts), growths)
+
+    def draw(self, step: int, parts: Sequence[Sequence[Prompt]], look: Progress) -> list[Part]:
+        """Complete roots of some mini-batches, under the weights that the engine has."""
+        out = [self.plant(step, prompts) for prompts in parts]
+        self.sampler.run(on_progress=look)
+        growths = [g for part in out for g in part.growths]
+        if self.remember and growths:
+            self.sampler.remember(growths)
+        return out
+
+    def draw_ahead(self, step: int, parts: Sequence[Sequence[Prompt]], look: Progress) -> None:
+        """All roots of a coming step, now."""
+        self.waiting[step] = self.draw(step, parts, look)
+
+    def take(self, step: int) -> list[Part]:
+        """The mini-batches that wait for this step; they wait no longer."""
+        parts = self.waiting.pop(step)
+        assert len(parts) == self.minibatches, f"step {step}: {len(parts)} mini-batches were drawn"
+        return parts
+
+    @contextmanager
+    def beside(
+        self, step: int, prompts: Sequence[Prompt], log: StepLog, look: Progress
+    ) -> Iterator[None]:
+        """Roots of one mini-batch of a coming step are drawn while the block runs, and are complete when it is left.
+
+        What the block raises ends the drawing; what the drawing raises is raised at the end of the block.
+        `log` gets the seconds of the drawing ("ahead") and of the wait for it ("rollout").
+        """
+        mine, theirs = self.threads or (None, None)
+        errand = Errand(lambda look: self.draw(step, [prompts], look), theirs)
+        errand.start()
+        try:
+            with _torch_threads(mine):
+                yield
+            with log.clock("rollout"):
+                parts = errand.wait(look)
+        except BaseException:
+            errand.abandon()
+            raise
+        log.seconds["ahead"] += errand.seconds
+        self.waiting.setdefault(step, []).extend(parts)
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Write what waits on this rank into a folder (of a checkpoint)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / FILES.format(rank), "w") as file:
+            file.write(json.dumps({"steps": sorted(self.waiting)}) + "\n")
+            for step, parts in sorted(self.waiting.items()):
+                for k, part in enumerate(parts):
+                    for p, growth in zip(part.prompts, part.growths, strict=True):
+                        place = {
+                            "step": step,
+                            "minibatch": k,
+                            "index": p.index,
+                            "position": p.position,
+                        }
+                        file.write(json.dumps(place | self.sampler.save(growth)) + "\n")
+
+    def restore(self, folder: Path, ranks: Ranks) -> None:
+        """What waited when the checkpoint was made, on however many ranks: each takes the prompts it is dealt now."""
+        files = [folder / FILES.format(r) for r in range(len(list(folder.glob(FILES.format("*")))))]
+        records: list[dict[str, Any]] = []
+        for file in files:
+            try:
+                head, *lines = [json.loads(line) for line in file.read_text().splitlines()]
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{file}: not the roots of a checkpoint: {error}") from error
+            self.waiting = {
+                s: [Part([], []) for _ in range(self.minibatches)] for s in head["steps"]
+            }
+            records += [x for x in lines if x["position"] % ranks.world == ranks.rank]
+        for x in sorted(records, key=lambda x: (x["step"], x["index"])):
+            growth = self.sampler.restore(x)
+            part, tree = self.waiting[x["step"]][x["minibatch"]], growth.tree
+            ids = tree.nodes[0].token_ids
+            part.prompts.append(Prompt(x["index"], x["position"], tree.task, ids, x["copy"]))
+            part.growths.append(growth)
+
+
+class Errand(threading.Thread):
+    """A function of `look` on a thread of its own, whose result or exception is had by `wait`."""
+
+    def __init__(self, do: Callable[[Progress], Any], threads: int | None):
+        super().__init__(name="appo-roots", daemon=True)  # never keeps the process from ending
+        self.seconds = 0.0
+        self._do, self._threads = do, threads
+        self._left: int | None = None
+        self._abandoned = False
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        log = StepLog()
+        try:
+            with log.clock("all"), _torch_threads(self._threads):
+                self._result = self._do(self._look)
+        except BaseException as error:  # raised again by `wait`
+            self._error = error
+        self.seconds = log.seconds["all"]
+
+    def _look(self, left: int) -> None:
+        self._left = left
+        if self._abandoned:
+            raise InterruptedError("the step that these roots were drawn beside has failed")
+
+    def wait(self, look: Progress) -> Any:
+        """The result; calls look(rollouts left) on the caller's thread whenever there is news. Raises what `do` raised."""
+        told = None
+        while self.is_alive():
+            self.join(LOOK_S)
+            if self._left is not None and self._left != told:
+                told = self._left
+                look(told)
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def abandon(self) -> None:
+        """Have the function raise at its next `look`, and give it some time to get there."""
+        self._abandoned = True
+        self.join(GRACE_S)
+
+
+@contextmanager
+def _torch_threads(number: int | None) -> Iterator[None]:
+    """The calling thread computes on so many cores within the block; torch counts them by thread."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        if number is not None:
+            torch.set_num_threads(before)
+
+
+def share_threads(threads: int, on_cpu: bool) -> tuple[int, int]:
+    """Cores for (learner, sampler) while both run: halves on a CPU, all for both where the learner is on a device."""
+    if not on_cpu:
+        return threads, threads
+    theirs = max(1, threads // 2)
+    return max(1, threads - theirs), theirs

@@ -1,0 +1,273 @@
+"""The step loop, and nothing else: which room is called when, and what is counted and timed on the way.
+
+The trainer is handed its parts (see `appo.run.session`), so it reads as the algorithm does: sample roots; for each mini-batch
+score, branch, grade, assign credit, learn, push the new weights; then write down what happened. Numbers are kept as sums
+until the end of the step (`appo.trainer.step_metrics`), roots may be drawn some steps ahead (`appo.trainer.prefetch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from appo.algo.branching import BranchPlan
+from appo.algo.credit import assign
+from appo.algo.objective import Objective
+from appo.algo.presets import Algorithm
+from appo.dist.ranks import Ranks
+from appo.packing.pack import pack
+from appo.packing.sharing import sharing_tallies
+from appo.trainer.balance import Costs, balance
+from appo.trainer.old_logprobs import set_anchors
+from appo.trainer.prefetch import Part, Roots, deal, share_threads
+from appo.trainer.step_metrics import StepLog, count_branches, count_packing, count_trees
+from appo.types import RolloutTree, Task
+
+
+class Sampler(Protocol):
+    """What the trainer needs of rollouts (implemented by `appo.rollout.sampler.Rollouts`)."""
+
+    tool_wait_s: float
+
+    def plant(
+        self, task: Task, prompt_ids: Sequence[int], roots: int, step: int, copy: int = 0
+    ) -> Any: ...
+
+    def remember(self, growths: Sequence[Any]) -> None: ...
+
+    def run(self, on_roots_done: Callable[[Any], None] | None = None,
+            on_progress: Callable[[int], None] | None = None) -> None: ...  # fmt: skip
+
+    def grow_branches(self, growths: Sequence[Any], algo: Algorithm) -> list[BranchPlan]: ...
+
+    def release(self, growth: Any) -> None: ...
+
+    def finish(self, growths: Sequence[Any]) -> list[RolloutTree]: ...
+
+    def save(self, growth: Any) -> dict[str, Any]: ...
+
+    def restore(self, data: dict[str, Any]) -> Any: ...
+
+
+@dataclass
+class StepResult:
+    """What one step produced on this rank, tree by tree, and the metrics record, which is over all ranks."""
+
+    trees: list[RolloutTree] = field(default_factory=list)
+    plans: list[BranchPlan | None] = field(default_factory=list)
+    minibatch: list[int] = field(default_factory=list)  # mini-batch number of each tree
+    index: list[int] = field(default_factory=list)  # its prompt's place in the step's batch
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Trainer:
+    """One policy, one sampler, one learner, on each rank. `version` counts optimiser steps that changed the weights.
+
+    staleness     steps between the drawing of roots and their training; 0: none, nothing runs beside anything
+    old_logprobs  whose log-probs ratios are taken against: the learner's own under the weights at the start of the step
+                  (see `appo.trainer.old_logprobs`), or those that the engine recorded
+    rescore_roots Ω from two scoring passes; wanted where decoding rounds (bfloat16)
+    keep_all_rows also rows without advantage (entropy bonus)
+    threads       cores of this rank, shared by learner and sampler while both run; None: torch's numbers stay
+    """
+
+    algo: Algorithm
+    sampler: Sampler
+    learner: Any  # appo.learner.learner.Learner
+    objective: Objective
+    grade: Callable[
+        [Sequence[RolloutTree]], dict[str, float]
+    ]  # writes rewards on leaves, returns counters
+    push: Callable[[int], dict[str, float]]  # weights → engine under the given version
+    token_budget: int
+    minibatches: int
+    version: int = 0
+    rescore_roots: bool = False
+    keep_all_rows: bool = False
+    staleness: int = 0
+    old_logprobs: Literal["learner", "engine"] = "learner"
+    threads: int | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    costs: Costs = field(default_factory=Costs)  # of a packed stream, for even work over ranks
+    on_phase: Callable[[str, int, int], None] = lambda name, done, total: None
+    anchored: int | None = None  # version whose log-probs are the anchors; None: the engine's are
+
+    def __post_init__(self) -> None:
+        compares = not self.algo.flat and self.algo.branch_by == "score"
+        self._remember = self.rescore_roots and compares
+        share = None
+        if self.staleness and self.threads:
+            device = getattr(self.learner, "device", None)
+            share = share_threads(self.threads, device is None or device.type == "cpu")
+        self.roots = Roots(
+            self.sampler, self.algo.roots, self.minibatches, self._remember, threads=share
+        )
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def step(
+        self, number: int, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]
+    ) -> StepResult:
+        """One training step. Collective: every rank is given the whole batch and takes its share of each mini-batch.
+
+        `tasks` are those of step number + staleness: their roots are drawn here. None if there is no such step. The
+        roots of this step were drawn `staleness` steps ago, or by `draw_ahead`.
+        """
+        log, result, waited = StepLog(), StepResult(), self.sampler.tool_wait_s
+        dealt = deal(tasks, prompts, self.minibatches, self.ranks)
+        plans: dict[int, BranchPlan] = {}
+        if self.staleness:
+            parts = self.roots.take(number)
+        else:
+            parts = self._draw(number, dealt, plans, log)
+        self._start([[g.tree for g in part.growths] for part in parts], log)
+        for k, part in enumerate(parts):
+            trees = self._grow(part, plans, log)
+            self.on_phase("reward", 0, len(trees))
+            with log.clock("reward"):
+                for name, value in self.grade(trees).items():
+                    log.tally.total(name, value)
+            beside = None
+            if self.staleness and tasks:
+                ahead = number + self.staleness
+                beside = self.roots.beside(ahead, dealt[k], log, self._look(len(dealt[k])))
+            self._train(trees, log, beside)
+            result.trees += trees
+            result.plans += [plans.get(id(g)) for g in part.growths]
+            result.minibatch += [k] * len(trees)
+            result.index += [p.index for p in part.prompts]
+        result.metrics = self._metrics(result, log, waited)
+        return result
+
+    def learn(
+        self, parts: Sequence[Sequence[RolloutTree]]
+    ) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """The learning half of one step, on finished and graded trees of each of its mini-batches. Collective.
+
+        → (the metrics that it has, by the names of a step's record; what the learner answered for each mini-batch)
+        """
+        log = StepLog()
+        self._start(parts, log)
+        for trees in parts:
+            self._train(trees, log)
+        return log.finish(self.ranks) | {"policy/version": self.version}, log.learned
+
+    # -- roots and branches --------------------------------------------------------------------------------------
+
+    def missing(self, number: int, steps: int) -> list[int]:
+        """The steps whose roots must be given to `draw_ahead` before step `number` of a run of `steps`, in order."""
+        if not self.staleness:
+            return []
+        due = range(number, min(number + self.staleness, steps + 1))
+        return [step for step in due if step not in self.roots.waiting]
+
+    def draw_ahead(
+        self, number: int, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]
+    ) -> None:
+        """Draw the roots of a coming step now, with the weights as they are."""
+        dealt = deal(tasks, prompts, self.minibatches, self.ranks)
+        self.roots.draw_ahead(number, dealt, self._look(sum(map(len, dealt))))
+
+    def save_roots(self, folder: Path) -> None:
+        """Roots that wait for their step, into a folder (of a checkpoint); nothing without staleness."""
+        if self.staleness:
+            self.roots.save(folder, self.ranks.rank)
+
+    def restore_roots(self, folder: Path) -> None:
+        """What `save_roots` of a run on any number of ranks wrote. Call it after the weights were pushed."""
+        if self.staleness:
+            self.roots.restore(folder, self.ranks)
+
+    def _look(self, prompts: int, phase: str = "rollout") -> Callable[[int], None]:
+        """Tells rollouts that are done from the number of those that still grow."""
+        return lambda left: self.on_phase(phase, max(0, prompts * self.algo.roots - left), 0)
+
+    def _draw(
+        self, number: int, dealt: Sequence[Any], plans: dict[int, BranchPlan], log: StepLog
+    ) -> list[Part]:
+        """Roots of all mini-batches. The first is drawn from unmoved weights: its prompts branch as soon as they can."""
+        with log.clock("rollout"):
+            parts = [self.roots.plant(number, prompts) for prompts in dealt]
+            first = {id(g) for g in parts[0].growths}
+
+            def branch_early(growth: Any) -> None:
+                if id(growth) in first and not self.algo.flat:
+                    plans[id(growth)] = self.sampler.grow_branches([growth], self.algo)[0]
+
+            self.sampler.run(branch_early, self._look(sum(map(len, dealt))))
+        later = [g for part in parts[1:] for g in part.growths]
+        if self._remember and later:
+            self.on_phase("score", 0, len(later))
+            with log.clock("score"):
+                self.sampler.remember(later)
+        return parts
+
+    def _grow(self, part: Part, plans: dict[int, BranchPlan], log: StepLog) -> list[RolloutTree]:
+        """Branches of this mini-batch with the weights as they are now; → its finished trees."""
+        waiting = [g for g in part.growths if id(g) not in plans]
+        if self.algo.flat:
+            for g in waiting:
+                self.sampler.release(g)
+        elif waiting:
+            self.on_phase("score", 0, len(waiting))
+            with log.clock("score"):
+                found = self.sampler.grow_branches(waiting, self.algo)
+                plans |= {id(g): plan for g, plan in zip(waiting, found, strict=True)}
+            with log.clock("branch"):
+                self.sampler.run(on_progress=lambda left: self.on_phase("branch", 0, left))
+        return self.sampler.finish(part.growths)
+
+    # -- learning ------------------------------------------------------------------------------------------------
+
+    def _start(self, parts: Sequence[Sequence[RolloutTree]], log: StepLog) -> None:
+        """Before the first update: anchors of what will be trained after it. (Of the first they are its own forward.)"""
+        self.anchored = self.version if self.old_logprobs == "learner" else None
+        if self.anchored is None or len(parts) == 1:
+            return
+        later = [tree for trees in parts[1:] for tree in trees]
+        self.on_phase("anchors", 0, len(later))
+        with log.clock("learn"), log.clock("anchors"):
+            set_anchors(later, self.learner, self.token_budget)
+
+    def _train(
+        self,
+        trees: Sequence[RolloutTree],
+        log: StepLog,
+        beside: AbstractContextManager[None] | None = None,
+    ) -> None:
+        """Credit, packing, one update on a mini-batch, and the push if weights have changed."""
+        credit = assign(trees, self.algo, keep_all=self.keep_all_rows)
+        with beside or nullcontext(), log.clock("learn"):
+            with log.clock("pack"):
+                batches = pack(
+                    trees,
+                    credit.credits,
+                    token_budget=self.token_budget,
+                    keep_all=self.keep_all_rows,
+                )
+                log.tally.total("learn/tokens", sum(b.unique_tokens for b in batches))
+                count_packing(log.tally, sharing_tallies(trees, batches, self.token_budget))
+                batches, even = balance(batches, self.ranks, self.costs)
+                log.tally.most("pack/imbalance", even["pack/imbalance"])
+            self.on_phase("learn", 0, len(batches))
+            out = self.learner.train_minibatch(batches, credit.counts, self.objective)
+        log.learned.append(out)
+        log.tally.total("learn/rows", sum(len(c) for c in credit.credits))
+        log.tally.total("group/zero_variance", credit.zero_groups)
+        log.tally.total("group/ungraded_leaves", credit.ungraded)
+        if not (out["learner/empty"] or out["learner/nonfinite"]):
+            self.version += 1
+            with log.clock("push"):
+                log.pushed.append(self.push(self.version))
+
+    def _metrics(self, result: StepResult, log: StepLog, waited: float) -> dict[str, float]:
+        count_trees(log.tally, result.trees)
+        if not self.algo.flat:
+            plans = [p for p in result.plans if p is not None]
+            count_branches(log.tally, plans, self.algo.branch_by == "score")
+        log.tally.most("time/tool_wait", self.sampler.tool_wait_s - waited)
+        return log.finish(self.ranks) | {"policy/version": self.version}

@@ -1,0 +1,159 @@
+"""Where to branch: the Branching Score (arXiv 2606.12384, section 4). The choice of positions is in `selection`.
+
+Everything works on *packed* roots: vectors of N tokens and offsets[B+1] that cut them into B segments, one per root
+rollout. A mask marks tokens that the policy sampled; tool tokens add nothing but keep their place in the exponent.
+All sums run in float64: they are O(N), and a clipped ratio is so nearly constant that float32 would standardise noise.
+
+`_scores_torch` is the definition. The backends agree with it to rounding: they add the sums in another order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from appo._kernels.branching.future_value import future_value_torch
+from appo._kernels.common import native, packed
+from appo._kernels.common.operators import operator
+
+SUM_CLAMP = 20.0  # on the discounted sum of log-ratios, before exp
+Z_EPS = 1e-6  # added to the population standard deviation
+FLAT = 1e-8  # a standard deviation below FLAT · max(1, max|x|) is rounding, not information
+
+
+class BranchScores(NamedTuple):
+    """Per token [N] in the dtype of the log-ratios; 0 (omega: as computed) where the mask is False.
+
+    omega     exp of the future value, clipped to 1 ± clip
+    z_entropy, z_omega   standardised over the mask tokens of the segment
+    score     z_entropy · z_omega
+    flat[B]   True where omega carries no information in that segment
+    """
+
+    omega: Tensor
+    z_entropy: Tensor
+    z_omega: Tensor
+    score: Tensor
+    flat: Tensor
+
+
+@torch.no_grad()
+def branch_scores(
+    entropy: Tensor,
+    log_ratio: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    *,
+    gamma: float,
+    clip: float,
+    variant: str = "paper",
+    backend: str = "auto",
+) -> BranchScores:
+    """Branching Score z(clip(Ω, 1 ± clip)) · z(entropy) with Ω = exp(clamp(S, ± 20)), per segment.
+
+    entropy[N] nats, log_ratio[N] current minus behaviour log-prob, mask[N], offsets[B+1]; see `future_value`.
+    z uses the population standard deviation + 1e-6 over mask tokens, two passes in float64.
+    variant "paper": a vector whose deviation is rounding (≤ 1e-8 · max(1, max|x|)) is standardised to exactly 0;
+    "released": the bare formula. `flat` is reported in both.
+    backend "auto" | "torch" | "cpu" | "triton"; see `packed`. "triton" trusts offsets on the GPU.
+    Raises ValueError for shapes, devices, offsets or numbers that do not fit.
+    """
+    check_variant(variant)
+    packed.check_gamma(gamma)
+    packed.check_vectors(offsets, log_ratio=log_ratio, entropy=entropy, mask=mask)
+    packed.check_floating(log_ratio=log_ratio, entropy=entropy)
+    if not 0.0 <= clip < math.inf:
+        raise ValueError(f"clip is {clip}, expected ≥ 0 and finite")
+    numbers = (float(gamma), float(clip), variant, backend)
+    return BranchScores(*branch_scores_op(entropy, log_ratio, mask, offsets, *numbers))
+
+
+def _branch_scores(
+    entropy: Tensor,
+    log_ratio: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    gamma: float,
+    clip: float,
+    variant: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`branch_scores` as an operator that is opaque to torch.compile: a compiled graph does not break at it."""
+    how = packed.choose(backend, log_ratio)
+    if how == "torch":
+        return _scores_torch(entropy, log_ratio, mask, offsets, gamma, clip, variant)
+    d, h = packed.widened(log_ratio, entropy)
+    m, bounds, paper = packed.as_bytes(mask), (1.0 - clip, 1.0 + clip), variant == "paper"
+    if how == "triton":
+        out = packed.gpu("branching.gpu.zscore").branch_scores(
+            h, d, m, offsets, gamma, *bounds, paper
+        )
+    else:
+        out = [torch.empty_like(d) for _ in range(4)]
+        out.append(torch.empty(offsets.shape[0] - 1, dtype=torch.uint8))
+        native.function("branch_scores", "cpu")(
+            h, d, m, packed.on_host(offsets), gamma, *bounds, paper, *out, torch.get_num_threads()
+        )
+    omega, z_entropy, z_omega, score = (x.to(log_ratio.dtype) for x in out[:4])
+    return omega, z_entropy, z_omega, score, out[4].view(torch.bool)
+
+
+def _fake_branch_scores(
+    entropy: Tensor, log_ratio: Tensor, mask: Tensor, offsets: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    omega, z_entropy, z_omega, score = (log_ratio.new_empty(log_ratio.shape) for _ in range(4))
+    flat = log_ratio.new_empty(offsets.shape[0] - 1, dtype=torch.bool)
+    return omega, z_entropy, z_omega, score, flat
+
+
+branch_scores_op = operator("branch_scores", _branch_scores, _fake_branch_scores)
+
+
+def _scores_torch(
+    entropy: Tensor,
+    log_ratio: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    gamma: float,
+    clip: float,
+    variant: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    m = mask.to(torch.bool)
+    future = future_value_torch(log_ratio.double(), m, offsets, gamma)
+    omega = future.clamp(-SUM_CLAMP, SUM_CLAMP).exp().clamp(1.0 - clip, 1.0 + clip)
+    segment = packed.segment_ids(offsets, log_ratio)
+    z_omega, flat = _standardise(omega, m, segment, offsets.shape[0] - 1, variant)
+    z_entropy, _ = _standardise(entropy.double(), m, segment, offsets.shape[0] - 1, variant)
+    score = z_entropy * z_omega
+    dtype = log_ratio.dtype
+    return omega.to(dtype), z_entropy.to(dtype), z_omega.to(dtype), score.to(dtype), flat
+
+
+def _standardise(
+    x: Tensor, mask: Tensor, segment: Tensor, segments: int, variant: str
+) -> tuple[Tensor, Tensor]:
+    """(z[N], flat[B]) over the mask tokens of each segment; 0 where the mask is False. float64."""
+
+    def per_segment(values: Tensor) -> Tensor:
+        return values.new_zeros(segments).index_add_(0, segment, values)
+
+    count = per_segment(mask.double()).clamp(min=1.0)
+    mean = per_segment(torch.where(mask, x, 0.0)) / count
+    centred = torch.where(mask, x - mean[segment], 0.0)
+    std = (per_segment(centred.square()) / count).sqrt()
+    largest = x.new_zeros(segments).scatter_reduce_(
+        0, segment, torch.where(mask, x.abs(), 0.0), "amax"
+    )
+    flat = std <= FLAT * largest.clamp(min=1.0)  # False for NaN: unknown is not flat
+    z = centred / (std + Z_EPS)[segment]
+    if variant == "paper":
+        z = torch.where(flat[segment], 0.0, z)
+    return torch.where(mask, z, 0.0), flat
+
+
+def check_variant(variant: str) -> None:
+    if variant not in ("paper", "released"):
+        raise ValueError(f"variant is {variant!r}, expected 'paper' or 'released'")

@@ -1,0 +1,106 @@
+"""The statistics algebra of kernels/common/stats.py in Triton, line by line, plus what a tile of raw logits needs before it.
+
+A NaN or +inf logit makes s NaN, and so every statistic of its row. The maximum may drop a NaN; s does not.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from appo._kernels.common import stats
+
+EMPTY = tl.constexpr(stats.EMPTY)
+ABSENT = tl.constexpr(
+    2 * stats.EMPTY
+)  # a column that does not exist: weight 0 even in a row of EMPTY
+LOG2E = tl.constexpr(stats.LOG2E)
+
+
+@triton.jit
+def target_column(column_ptr, token, v0, V):
+    """Column of each token's target inside v0 … v0+V-1, counted from v0 (int32); -1 where the target is elsewhere."""
+    column = tl.load(column_ptr + token) - v0
+    return tl.where((column >= 0) & (column < V), column, -1).to(tl.int32)
+
+
+@triton.jit
+def tanh_over(x, cap):
+    """tanh(x / cap) within 1e-7; cap is a scalar. Written out because the interpreter has no device library."""
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E / cap))
+    t = (1 - e) / (1 + e)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def scaled(x, scale2, exists):
+    """x2 of capped logits: -inf becomes EMPTY (NaN and +inf stay), columns that do not exist ABSENT."""
+    x2 = x * scale2
+    x2 = tl.where(x2 < EMPTY, EMPTY, x2)
+    return tl.where(exists, x2, ABSENT)
+
+
+@triton.jit
+def update(m, s, u, z, x2, hit):
+    """Statistics [R] of some columns, joined by the columns of x2[R, C]; hit[R, C] marks the target."""
+    top = tl.maximum(m, tl.max(x2, axis=1))
+    shift = m - top
+    weight = tl.exp2(shift)
+    z += tl.sum(tl.where(hit, x2, 0.0), axis=1)
+    x2 -= top[:, None]
+    e = tl.exp2(x2)
+    u = weight * (u + shift * s) + tl.sum(e * x2, axis=1)
+    s = weight * s + tl.sum(e, axis=1)
+    return top, s, u, z
+
+
+@triton.jit
+def merge_slots(m, s, u, z):
+    """Statistics [K, R] of K disjoint sets of columns → [R]."""
+    top = tl.max(m, axis=0)
+    shift = m - top[None, :]
+    weight = tl.exp2(shift)
+    u = tl.sum(weight * (u + shift * s), axis=0)
+    s = tl.sum(weight * s, axis=0)
+    return top, s, u, tl.sum(z, axis=0)
+
+
+@triton.jit
+def merge(m_a, s_a, u_a, z_a, m_b, s_b, u_b, z_b):
+    """Statistics of the union of two disjoint sets of columns."""
+    m = tl.maximum(m_a, m_b)
+    d_a = m_a - m
+    d_b = m_b - m
+    w_a = tl.exp2(d_a)
+    w_b = tl.exp2(d_b)
+    s = w_a * s_a + w_b * s_b
+    u = w_a * (u_a + d_a * s_a) + w_b * (u_b + d_b * s_b)
+    return m, s, u, z_a + z_b
+
+
+@triton.jit
+def gradient(
+    x, scale, m, log2s, constant, bent, ga, cap, exists, hit, CAP: tl.constexpr, BENT: tl.constexpr
+):  # fmt: skip
+    """(G[R, C], Σ_j g_j log2 p_j [R]) from raw logits x[R, C]; per token [R]: scale … ga, as in kernels/linear_logprob/blocks.py.
+
+    g = p · (constant - bent · log2 p) + ga · hit, the target term added in float32; G = scale · g · slope of the cap.
+    Two subtractions for log2 p: x2 - m is exact where p matters, x2 - (m + log2 s) rounds by the size of m.
+    """
+    if CAP:
+        t = tanh_over(x, cap)
+        x = cap * t
+    logp2 = (scaled(x, (scale * LOG2E)[:, None], exists) - m[:, None]) - log2s[:, None]
+    p = tl.exp2(logp2)
+    if BENT:
+        g = p * (constant[:, None] - bent[:, None] * logp2)
+        g = tl.where(p == 0.0, 0.0, g)  # log2 p may be -1e30 there, and bent · log2 p infinite
+    else:
+        g = p * constant[:, None]
+    g += tl.where(hit, ga[:, None], 0.0)
+    weighted = tl.sum(g * logp2, axis=1)
+    g *= scale[:, None]
+    if CAP:
+        g *= 1 - t * t
+    return g, weighted

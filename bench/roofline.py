@@ -5,7 +5,7 @@
 Bytes and operations come from the kernels' own `traffic` formulas, each launch reading every operand once (a perfect
 cache inside a launch, none between launches). Peaks: 798 TFLOP/s (a bf16 product of 8192³) and 3.0 TB/s (a copy), both
 measured by others on an H100. `minimum` is any implementation that keeps no logits: h, w and 16 bytes per token.
-tests/kernels/test_roofline.py holds the formulas against what a call really allocates.
+tests/bench/test_roofline.py holds the formulas against what a call really allocates.
 """
 
 from __future__ import annotations

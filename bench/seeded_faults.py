@@ -25,11 +25,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("appo", "kernels", "csrc", "tests", "pyproject.toml", "CMakeLists.txt")
-TESTS = "tests/kernels/test_matrix.py"
-ATTENTION = "tests/kernels/test_tree_attention.py"
-FOREIGN = "tests/kernels/test_tree_attention_foreign.py"
-TRAINING = "tests/unit/test_tree_training.py"
-TREE = "tests/unit/test_segment_tree.py"  # faults in the Python definition of the tree: tests/unit/test_tree_faults.py
+TESTS = "tests/kernels/linear_logprob/test_matrix.py"
+ATTENTION = "tests/kernels/tree_attention/test_op.py"
+FOREIGN = "tests/kernels/tree_attention/test_foreign.py"
+TRAINING = "tests/learner/test_tree_training.py"
+TREE = "tests/rollout/native/test_segment_tree.py"  # faults in the Python definition of the tree: tests/rollout/native/test_tree_faults.py
 LOW = "[](float x) { uint32_t b; __builtin_memcpy(&b, &x, 4); b &= 0xffff0000u; __builtin_memcpy(&x, &b, 4); return x; }"
 
 
@@ -195,7 +195,7 @@ FAULTS = [
         "    cancel();\n    throw;\n",
         "    throw;\n",
         "no_memory",
-        "tests/unit/test_tree_faults.py",
+        "tests/rollout/native/test_tree_faults.py",
     ),
     Fault(
         "a node without a handle after a failed add, C++ tree",
@@ -205,7 +205,7 @@ FAULTS = [
         "  Node* node = made.get();\n  node->id = next_node_;\n"
         "  nodes_.emplace(next_node_, std::move(made));\n  node->tokens.assign(ids, ids + count);\n",
         "no_memory",
-        "tests/unit/test_tree_faults.py",
+        "tests/rollout/native/test_tree_faults.py",
     ),
     Fault(
         "subtrees end a token late, PyTorch attention",

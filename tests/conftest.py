@@ -9,7 +9,7 @@ for key, value in {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFL
     os.environ.setdefault(key, value)
 
 # Triton kernels run in its interpreter where there is no device; the flag is read when triton is first imported.
-# Compiling for a device cannot share a process with the interpreter: tests/kernels/test_aot.py starts its own.
+# Compiling for a device cannot share a process with the interpreter: tests/bench/test_aot.py starts its own.
 DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA, AMD, and either under WSL
 if not any(found for name in DEVICES for found in Path("/dev").glob(name)):
     os.environ.setdefault("TRITON_INTERPRET", "1")

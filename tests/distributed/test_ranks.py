@@ -13,7 +13,7 @@ HERE = Path(__file__)
 
 
 def test_alone_every_method_is_a_plain_function_and_torch_stays_out():
-    from rank_runs import run
+    from support.rank_runs import run
 
     run(1, "-c", """if 1:
         import sys
@@ -31,7 +31,7 @@ def test_alone_every_method_is_a_plain_function_and_torch_stays_out():
 
 @pytest.mark.timeout(150)
 def test_two_ranks(tmp_path):
-    from rank_runs import run
+    from support.rank_runs import run
 
     run(2, HERE, "questions", tmp_path, timeout=120)
 
@@ -39,7 +39,7 @@ def test_two_ranks(tmp_path):
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("end", ["killed", "leaves"])
 def test_the_death_of_a_rank_ends_the_wait_of_the_other_and_names_the_cause(end, tmp_path):
-    from rank_runs import join, start
+    from support.rank_runs import join, start
 
     both = start(2, [HERE, "death", tmp_path])
     deadline = time.monotonic() + 90

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from rank_runs import ROOT, join, run, start
+from support.rank_runs import ROOT, join, run, start
 
 from appo.learner.checkpoint import verify
 from appo.observability.metrics import read_metrics, strip_times

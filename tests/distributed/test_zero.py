@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from learner_forest import counts_of, forest, write_model
-from rank_runs import run
+from support.learner_forest import counts_of, forest, write_model
+from support.rank_runs import run
 
 from appo.errors import CheckpointError
 from appo.learner.learner import Learner

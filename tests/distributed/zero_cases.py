@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from learner_forest import PROBES, PlainEngine, counts_of, forest
-from learner_forest import objective as forest_objective
+from support.learner_forest import PROBES, PlainEngine, counts_of, forest
+from support.learner_forest import objective as forest_objective
 
 from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError, LearnerError

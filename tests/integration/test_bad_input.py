@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-TINY = Path(__file__).parents[2] / "appo" / "data" / "tiny_qwen3"
+TINY = Path(__file__).parents[2] / "appo" / "models" / "tiny_qwen3"
 
 
 def appo(*args, cwd=None):

@@ -8,7 +8,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCAB, build, dense, finish
+from support.tiny_models import VOCAB, build, dense, finish
 
 from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.engine import SamplingParams

@@ -107,7 +107,7 @@ def copy_tree(target):
     """The checkout without its environment, history and builds: packaging must not depend on those."""
     skip = shutil.ignore_patterns(".git", ".venv", "venv", "build", "dist", "_native", "*.egg-info", "__pycache__",
                                   ".*_cache", ".ci", ".hypothesis", "runs", "docs")  # fmt: skip
-    shutil.copytree(ROOT, target, ignore=skip)
+    shutil.copytree(ROOT, target, ignore=skip, symlinks=True)
     return target
 
 
@@ -168,12 +168,12 @@ def test_sdist_to_wheel(tmp_path):
         if p.is_file()
     }
     for folder, pattern in (
-        ("kernels", "*.py"),
+        ("kernels", "**/*.py"),
         ("appo", "**/*.py"),
         ("appo/recipes", "*.yaml"),
-        ("appo/data/tiny_qwen3", "*"),
+        ("appo/models/tiny_qwen3", "*"),
     ):
-        prefix = "appo/kernels/" if folder == "kernels" else f"{folder}/"
+        prefix = "appo/_kernels/" if folder == "kernels" else f"{folder}/"
         ours = (
             p.relative_to(ROOT / folder).as_posix()
             for p in (ROOT / folder).glob(pattern)

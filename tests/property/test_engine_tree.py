@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_watch import Watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import VOCAB, build, dense, finish
+from support.engine_watch import Watch
+from support.tiny_models import VOCAB, build, dense, finish
 
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine

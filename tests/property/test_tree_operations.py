@@ -2,7 +2,7 @@
 
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
-from tree_machine import Operations
+from support.tree_machine import Operations
 
 
 def test_random_operations():

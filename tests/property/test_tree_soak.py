@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tree_shadow import TREES
+from support.tree_shadow import TREES
 
 
 @pytest.fixture(scope="module")

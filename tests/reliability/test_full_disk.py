@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import build
+from support.tiny_models import build
 
 from appo.errors import CheckpointError
 from appo.learner import Learner, LearnerSettings

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import build
+from support.tiny_models import build
 
 SAVER = Path(__file__).with_name("saver.py")
 

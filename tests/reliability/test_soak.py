@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import ROOT
+from support.tiny_runs import ROOT
 
 
 @pytest.mark.parametrize(

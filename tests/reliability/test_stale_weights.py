@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_runs import finish, start, steps
+from support.tiny_runs import finish, start, steps
 
 from appo.errors import LearnerError
 from appo.learner import Learner, LearnerSettings, push
@@ -28,7 +28,7 @@ from appo.packing.pack import PackedBatch, pack_sequences
 from appo.rollout.native import NativeEngine
 from appo.types import Counts
 
-TINY = Path(__file__).parents[2] / "appo" / "data" / "tiny_qwen3"
+TINY = Path(__file__).parents[2] / "appo" / "models" / "tiny_qwen3"
 PROBES = [np.random.default_rng(i).integers(5, 300, 40).tolist() for i in range(2)]
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import rank_runs
-from tiny_runs import ROOT, SMALL, finish, start, steps, until
+from support import rank_runs
+from support.tiny_runs import ROOT, SMALL, finish, start, steps, until
 
 from appo.learner.checkpoint import load_latest
 

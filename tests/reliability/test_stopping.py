@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import finish, records, start, steps, train, until, weights, written
+from support.tiny_runs import finish, records, start, steps, train, until, weights, written
 
 from appo.dist.signals import SAME_S
 from appo.learner.checkpoint import load_latest

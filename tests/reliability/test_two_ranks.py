@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import rank_runs
-from tiny_models import build
+from support import rank_runs
+from support.tiny_models import build
 
 
 @pytest.mark.timeout(200)

@@ -26,10 +26,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# `python bench/NAME.py` puts this folder first on the path, where bench/kernels.py would hide the package `kernels` of
-# PyPI, which transformers looks for. Last on the path it hides nothing.
-sys.path.sort(key=lambda entry: entry == str(Path(__file__).resolve().parent))
-
 
 @dataclass
 class Case:

@@ -14,4 +14,5 @@ DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA, AMD, and either under WSL
 if not any(found for name in DEVICES for found in Path("/dev").glob(name)):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent))  # for `support`
+sys.path.append(str(Path(__file__).parents[1]))  # for `bench`

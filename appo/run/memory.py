@@ -1,7 +1,7 @@
 """What a run needs in memory, computed from shapes before anything is loaded: bytes on each rank.
 
 The formulas are those of what the code really keeps: the states of DeepSpeed's optimisers as `appo.learner.zero` sets
-them up, and what autograd saves of a Llama or Qwen layer between forward and backward. `bench/memory.py` prints them
+them up, and what autograd saves of a Llama or Qwen layer between forward and backward. `bench/learner/memory.py` prints them
 for large models and compares them with what is measured on small ones. Sizes are bytes, lengths tokens.
 
 With P parameters of w bytes (2 for bfloat16), of which T are trained, on R ranks:

@@ -55,7 +55,7 @@ class Upstream(NamedTuple):
 
 
 # Tokens and vocabulary columns per block. The logit block (2 MiB on a CPU) stays in cache between the matrix product
-# and the statistics; see bench/kernels.py.
+# and the statistics; see bench/kernels/linear_logprob.py.
 BLOCK = {"cpu": (256, 2048), "cuda": (4096, 4096)}
 _HEAD_BYTES = 16 << 20  # bound for the widened block of the head
 

@@ -1,6 +1,6 @@
 """GPU kernels compile for four GPUs that are not here, within their budgets; and the gate can fail.
 
-Here the default configuration of each kernel; `python bench/aot_report.py` compiles every shipped one (a minute or two).
+Here the default configuration of each kernel; `python bench/gpu/aot_report.py` compiles every shipped one (a minute or two).
 The report runs in a process of its own, because compiled and interpreted Triton kernels cannot share one.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "bench/aot_report.py"
+SCRIPT = Path(__file__).parents[2] / "bench/gpu/aot_report.py"
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 PRODUCTS = ("partial", "dlogits", "attend", "attention")  # must run on tensor cores
 

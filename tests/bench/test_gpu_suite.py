@@ -1,4 +1,4 @@
-"""bench/gpu_suite.py as far as a machine without a GPU can show: arguments, skips, crashes, hangs, reports."""
+"""bench/gpu/suite.py as far as a machine without a GPU can show: arguments, skips, crashes, hangs, reports."""
 
 import json
 import subprocess
@@ -15,15 +15,13 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a C
 
 @pytest.fixture(scope="module")
 def suite():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        import gpu_suite
+    from bench.gpu import suite
 
-        yield gpu_suite
+    return suite
 
 
 def run(*arguments):
-    command = [sys.executable, str(BENCH / "gpu_suite.py"), *map(str, arguments)]
+    command = [sys.executable, str(BENCH / "gpu" / "suite.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -64,7 +62,7 @@ def test_wrong_arguments(arguments, why):
 
 @without_gpu
 def test_nothing_is_timed_without_a_device(suite):
-    from gpu_timing import Stopwatch
+    from bench.gpu.timing import Stopwatch
 
     with pytest.raises(RuntimeError, match="nothing to measure"):
         Stopwatch()
@@ -164,8 +162,8 @@ def test_results_of_pytest(suite, tmp_path):
 
 def test_the_matrix_on_this_machine(suite, tmp_path, monkeypatch):
     """The comparison itself, with the backends of a CPU: accurate ones pass, a wrong one is told."""
-    import gpu_matrix
-    from gpu_rows import Rows
+    from bench.gpu import matrix as gpu_matrix
+    from bench.gpu.rows import Rows
 
     rows = Rows(tmp_path / "rows")
     gpu_matrix.matrix(rows, quick=True, device="cpu", backends=("torch",))
@@ -178,8 +176,8 @@ def test_the_matrix_on_this_machine(suite, tmp_path, monkeypatch):
 
 
 def test_the_matrix_tells_what_is_wrong(suite, tmp_path, monkeypatch):
-    import gpu_matrix
-    from gpu_rows import Rows
+    from bench.gpu import matrix as gpu_matrix
+    from bench.gpu.rows import Rows
 
     right = gpu_matrix.linear_logprob_entropy
 
@@ -203,7 +201,7 @@ class CallOnce:
     """A stopwatch that calls everything once and measures nothing."""
 
     def measure(self, runs, repeats, out_of_time):
-        from gpu_timing import Measured
+        from bench.gpu.timing import Measured
 
         for run_it in runs.values():
             run_it()
@@ -216,14 +214,13 @@ class CallOnce:
 def test_sweeps_call_what_exists(suite, tmp_path, monkeypatch):
     """Every setting of every sweep reaches its backend; kernels are replaced, there is no device to run them."""
     pytest.importorskip("triton")
-    import gpu_speed
-    from gpu_rows import Rows, Shape
-
     from appo._kernels.common.gpu import launch
     from appo._kernels.linear_logprob import backend_cublas as linear_cublas
     from appo._kernels.linear_logprob import backend_torch as linear_torch
     from appo._kernels.linear_logprob import backend_triton as linear_triton
     from appo._kernels.linear_logprob.gpu import backward
+    from bench.gpu import speed as gpu_speed
+    from bench.gpu.rows import Rows, Shape
 
     tiles, blocks = [], []
 
@@ -256,8 +253,8 @@ def test_sweeps_call_what_exists(suite, tmp_path, monkeypatch):
 
 def test_peers_on_this_machine(suite):
     """What is installed here gives the log-probs that ours gives; what is not is named with the reason."""
-    import gpu_speed
-    from gpu_rows import Shape, inputs
+    from bench.gpu import speed as gpu_speed
+    from bench.gpu.rows import Shape, inputs
 
     found, missing = gpu_speed.on_a_gpu()
     names = [one.name for one in found]

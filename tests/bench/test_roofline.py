@@ -4,8 +4,6 @@ The drivers run with their kernels and matrix products replaced by nothing, on C
 what they allocate is then what a call on the device allocates, at the real size of the vocabulary.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -23,13 +21,11 @@ SLACK = 64 << 10  # small vectors: copies of [N] inputs, the softcap
 
 @pytest.fixture(scope="module")
 def bench():
-    """bench/common.py and bench/roofline.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
-        import common
-        import roofline
+    """bench/common.py and bench/gpu/roofline.py."""
+    from bench import common
+    from bench.gpu import roofline
 
-        yield common, roofline
+    return common, roofline
 
 
 @pytest.fixture

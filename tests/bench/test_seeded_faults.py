@@ -1,4 +1,4 @@
-"""bench/seeded_faults.py still fits the sources, and two of its faults turn tests red."""
+"""bench/evidence/seeded_faults.py still fits the sources, and two of its faults turn tests red."""
 
 import importlib.util
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "seeded_faults.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "evidence" / "seeded_faults.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,28 +1,22 @@
-"""The workload of bench/rollout.py: its shape, and that our engine runs no row more than the formula of the tree."""
+"""The workload of bench/engine/rollout.py: its shape, and that our engine runs no row more than the formula of the tree."""
 
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 
 from appo.models.resolve import TINY
 from appo.rollout.native import NativeEngine
 
-BENCH = Path(__file__).parents[2] / "bench"
 MODULES = ("workload", "grow", "serve", "peer_ours")
 
 
 @pytest.fixture(scope="module")
 def peers():
-    """The modules `workload`, `grow`, `serve` and `peer_ours` of bench/rollout_peers, forgotten again afterwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH / "rollout_peers"))
-        yield [__import__(name) for name in MODULES]
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    """The modules `workload`, `grow`, `serve` and `peer_ours` of bench/peers/rollout."""
+    return [import_module(f"bench.peers.rollout.{name}") for name in MODULES]
 
 
 SHAPES = [

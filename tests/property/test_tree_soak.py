@@ -8,12 +8,10 @@ from support.tree_shadow import TREES
 
 @pytest.fixture(scope="module")
 def soak():
-    """bench/soak.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
-        import soak
+    """bench/engine/tree_soak.py."""
+    from bench.engine import tree_soak
 
-        yield soak
+    return tree_soak
 
 
 @pytest.mark.parametrize("make", TREES)

@@ -18,7 +18,7 @@ from appo.learner import zero
 from appo.run import memory
 from appo.run.memory import Shape, Training
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "memory.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "learner" / "memory.py"
 
 QWEN = dict(head_dim=128, tie_word_embeddings=False)
 PUBLISHED = {
@@ -90,7 +90,7 @@ def test_settings_that_are_repeated_here_are_those_of_the_learner():
 
 @pytest.mark.timeout(400)
 def test_formulas_agree_with_what_is_measured(tmp_path):
-    """Exact for weights, masters, moments and KV, 2 % with gradients, 10 % for activations: see bench/memory.py."""
+    """Exact for weights, masters, moments and KV, 2 % with gradients, 10 % for activations: see bench/learner/memory.py."""
     out = tmp_path / "memory.json"
     command = [sys.executable, str(SCRIPT), "--quick", "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=380)

@@ -1,7 +1,7 @@
 """Tile sizes per GPU architecture, and how a call is cut into launches. Plain integers: needs neither a GPU nor Triton.
 
 The tables are static on purpose: a run-time autotuner may choose differently from one run to the next, and the last bits
-change with the tile. `bench/aot_report.py` compiles every entry and refuses spills and too much shared memory.
+change with the tile. `bench/gpu/aot_report.py` compiles every entry and refuses spills and too much shared memory.
 """
 
 from __future__ import annotations

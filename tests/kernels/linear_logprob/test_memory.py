@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from appo._kernels.common.backends import linear_isa, module
+from appo._kernels.common.backends import linear_isa
+from appo._kernels.linear_logprob.backends import module
 from appo._kernels.linear_logprob.blocks import BLOCK, LinearCall, Upstream
 
 torch.set_num_threads(1)

@@ -399,11 +399,10 @@ def test_seeded_faults_are_caught(monkeypatch, name, fault):
 @native
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize("backward", [False, True])
-def test_memory_grows_with_the_tokens(monkeypatch, backward):
+def test_memory_grows_with_the_tokens(backward):
     """Resident bytes at twice the tokens: twice, not four times; a mask alone would take 63 and 268 MB."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    from common import in_fresh_process
-    from tree_attention import memory, Shape  # isort: skip
+    from bench.common import in_fresh_process
+    from bench.kernels.tree_attention import Shape, memory
 
     measure = functools.partial(in_fresh_process, memory, "ours")
     small, large = (measure(Shape(n, 1, 256, 512), backward) for n in (10, 21))

@@ -12,7 +12,8 @@ import torch
 
 from appo._kernels.common import native
 from appo.errors import EngineError
-from appo.rollout.native.attention.attention import attend_segments_torch, segments
+from appo.rollout.native.attention import segments
+from appo.rollout.native.attention.attention import attend_segments_torch
 from appo.rollout.native.attention.pool import KVPool
 from appo.rollout.native.attention.segments import attend_segments
 

@@ -1,6 +1,6 @@
 """Faults planted in the segment tree: `check` sees them, and so do random operations that know nothing of its inside.
 
-Faults in the C++ are planted in its sources, by bench/seeded_faults.py.
+Faults in the C++ are planted in its sources, by bench/evidence/seeded_faults.py.
 """
 
 import sys

@@ -79,7 +79,7 @@ def _fail(error: AppoError) -> NoReturn:
     from appo.dist.failures import show
     from appo.observability.progress import Console
 
-    if not error.told:
+    if not error.reported:
         show(error, Console())
     sys.exit(error.exit_code)
 
@@ -104,15 +104,15 @@ def _console(plain: bool, rank: int = 0) -> Any:
 def _several(recipe: str, overrides: list[str] | None, plain: bool) -> tuple[Any, Any, Any]:
     """(ranks, console, configuration) of a command that several processes share; rank 0 reads the recipe for all."""
     from appo.config import load_config
-    from appo.dist.failures import agreed
+    from appo.dist.failures import agree_or_raise
     from appo.dist.ranks import Ranks
 
     ranks = Ranks.join()
     console, cfg = _console(plain, ranks.rank), None
-    with agreed(ranks, console):
+    with agree_or_raise(ranks, console):
         if ranks.main:
             cfg = load_config(recipe, overrides or [])
-    return ranks, console, ranks.share(cfg, "the configuration")
+    return ranks, console, ranks.broadcast(cfg, "the configuration")
 
 
 @app.command()

@@ -9,11 +9,11 @@ from __future__ import annotations
 class AppoError(Exception):
     """Base of all errors raised on purpose; the CLI prints it as one paragraph and exits with `exit_code`.
 
-    told: it has been printed (by this process, or by another rank for all).
+    reported: it has been printed (by this process, or by another rank for all).
     """
 
     exit_code = 1
-    told = False
+    reported = False
 
 
 class ConfigError(AppoError):

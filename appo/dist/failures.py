@@ -1,4 +1,4 @@
-"""Several ranks behave as one program: a mistake is told once and ends all of them, and so does whatever kills one.
+"""Several ranks behave as one program: an error on one of them is printed once and ends all of them.
 
 With one rank both context managers let everything through: the command line prints the error as ever.
 """
@@ -16,7 +16,7 @@ from appo.dist.signals import Stopped
 
 
 @contextmanager
-def agreed(ranks: Ranks, console: Console) -> Iterator[None]:
+def agree_or_raise(ranks: Ranks, console: Console) -> Iterator[None]:
     """Go on only if no rank met an error (of ours) in the block; the first one is printed by rank 0 and raised by all.
 
     Nothing collective may happen inside: a rank that fails does not get there.
@@ -30,7 +30,7 @@ def agreed(ranks: Ranks, console: Console) -> Iterator[None]:
     except AppoError as e:
         error = e
     mine = None if error is None else (type(error).__name__, str(error), error.exit_code)
-    each = ranks.everyone(mine, "agreement that all is well")
+    each = ranks.all_gather(mine, "agreement that all is well")
     failed = [(r, found) for r, found in enumerate(each) if found is not None]
     if not failed:
         return
@@ -38,34 +38,34 @@ def agreed(ranks: Ranks, console: Console) -> Iterator[None]:
     if ranks.main:
         console.error(name, text if rank == 0 else f"rank {rank}: {text}")
     ranks.barrier("the end")  # a launcher ends all ranks as soon as one has gone: print first
-    raise told(error or RankError(f"rank {rank}: {text}"), code)
+    raise mark_reported(error or RankError(f"rank {rank}: {text}"), code)
 
 
 @contextmanager
-def one_fate(ranks: Ranks, console: Console) -> Iterator[None]:
+def fail_together(ranks: Ranks, console: Console) -> Iterator[None]:
     """An error in the block is left as a word for the other ranks, and each cause is printed by one rank."""
     try:
         yield
     except AppoError as error:
-        if ranks.world > 1 and not error.told:
-            _tell(error, ranks, console)
+        if ranks.world > 1 and not error.reported:
+            _report(error, ranks, console)
         raise
     except RuntimeError as error:  # a collective of the learner's says no more than that it failed
-        cause = ranks.what_happened() if ranks.world > 1 else ""
+        cause = ranks.explain_failure() if ranks.world > 1 else ""
         if not cause:
-            ranks.leave(word_of(error))
+            ranks.report_exit(exit_reason(error))
             raise
         lost = RankError(cause)
-        _tell(lost, ranks, console)
+        _report(lost, ranks, console)
         raise lost from error
     except BaseException as error:
-        ranks.leave(word_of(error))
+        ranks.report_exit(exit_reason(error))
         raise
 
 
-def told(error: AppoError, exit_code: int | None = None) -> AppoError:
+def mark_reported(error: AppoError, exit_code: int | None = None) -> AppoError:
     """The error, marked as printed."""
-    error.told = True
+    error.reported = True
     if exit_code is not None:
         error.exit_code = exit_code
     return error
@@ -79,22 +79,22 @@ def show(error: AppoError, console: Console) -> None:
         console.error(type(error).__name__, str(error))
 
 
-def word_of(error: BaseException) -> str:
+def exit_reason(error: BaseException) -> str:
     """What a rank leaves for the others about the error that ends it."""
     return f"{type(error).__name__}: {error}"
 
 
-def _tell(error: AppoError, ranks: Ranks, console: Console) -> None:
-    word = word_of(error)
+def _report(error: AppoError, ranks: Ranks, console: Console) -> None:
+    reason = exit_reason(error)
     if not ranks.main:
         # Rank 0 speaks for all of those who met the same, or who were left by the same rank.
         deadline = time.monotonic() + LOOK_S + 1
-        while time.monotonic() < deadline and 0 not in ranks.left() and not ranks.gone(0):
+        while time.monotonic() < deadline and 0 not in ranks.exit_reasons() and not ranks.is_dead(0):
             time.sleep(0.05)
-        heard = ranks.left().get(0)
-        if heard == word or (heard is not None and isinstance(error, RankError)):
-            told(error)
-    if not error.told:
+        heard = ranks.exit_reasons().get(0)
+        if heard == reason or (heard is not None and isinstance(error, RankError)):
+            mark_reported(error)
+    if not error.reported:
         show(error, console)
-        told(error)
-    ranks.leave(word)
+        mark_reported(error)
+    ranks.report_exit(reason)

@@ -79,13 +79,13 @@ class Ranks:
         """Sum, largest or smallest of each key over the ranks that have it; NaN stays NaN."""
         if self.world == 1:
             return dict(values)
-        each = self.everyone({k: float(v) for k, v in values.items()}, what or how)
+        each = self.all_gather({k: float(v) for k, v in values.items()}, what or how)
         names = dict.fromkeys(name for one in each for name in one)
         return {name: _REDUCE[how]([one[name] for one in each if name in one]) for name in names}
 
     def any(self, flag: bool, what: str = "any") -> bool:
         """Whether one rank or more said True."""
-        return flag if self.world == 1 else any(self.everyone(bool(flag), what))
+        return flag if self.world == 1 else any(self.all_gather(bool(flag), what))
 
     # -- objects
 
@@ -98,7 +98,7 @@ class Ranks:
             dist.gather_object(obj, out, dst=0, group=self._group)
         return out
 
-    def share(self, obj: Any, what: str = "share") -> Any:
+    def broadcast(self, obj: Any, what: str = "broadcast") -> Any:
         """Rank 0's object, on all ranks; what others pass does not matter."""
         if self.world == 1:
             return obj
@@ -107,7 +107,7 @@ class Ranks:
             dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
-    def everyone(self, obj: Any, what: str = "everyone") -> list[Any]:
+    def all_gather(self, obj: Any, what: str = "all_gather") -> list[Any]:
         """Everyone's object on all ranks, in rank order."""
         if self.world == 1:
             return [obj]
@@ -116,7 +116,7 @@ class Ranks:
             dist.all_gather_object(out, obj, group=self._group)
         return out
 
-    def exchange(self, out: Sequence[Sequence[Any]], what: str = "exchange") -> list[Any]:
+    def all_to_all(self, out: Sequence[Sequence[Any]], what: str = "all_to_all") -> list[Any]:
         """`out[r]` holds objects for rank r (for oneself too); → those for this rank, in the order of their senders."""
         assert len(out) == self.world, f"{len(out)} lists for {self.world} ranks"
         if self.world == 1:
@@ -145,7 +145,7 @@ class Ranks:
 
     # -- a rank that goes
 
-    def leave(self, reason: str) -> None:
+    def report_exit(self, reason: str) -> None:
         """Leave word for the others why this rank ends; not collective, and never an error."""
         if self._store is not None:
             try:
@@ -153,7 +153,7 @@ class Ranks:
             except RuntimeError:  # the process that kept the messages has gone first
                 self._store = None
 
-    def left(self) -> dict[int, str]:
+    def exit_reasons(self) -> dict[int, str]:
         """{rank: reason} of those that have left word; not collective."""
         found = {}
         for r in range(self.world if self._store is not None else 0):
@@ -165,15 +165,15 @@ class Ranks:
                 break
         return found
 
-    def what_happened(self) -> str:
+    def explain_failure(self) -> str:
         """Which ranks have gone, and why, after a collective has failed (ours or one of the learner's); "" if none has.
 
         Looks for some seconds: a connection closes a little before its process is seen to end.
         """
         deadline = time.monotonic() + LOOK_S
         while True:
-            words = {r: why for r, why in self.left().items() if r != self.rank}
-            gone = [r for r in range(self.world) if r not in words and self.gone(r)]
+            words = {r: why for r, why in self.exit_reasons().items() if r != self.rank}
+            gone = [r for r in range(self.world) if r not in words and self.is_dead(r)]
             if words or gone or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
@@ -182,7 +182,7 @@ class Ranks:
                  "(killed from outside, or out of memory?)" for r in gone]  # fmt: skip
         return "; ".join(said)
 
-    def gone(self, rank: int) -> bool:
+    def is_dead(self, rank: int) -> bool:
         """Whether the process of a rank of this machine no longer runs (of another machine nobody knows)."""
         import psutil
 
@@ -214,7 +214,7 @@ class Ranks:
             atexit.register(dist.destroy_process_group)
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self.rank, self.world, self.local_rank = dist.get_rank(), dist.get_world_size(), device
-        self._peers = self.everyone((socket.gethostname(), os.getpid()), "joining")
+        self._peers = self.all_gather((socket.gethostname(), os.getpid()), "joining")
         hosts = [host for host, _ in self._peers]
         self.local_world = hosts.count(hosts[self.rank])
 
@@ -227,7 +227,7 @@ class Ranks:
         try:
             yield dist
         except RuntimeError as error:  # gloo: a connection was closed
-            cause = self.what_happened() or f"contact with another rank was lost: {error}"
+            cause = self.explain_failure() or f"contact with another rank was lost: {error}"
             raise RankError(f"while in {what!r}: {cause}") from error
         finally:
             self.waiting = None

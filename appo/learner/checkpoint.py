@@ -52,7 +52,7 @@ def save_checkpoint(
     ranks = ranks or Ranks()
     root = Path(run_dir) / FOLDER
     final = root / f"step_{step}"
-    scratch = root / ranks.share(f"step_{step}.tmp-{uuid.uuid4().hex[:8]}", "checkpoint")
+    scratch = root / ranks.broadcast(f"step_{step}.tmp-{uuid.uuid4().hex[:8]}", "checkpoint")
 
     def begin() -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def load_latest(run_dir: Path | str, ranks: Ranks | None = None) -> tuple[Path, 
     left, with the reason for each. With several ranks all call this: rank 0 looks, and all get the same.
     """
     ranks = ranks or Ranks()
-    found = ranks.share(
+    found = ranks.broadcast(
         _newest(Path(run_dir) / FOLDER) if ranks.main else None, "newest checkpoint"
     )
     if isinstance(found, str):
@@ -115,7 +115,7 @@ def _together(ranks: Ranks, work: Callable[[], None], disk: Path, on: bool = Tru
             work()
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         failure = error
-    said = ranks.everyone(failure and _in_words(failure, disk), "checkpoint")
+    said = ranks.all_gather(failure and _in_words(failure, disk), "checkpoint")
     wrong = [f"rank {r}: {s}" if ranks.world > 1 else s for r, s in enumerate(said) if s]
     if wrong:
         raise CheckpointError("; ".join(wrong)) from failure

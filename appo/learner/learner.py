@@ -131,7 +131,7 @@ class Learner:
             self.step += 1
             self.guard.passed()
         else:
-            reasons = self.ranks.everyone(reason, "why a step was refused")
+            reasons = self.ranks.all_gather(reason, "why a step was refused")
             said = [
                 f"rank {r}, {why}" if self.world > 1 else why
                 for r, why in enumerate(reasons)

@@ -181,7 +181,7 @@ def _agree(ranks: Ranks, problem: str | Exception | None, checksum: int) -> None
     if ranks.world == 1 and isinstance(problem, Exception):
         raise problem
     said = f"{type(problem).__name__}: {problem}" if isinstance(problem, Exception) else problem
-    each = ranks.everyone((said, checksum), "push")
+    each = ranks.all_gather((said, checksum), "push")
     wrong = [
         f"rank {r}: {why}" if ranks.world > 1 else why for r, (why, _) in enumerate(each) if why
     ]

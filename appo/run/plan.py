@@ -13,7 +13,7 @@ from typing import Literal
 from appo.algo.presets import Algorithm, resolve
 from appo.config import Config
 from appo.data.tasks import TaskStream, build_tasks
-from appo.dist.failures import agreed
+from appo.dist.failures import agree_or_raise
 from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError, ConfigError
 from appo.models.resolve import ModelInfo, ModelSource, check_model_folder, resolve_model
@@ -52,11 +52,11 @@ def plan(
     p: Plan | None = None
     folder = None
     for turn in range(3 if ranks.world > 1 else 1):
-        with agreed(ranks, console):
+        with agree_or_raise(ranks, console):
             if turn == mine:
                 p = _plan(cfg, console, need_output, ranks, folder)
         if turn == 0:
-            folder = ranks.share(p.output if p else None, "the run folder")
+            folder = ranks.broadcast(p.output if p else None, "the run folder")
     assert p is not None
     return p
 

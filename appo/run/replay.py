@@ -19,7 +19,7 @@ from typing import Any
 
 from appo.algo.presets import resolve
 from appo.config import Config, load_config
-from appo.dist.failures import agreed, one_fate
+from appo.dist.failures import agree_or_raise, fail_together
 from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError, ConfigError, DataError
 from appo.models.resolve import check_model_folder, resolve_model
@@ -89,7 +89,7 @@ def replay(
     Raises ConfigError, CheckpointError or DataError that says what is missing and what would have kept it.
     """
     console, ranks, run = console or Console(), ranks or Ranks(), Path(run)
-    with agreed(ranks, console):
+    with agree_or_raise(ranks, console):
         cfg = _config(run)
         record = _record(run, step, cfg)
         checkpoint, state = _checkpoint(run, step - 1, cfg, ranks.main)
@@ -97,7 +97,7 @@ def replay(
         found = _said_by_trees([tree for trees in parts for tree in trees])
         _same_trees(record, found, run, step)
         plan = _plan(cfg, ranks, console)
-    with one_fate(ranks, console), make_learner(plan, ranks) as learner:
+    with fail_together(ranks, console), make_learner(plan, ranks) as learner:
         learner.load(checkpoint)
         trainer = make_trainer(plan, learner, ranks, push=lambda version: {})
         trainer.version = int(state["version"])

@@ -14,7 +14,7 @@ from typing import Any
 
 from appo.config import Config, dump
 from appo.data.tasks import Cursor
-from appo.dist.failures import agreed, one_fate, word_of
+from appo.dist.failures import agree_or_raise, exit_reason, fail_together
 from appo.dist.ranks import Ranks
 from appo.dist.signals import Stopped, StopRequest
 from appo.errors import AppoError
@@ -39,11 +39,11 @@ def train(cfg: Config, console: Console | None = None, ranks: Ranks | None = Non
     """
     ranks = ranks or Ranks.join()
     console = console or Console(rank=ranks.rank)
-    with one_fate(ranks, console), ExitStack() as stack:
+    with fail_together(ranks, console), ExitStack() as stack:
         p = plan(cfg, console, ranks=ranks)
         if ranks.main:
             console.card(f"appo train {cfg.recipe}", card_rows(p), card_warnings(p))
-        with agreed(ranks, console):
+        with agree_or_raise(ranks, console):
             session = stack.enter_context(Session(p, console, ranks))
             session.check_prompts()
         run = TrainingRun(session)
@@ -102,7 +102,7 @@ class TrainingRun:
                 if (
                     self.ranks.main
                 ):  # before the report, which may take long: the others wait for the word
-                    self.ranks.leave(word_of(error))
+                    self.ranks.report_exit(exit_reason(error))
                 raise error
             finally:
                 self.learner.close()
@@ -121,7 +121,7 @@ class TrainingRun:
         if self.done == 0:
             self._checkpoint()
             known = [r for r in read_metrics(self.plan.output) if r["kind"] == "eval"]
-            if not self.ranks.share(bool(known), "whether step 0 is evaluated"):
+            if not self.ranks.broadcast(bool(known), "whether step 0 is evaluated"):
                 self._evaluate(0)
 
     def _steps(self) -> None:
@@ -267,9 +267,9 @@ def evaluate(
     """Accuracy and tool use of the recipe's base model, or of the newest checkpoint of `run`. → metrics record."""
     ranks = ranks or Ranks.join()
     console = console or Console(rank=ranks.rank)
-    with one_fate(ranks, console), ExitStack() as stack:
+    with fail_together(ranks, console), ExitStack() as stack:
         p = plan(cfg, console, need_output=False, ranks=ranks)
-        with agreed(ranks, console):
+        with agree_or_raise(ranks, console):
             session = stack.enter_context(Session(p, console, ranks))
         if run is not None:
             _load_checkpoint(session, run)

@@ -51,7 +51,7 @@ def balance(
     """
     if ranks.world == 1:
         return list(batches), {"pack/imbalance": 1.0}
-    everyones = ranks.everyone([costs.of(b) for b in batches], "costs of streams")
+    everyones = ranks.all_gather([costs.of(b) for b in batches], "costs of streams")
     owners = deal(everyones)
     share = []
     out: list[list[Any]] = [[] for _ in range(ranks.world)]
@@ -59,7 +59,7 @@ def balance(
         item = (-everyones[ranks.rank][i], ranks.rank, i, replace(batch, rank=ranks.rank))
         (share if to == ranks.rank else out[to]).append(item)
     if any(to != rank for rank, row in enumerate(owners) for to in row):  # the same on all ranks
-        share += ranks.exchange(out, "streams")
+        share += ranks.all_to_all(out, "streams")
     share.sort(key=lambda item: item[:3])
     return [batch for *_, batch in share], {"pack/imbalance": _imbalance(everyones, owners)}
 

@@ -21,11 +21,11 @@ def test_alone_every_method_is_a_plain_function_and_torch_stays_out():
         r = Ranks.join()
         assert (r.rank, r.world, r.local_rank, r.local_world, r.main) == (0, 1, 0, 1, True)
         assert r.sum({"a": 1.5}) == {"a": 1.5} and r.reduce({"a": 2.0}, "max") == {"a": 2.0}
-        assert r.gather("x") == ["x"] and r.share("x") == "x" and r.everyone(3) == [3]
-        assert r.any(True) and not r.any(False) and r.exchange([["a", 1]]) == ["a", 1]
+        assert r.gather("x") == ["x"] and r.broadcast("x") == "x" and r.all_gather(3) == [3]
+        assert r.any(True) and not r.any(False) and r.all_to_all([["a", 1]]) == ["a", 1]
         r.barrier()
-        r.leave("done")
-        assert r.left() == {} and r.waiting is None and "torch" not in sys.modules
+        r.report_exit("done")
+        assert r.exit_reasons() == {} and r.waiting is None and "torch" not in sys.modules
     """)  # fmt: skip
 
 
@@ -84,11 +84,11 @@ def questions(folder: Path) -> None:
     gathered = ranks.gather(thing)
     assert (gathered is None) == (me == 1)
     assert me == 1 or [(g["rank"], len(g["load"])) for g in gathered] == [(0, 3), (1, 5_000_000)]
-    assert ranks.share(("from", me)) == ("from", 0)
-    assert ranks.everyone(me * 2) == [0, 2]
+    assert ranks.broadcast(("from", me)) == ("from", 0)
+    assert ranks.all_gather(me * 2) == [0, 2]
     out = [[], ["to 1", b"\0" * 100_000]] if me == 0 else [["to 0"], ["own"]]
-    assert ranks.exchange(out) == (["to 0"] if me == 0 else ["to 1", b"\0" * 100_000, "own"])
-    assert ranks.exchange([[], []]) == []
+    assert ranks.all_to_all(out) == (["to 0"] if me == 0 else ["to 1", b"\0" * 100_000, "own"])
+    assert ranks.all_to_all([[], []]) == []
 
     # A late rank: the other waits, and says for what.
     import threading
@@ -121,9 +121,9 @@ def questions(folder: Path) -> None:
 
     # A word that is left is read by the other without a meeting.
     if me == 1:
-        ranks.leave("ToolError: no")
+        ranks.report_exit("ToolError: no")
     ranks.barrier()
-    assert ranks.left() == {1: "ToolError: no"}
+    assert ranks.exit_reasons() == {1: "ToolError: no"}
 
 
 def death(folder: Path) -> None:
@@ -135,7 +135,7 @@ def death(folder: Path) -> None:
         ranks.gather("x", "report")
     while not (folder / "go").exists():
         time.sleep(0.05)
-    ranks.leave("ToolError: no")
+    ranks.report_exit("ToolError: no")
 
 
 if __name__ == "__main__":

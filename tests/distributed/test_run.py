@@ -228,21 +228,21 @@ def fate(end: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from appo.dist.failures import one_fate
+    from appo.dist.failures import fail_together
     from appo.dist.ranks import Ranks
     from appo.errors import AppoError, LearnerError
     from appo.observability.progress import Console
 
     ranks = Ranks.join()
     try:
-        with one_fate(ranks, Console(plain=True, rank=ranks.rank)):
+        with fail_together(ranks, Console(plain=True, rank=ranks.rank)):
             if end == "same":
                 raise LearnerError("the same on all ranks")
             if ranks.rank == 1:
                 raise LearnerError("only here")
             dist.all_reduce(torch.zeros(1))
     except AppoError as error:
-        assert error.told
+        assert error.reported
         sys.exit(error.exit_code)
 
 

@@ -101,7 +101,7 @@ def nonfinite(ranks: Ranks, stage: int) -> None:
             assert learner.train_minibatch([good], COUNTS, loss_fn)["learner/nonfinite"] == 0.0
             assert not same(before, whole(learner)), name
         sums = [float(t.double().sum()) for t in whole(learner)]
-        assert ranks.share(sums) == sums  # both ranks hold the same policy
+        assert ranks.broadcast(sums) == sums  # both ranks hold the same policy
 
 
 def full_disk(ranks: Ranks) -> None:

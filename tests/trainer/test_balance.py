@@ -30,17 +30,17 @@ class Threads:
     def rank(self, rank: int) -> SimpleNamespace:
         world = len(self.box)
 
-        def everyone(obj, what=""):
+        def all_gather(obj, what=""):
             self.box[rank] = obj
             self.meet.wait()
             found = list(self.box)
             self.meet.wait()
             return found
 
-        def exchange(out, what=""):
-            return [item for theirs in everyone(out) for item in theirs[rank]]
+        def all_to_all(out, what=""):
+            return [item for theirs in all_gather(out) for item in theirs[rank]]
 
-        return SimpleNamespace(rank=rank, world=world, everyone=everyone, exchange=exchange)
+        return SimpleNamespace(rank=rank, world=world, all_gather=all_gather, all_to_all=all_to_all)
 
 
 def over_ranks(parts: list[list[PackedBatch]], costs: Costs) -> list[tuple]:

@@ -31,14 +31,14 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    tout: Tensor,
+    subtree_end: Tensor,
     scaling: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention in the form that transformers calls: q[1, Hq, T, D], k and v[1, Hkv, T, D] → out[1, T, Hq, D]."""
     assert attention_mask is None, "the tree decides who sees whom"
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return tree_attention(q, k, v, tout, scale=scaling)[None], None
+    return tree_attention(q, k, v, subtree_end, scale=scaling)[None], None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
@@ -104,7 +104,7 @@ class Policy(nn.Module):
             input_ids=batch.token_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
-            tout=batch.tout,
+            subtree_end=batch.subtree_end,
         ).last_hidden_state[0]  # [T, H]
         edges = batch.mask.nonzero().squeeze(1)
         stats = linear_logprob_entropy(

@@ -1,8 +1,8 @@
 """From rollout trees to flat token streams that a transformer reads once.
 
 A tree is laid out so that every shared token appears once. Two numbers per token say all that attention needs:
-its depth in the path (`position_ids`) and where its subtree ends in the stream (`tout`): query q sees key k iff
-k ≤ q < tout[k]. A token may have several successors, so next-token targets live on *edges*, gathered per row;
+its depth in the path (`position_ids`) and where its subtree ends in the stream (`subtree_end`): query q sees key k iff
+k ≤ q < subtree_end[k]. A token may have several successors, so next-token targets live on *edges*, gathered per row;
 nothing is ever shifted by one. Only rows that carry loss are laid out.
 """
 
@@ -40,7 +40,7 @@ _over_budget_told = threading.Event()  # one row over the budget is named, the o
 class PackedBatch:
     """One stream of T tokens with R rows and E edges (response tokens of every row, tool tokens included).
 
-    token_ids[T] int64 · position_ids[T] int64 (depth in the path) · tout[T] int32 (end of the token's subtree)
+    token_ids[T] int64 · position_ids[T] int64 (depth in the path) · subtree_end[T] int32 (end of the token's subtree)
 
     source[E] int64      stream index whose hidden state predicts the edge's token
     target[E] int64      the token id
@@ -55,13 +55,13 @@ class PackedBatch:
     padding              tokens at the end that are none: see `padded`
 
     >>> prompt (5 6), two rows (7 8) and (7 9), forked after 7:
-    >>> token_ids [5 6 7 8 9]  position_ids [0 1 2 3 3]  tout [5 5 5 4 5]
+    >>> token_ids [5 6 7 8 9]  position_ids [0 1 2 3 3]  subtree_end [5 5 5 4 5]
     >>> source [1 2 1 2]  target [7 8 7 9]  offsets [0 2 4]
     """
 
     token_ids: Tensor
     position_ids: Tensor
-    tout: Tensor
+    subtree_end: Tensor
     source: Tensor
     target: Tensor
     offsets: Tensor
@@ -102,12 +102,12 @@ class PackedBatch:
         if not more:
             return self
         zeros = self.token_ids.new_zeros(more)
-        ends = torch.arange(tokens + 1, tokens + more + 1, device=self.tout.device)
+        ends = torch.arange(tokens + 1, tokens + more + 1, device=self.subtree_end.device)
         return replace(
             self,
             token_ids=torch.cat([self.token_ids, zeros]),
             position_ids=torch.cat([self.position_ids, zeros]),
-            tout=torch.cat([self.tout, ends.to(self.tout.dtype)]),
+            subtree_end=torch.cat([self.subtree_end, ends.to(self.subtree_end.dtype)]),
             padding=self.padding + more,
         )
 
@@ -241,7 +241,7 @@ def _lay_out(pieces: Sequence[Piece], credits: Sequence[Sequence[Credit]]) -> Pa
     return PackedBatch(
         token_ids=torch.from_numpy(tokens.ids),
         position_ids=torch.from_numpy(tokens.position),
-        tout=torch.from_numpy(tokens.tout),
+        subtree_end=torch.from_numpy(tokens.subtree_end),
         offsets=torch.from_numpy(offsets),
         weight=torch.tensor([c.weight for _, c in rows], dtype=torch.float32),
         rows=[(i, c.leaf) for i, c in rows],
@@ -302,7 +302,7 @@ def pack_sequences(sequences: Sequence[Sequence[int]]) -> PackedBatch:
     return PackedBatch(
         token_ids=torch.from_numpy(token_ids),
         position_ids=torch.from_numpy(positions),
-        tout=torch.from_numpy(np.repeat(starts + lengths, lengths).astype(np.int32)),
+        subtree_end=torch.from_numpy(np.repeat(starts + lengths, lengths).astype(np.int32)),
         source=torch.from_numpy(target_at - 1),
         target=torch.from_numpy(token_ids[target_at]),
         offsets=torch.from_numpy(np.cumsum([0, *(lengths - 1)]).astype(np.int64)),
@@ -316,7 +316,7 @@ def pack_sequences(sequences: Sequence[Sequence[int]]) -> PackedBatch:
     )
 
 
-def interval_mask(tout: Tensor) -> Tensor:
-    """bool[T, T]: True where query (row) sees key (column), k ≤ q < tout[k]. For short streams and tests."""
-    at = torch.arange(tout.numel(), device=tout.device)
-    return (at[None, :] <= at[:, None]) & (at[:, None] < tout[None, :])
+def interval_mask(subtree_end: Tensor) -> Tensor:
+    """bool[T, T]: True where query (row) sees key (column), k ≤ q < subtree_end[k]. For short streams and tests."""
+    at = torch.arange(subtree_end.numel(), device=subtree_end.device)
+    return (at[None, :] <= at[:, None]) & (at[:, None] < subtree_end[None, :])

@@ -79,11 +79,11 @@ def place(pieces: Sequence[Piece]) -> Layout:
 
 @dataclass
 class Tokens:
-    """Per token of a stream, [T]: ids int64, position int64, tout int32, sampled bool, version int64."""
+    """Per token of a stream, [T]: ids int64, position int64, subtree_end int32, sampled bool, version int64."""
 
     ids: np.ndarray
     position: np.ndarray
-    tout: np.ndarray
+    subtree_end: np.ndarray
     sampled: np.ndarray
     version: np.ndarray
 
@@ -116,7 +116,7 @@ class Stream:
         return Tokens(
             ids=self.gather("q", [n.token_ids for n in lay.nodes]),
             position=np.arange(len(shift)) + shift,
-            tout=self._tout(),
+            subtree_end=self._tout(),
             sampled=self.spread(sampled),
             version=self.spread(version),
         )

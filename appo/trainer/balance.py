@@ -35,10 +35,10 @@ class Costs:
         return cls(token=6.0 * parameters, pair=14.0 * config.num_hidden_layers * width)
 
     def of(self, batch: PackedBatch) -> float:
-        """Cost of one stream. O(T): token k is seen by the queries k … tout[k] - 1."""
-        at = torch.arange(batch.tout.numel(), device=batch.tout.device)
-        pairs = int((batch.tout - at).sum())
-        return self.token * batch.tout.numel() + self.pair * pairs
+        """Cost of one stream. O(T): token k is seen by the queries k … subtree_end[k] - 1."""
+        at = torch.arange(batch.subtree_end.numel(), device=batch.subtree_end.device)
+        pairs = int((batch.subtree_end - at).sum())
+        return self.token * batch.subtree_end.numel() + self.pair * pairs
 
 
 def balance(

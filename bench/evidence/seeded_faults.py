@@ -211,8 +211,8 @@ FAULTS = [
     Fault(
         "subtrees end a token late, PyTorch attention",
         "kernels/tree_attention/backend_torch.py",
-        "(j <= i) & (i < tout[None, :last])",
-        "(j <= i) & (i <= tout[None, :last])",
+        "(j <= i) & (i < subtree_end[None, :last])",
+        "(j <= i) & (i <= subtree_end[None, :last])",
         "test_every_loss_in_float64 and rollouts",
         TRAINING,
     ),

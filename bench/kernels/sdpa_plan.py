@@ -28,13 +28,13 @@ class Segment:
     mask: Tensor | None
 
 
-def plan_attention(tout: Tensor) -> list[Segment]:
+def plan_attention(subtree_end: Tensor) -> list[Segment]:
     """Cut a stream into segments from the ends of its subtrees, int32[T]. Segments come in stream order.
 
     A tree starts with the tokens that all of it sees (prompt); each subtree after them is one segment. The first
     takes the prompt's own queries with it.
     """
-    ends = tout.cpu()
+    ends = subtree_end.cpu()
     segments: list[Segment] = []
     tree = 0
     while tree < ends.numel():
@@ -48,7 +48,9 @@ def plan_attention(tout: Tensor) -> list[Segment]:
             segments.append(Segment(tree, prefix_stop, begin, end, mask))
             begin = at = end
         tree = stop
-    return [s if s.mask is None else replace(s, mask=s.mask.to(tout.device)) for s in segments]
+    return [
+        s if s.mask is None else replace(s, mask=s.mask.to(subtree_end.device)) for s in segments
+    ]
 
 
 def _leading(ends: Tensor, value: int) -> int:

@@ -53,9 +53,9 @@ QUICK = [Shape(2, 1, 40, 60)]
 
 
 class Tree(NamedTuple):
-    """tout[N] int32, and the stream indices of every sequence, root to leaf."""
+    """subtree_end[N] int32, and the stream indices of every sequence, root to leaf."""
 
-    tout: Tensor
+    subtree_end: Tensor
     sequences: list[Tensor]
 
 
@@ -64,10 +64,10 @@ def tree(shape: Shape) -> Tree:
     prompt, response = shape.prompt, shape.response
     forks = [response * b // (shape.branches + 1) for b in range(shape.branches, 0, -1)]
     own = response + sum(response - f for f in forks)
-    tout = [prompt + shape.rollouts * own] * prompt
+    subtree_end = [prompt + shape.rollouts * own] * prompt
     sequences = []
     for _ in range(shape.rollouts):
-        start = len(tout)
+        start = len(subtree_end)
         ends, at = torch.full((response,), start + response), start + response
         before = torch.arange(prompt)
         sequences.append(torch.cat([before, torch.arange(start, start + response)]))
@@ -76,16 +76,16 @@ def tree(shape: Shape) -> Tree:
             sequences.append(torch.cat([before, torch.arange(start, start + fork), rest]))
             at += response - fork
             ends[:fork] = at
-        tout += ends.tolist()
+        subtree_end += ends.tolist()
         at = start + response
         for fork in forks:
             at += response - fork
-            tout += [at] * (response - fork)
-    return Tree(torch.tensor(tout, dtype=torch.int32), sequences)
+            subtree_end += [at] * (response - fork)
+    return Tree(torch.tensor(subtree_end, dtype=torch.int32), sequences)
 
 
 def ours(t: Tree) -> Attend:
-    return lambda q, k, v: tree_attention(q, k, v, t.tout)
+    return lambda q, k, v: tree_attention(q, k, v, t.subtree_end)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -98,12 +98,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def sdpa_mask(t: Tree) -> Attend:
-    mask = interval_mask(t.tout)  # once for all layers, as a model would
+    mask = interval_mask(t.subtree_end)  # once for all layers, as a model would
     return lambda q, k, v: sdpa(q, k, v, mask)
 
 
 def sdpa_plan(t: Tree) -> Attend:
-    segments = plan_attention(t.tout)
+    segments = plan_attention(t.subtree_end)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -124,10 +124,10 @@ def sdpa_sequences(t: Tree) -> Attend:
 def flex(t: Tree) -> Attend:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    tout, n = t.tout, t.tout.numel()
+    subtree_end, n = t.subtree_end, t.subtree_end.numel()
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q) & (q < tout[k])
+        return (k <= q) & (q < subtree_end[k])
 
     mask = create_block_mask(sees, None, None, n, n, device="cpu")
     compiled = torch.compile(flex_attention)
@@ -176,7 +176,7 @@ def memory(name: str, shape: Shape, backward: bool) -> float | None:
     """MiB; to be called in a fresh process."""
     torch.set_num_threads(1)
     t = tree(shape)
-    found = resident_bytes(step(name, t, problem(t.tout.numel()), backward))
+    found = resident_bytes(step(name, t, problem(t.subtree_end.numel()), backward))
     return None if found is None else found.peak / MIB
 
 
@@ -184,9 +184,9 @@ def error(t: Tree, inputs: tuple[Tensor, ...], queries: int = 256) -> float:
     """The largest of ours against float64, over the last queries."""
     got = step("ours", t, inputs, False)()
     assert isinstance(got, Tensor)
-    n = t.tout.numel()
+    n = t.subtree_end.numel()
     first = max(0, n - queries)
-    seen = interval_mask(t.tout)[first:]
+    seen = interval_mask(t.subtree_end)[first:]
     q, k, v = (x.double().transpose(0, 1)[None] for x in inputs[:3])
     want = F.scaled_dot_product_attention(q[:, :, first:], k, v, attn_mask=seen, enable_gqa=True)
     return (got[first:].double() - want[0].transpose(0, 1)).abs().max().item()
@@ -194,9 +194,9 @@ def error(t: Tree, inputs: tuple[Tensor, ...], queries: int = 256) -> float:
 
 def cases(shape: Shape, args: argparse.Namespace, notes: dict[str, str]) -> list[Case]:
     t = tree(shape)
-    inputs = problem(t.tout.numel())
-    ratio = sum(len(s) for s in t.sequences) / t.tout.numel()
-    name = f"{shape}, {t.tout.numel():,} tokens, shared {ratio:.2f}×"
+    inputs = problem(t.subtree_end.numel())
+    ratio = sum(len(s) for s in t.sequences) / t.subtree_end.numel()
+    name = f"{shape}, {t.subtree_end.numel():,} tokens, shared {ratio:.2f}×"
     largest = error(t, inputs)
     done = []
     for backward in (False, True):

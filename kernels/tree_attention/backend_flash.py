@@ -35,9 +35,9 @@ class Runs(NamedTuple):
     most_k: int
 
 
-def runs(tout: Tensor) -> Runs:
-    """The plan of a stream, made on the host in the time that its M keys take. Waits for the device of tout."""
-    ends = tout.cpu().long()
+def runs(subtree_end: Tensor) -> Runs:
+    """The plan of a stream, made on the host in the time that its M keys take. Waits for the device of subtree_end."""
+    ends = subtree_end.cpu().long()
     n = ends.numel()
     forks = ends[:-1] == torch.arange(1, n)  # nobody follows on this token
     starts = [0, *(forks.nonzero()[:, 0] + 1).tolist()]
@@ -47,10 +47,10 @@ def runs(tout: Tensor) -> Runs:
         before = keys[-1]
         keys.append(torch.cat([before[ends[before] > start], torch.arange(start, stop)]))
     lengths = [k.numel() for k in keys]
-    q_ends = torch.tensor([0, *stops], dtype=torch.int32, device=tout.device)
-    k_ends = torch.tensor(lengths, device=tout.device).cumsum(0, dtype=torch.int32)
+    q_ends = torch.tensor([0, *stops], dtype=torch.int32, device=subtree_end.device)
+    k_ends = torch.tensor(lengths, device=subtree_end.device).cumsum(0, dtype=torch.int32)
     longest = max(b - a for a, b in zip(starts, stops))
-    return Runs(torch.cat(keys).to(tout.device), q_ends, k_ends, longest, max(lengths))
+    return Runs(torch.cat(keys).to(subtree_end.device), q_ends, k_ends, longest, max(lengths))
 
 
 def attend(call: TreeCall) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def attend(call: TreeCall) -> tuple[Tensor, Tensor]:
     """
     varlen = _varlen()
     _check(call)
-    plan = _plans(call.tout)
+    plan = _plans(call.subtree_end)
     o, lse, _ = varlen(
         call.q.contiguous(),
         _Copies.apply(call.k, plan.keys),

@@ -1,6 +1,6 @@
-"""Backend "flex" of tree attention: torch's FlexAttention, compiled, with a block mask made directly from `tout`.
+"""Backend "flex" of tree attention: torch's FlexAttention, compiled, with a block mask made directly from `subtree_end`.
 
-The block mask comes from four numbers per block (first and last token, least and largest `tout`), never from an N × N mask:
+The block mask comes from four numbers per block (first and last token, least and largest `subtree_end`), never from an N × N mask:
 O(N) and one entry per pair of blocks. Gradients are FlexAttention's own, on CUDA only: torch has none for the CPU.
 Unlike in our kernels a token that is not finite may reach others in its block (0 · NaN), and torch.compile specialises per
 dtype and head.
@@ -30,7 +30,7 @@ def attend(call: TreeCall) -> tuple[Tensor, Tensor]:
     heads = (x.transpose(0, 1)[None] for x in (call.q, call.k, call.v))
     o, aux = _function(call.q.device.type)(
         *heads,
-        block_mask=_masks(call.tout, BLOCK),
+        block_mask=_masks(call.subtree_end, BLOCK),
         scale=call.scale,
         enable_gqa=True,
         return_aux=flex.AuxRequest(lse=True),
@@ -52,24 +52,26 @@ def _function(device: str) -> Any:
     return flex.flex_attention if device == "cpu" else torch.compile(flex.flex_attention)
 
 
-def block_mask(tout: Tensor, block: int = BLOCK) -> flex.BlockMask:
-    """What `create_block_mask` would make of k ≤ q < tout[k], without looking at pairs of tokens.
+def block_mask(subtree_end: Tensor, block: int = BLOCK) -> flex.BlockMask:
+    """What `create_block_mask` would make of k ≤ q < subtree_end[k], without looking at pairs of tokens.
 
-    Keys [k₀, k₁] and queries [q₀, q₁], both ends included: all seen iff k₁ ≤ q₀ and min tout > q₁; none iff k₀ > q₁ or
-    max tout ≤ q₀; else some, which the mask function decides one by one. A block that runs past the end is never "all".
+    Keys [k₀, k₁] and queries [q₀, q₁], both ends included: all seen iff k₁ ≤ q₀ and min subtree_end > q₁; none iff k₀ > q₁ or
+    max subtree_end ≤ q₀; else some, which the mask function decides one by one. A block that runs past the end is never "all".
     """
-    n = tout.shape[0]
+    n = subtree_end.shape[0]
     short = -n % block
-    first = torch.arange(0, n, block, device=tout.device)
+    first = torch.arange(0, n, block, device=subtree_end.device)
     last = first + block - 1
-    least = torch.nn.functional.pad(tout, (0, short)).view(-1, block).amin(1)  # past the end: 0
-    most = torch.nn.functional.pad(tout, (0, short)).view(-1, block).amax(1)
+    least = (
+        torch.nn.functional.pad(subtree_end, (0, short)).view(-1, block).amin(1)
+    )  # past the end: 0
+    most = torch.nn.functional.pad(subtree_end, (0, short)).view(-1, block).amax(1)
     q0, q1 = first[:, None], last[:, None]
     whole = (last <= q0) & (least > q1)
     some = (first <= q1) & (most > q0) & ~whole
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < tout[key])
+        return (key <= query) & (query < subtree_end[key])
 
     return flex.BlockMask.from_kv_blocks(
         *_listed(some), *_listed(whole), BLOCK_SIZE=block, mask_mod=sees, seq_lengths=(n, n)

@@ -17,19 +17,21 @@ from appo._kernels.tree_attention.op import Kept, TreeCall
 QUERIES = 256  # per block
 
 
-def visible(tout: Tensor, first: int, last: int) -> Tensor:
+def visible(subtree_end: Tensor, first: int, last: int) -> Tensor:
     """bool[last-first, last]: True where query first+i sees key j."""
-    i = torch.arange(first, last, device=tout.device)[:, None]
-    j = torch.arange(last, device=tout.device)[None, :]
-    return (j <= i) & (i < tout[None, :last])
+    i = torch.arange(first, last, device=subtree_end.device)[:, None]
+    j = torch.arange(last, device=subtree_end.device)[None, :]
+    return (j <= i) & (i < subtree_end[None, :last])
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, tout: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """(o[N, Hq, D], lse[N, Hq]) for finite inputs, in their dtype: softmax with the mask, differentiable twice."""
     n, group = q.shape[0], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))  # [Hq, N, D]
     x = scale * (q.transpose(0, 1) @ k.transpose(1, 2))  # [Hq, N, N]
-    x = x.masked_fill(~visible(tout, 0, n), -torch.inf)
+    x = x.masked_fill(~visible(subtree_end, 0, n), -torch.inf)
     return (x.softmax(-1) @ v).transpose(0, 1), x.logsumexp(-1).T
 
 
@@ -37,7 +39,7 @@ def forward(call: TreeCall) -> tuple[Tensor, Tensor]:
     """(o like q, lse[N, Hq])."""
     x = _Heads.of(call)
     o, lse = [], []
-    for a, b, seen in _blocks(call.tout):
+    for a, b, seen in _blocks(call.subtree_end):
         scores = call.scale * (x.queries(x.q, a, b) @ x.k[:, None, :b].transpose(2, 3))
         scores = (scores + x.hurt_k[:, None, None, :b]).masked_fill(
             ~seen, -torch.inf
@@ -61,7 +63,7 @@ def backward(
     )  # a query that is not finite, or its upstream: NaN for all it sees
     delta = (d_o.to(g.dtype) * kept.o.to(g.dtype)).sum(-1) - (0.0 if d_lse is None else d_lse)
     dq, dk, dv = [], torch.zeros_like(x.k), torch.zeros_like(x.v)
-    for a, b, seen in _blocks(call.tout):
+    for a, b, seen in _blocks(call.subtree_end):
         q, do = x.queries(x.q, a, b), x.queries(g, a, b)
         k, v = x.k[:, None, :b], x.v[:, None, :b]
         scores = call.scale * (q @ k.transpose(2, 3))
@@ -75,11 +77,11 @@ def backward(
     return tuple(t.to(call.q.dtype).contiguous() for t in grads)  # type: ignore[return-value]
 
 
-def _blocks(tout: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    n = tout.shape[0]
+def _blocks(subtree_end: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    n = subtree_end.shape[0]
     for a in range(0, n, QUERIES):
         b = min(a + QUERIES, n)
-        yield a, b, visible(tout, a, b)
+        yield a, b, visible(subtree_end, a, b)
 
 
 def _cleaned(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ def forward(call: TreeCall) -> tuple[Tensor, Tensor]:
     _check(call)
     (k, hurt_k), (v, hurt_v) = cleaned(call.k), cleaned(call.v)
     run = packed.gpu("tree_attention.gpu.forward").forward
-    return run(call.q.contiguous(), k, v, call.tout, hurt_k + hurt_v, call.scale)
+    return run(call.q.contiguous(), k, v, call.subtree_end, hurt_k + hurt_v, call.scale)
 
 
 def backward(
@@ -31,7 +31,7 @@ def backward(
     lse = kept.lse + hurt_q + hurt_g
     k, v = cleaned(call.k)[0], cleaned(call.v)[0]
     run = packed.gpu("tree_attention.gpu.backward").backward
-    return run(q, k, v, call.tout, call.scale, g, kept.o, lse, d_lse)
+    return run(q, k, v, call.subtree_end, call.scale, g, kept.o, lse, d_lse)
 
 
 def cleaned(x: Tensor) -> tuple[Tensor, Tensor]:

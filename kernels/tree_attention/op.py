@@ -1,8 +1,8 @@
 """Attention over a packed tree, forward and backward, in memory that grows with the tokens and not with their square.
 
-A stream of N tokens in depth-first order, `tout[i]` = where the subtree of token i ends: query i sees key j iff
-j ≤ i < tout[j]. Nothing else is stored: a block of keys is seen as a whole, in part or not at all by a block of queries, and
-its first and last key and its least and largest `tout` say which.
+A stream of N tokens in depth-first order, `subtree_end[i]` = where the subtree of token i ends: query i sees key j iff
+j ≤ i < subtree_end[j]. Nothing else is stored: a block of keys is seen as a whole, in part or not at all by a block of queries, and
+its first and last key and its least and largest `subtree_end` say which.
 
 Two operators do the work, `appo::tree_attention_forward` and `appo::tree_attention_backward`, opaque to torch.compile; a
 backend is a module `attention_<name>` with `forward(call) -> (o, lse)` and `backward(call, kept, d_o, d_lse)`. Kernels of
@@ -32,14 +32,14 @@ class TreeCall(NamedTuple):
     """One call as the backends see it: checked, N ≥ 1.
 
     q[N, Hq, D], k[N, Hkv, D], v[N, Hkv, D]  one dtype, last stride 1; query head h uses head h // (Hq / Hkv) of k and v
-    tout[N]  int32, contiguous, on the device of q
+    subtree_end[N]  int32, contiguous, on the device of q
     scale    factor of the scores
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    tout: Tensor
+    subtree_end: Tensor
     scale: float
 
 
@@ -52,29 +52,29 @@ class Kept(NamedTuple):
 
 @overload
 def tree_attention(
-    q: Tensor, k: Tensor, v: Tensor, tout: Tensor, *, scale: float | None = None, backend: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, *, scale: float | None = None, backend: str = "auto",
     return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def tree_attention(
-    q: Tensor, k: Tensor, v: Tensor, tout: Tensor, *, scale: float | None = None, backend: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, *, scale: float | None = None, backend: str = "auto",
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def tree_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tout: Tensor,
+    subtree_end: Tensor,
     *,
     scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """o_i = Σ_j softmax_j(scale · q_i·k_j) v_j over the keys j ≤ i < tout[j]; [N, Hq, D] in the dtype of q.
+    """o_i = Σ_j softmax_j(scale · q_i·k_j) v_j over the keys j ≤ i < subtree_end[j]; [N, Hq, D] in the dtype of q.
 
     q[N, Hq, D]   float32, bfloat16, float16 (sums in float32) or float64; any strides
     k, v[N, Hkv, D]  Hkv divides Hq: neighbouring query heads share a head of keys
-    tout[N]       integer, i < tout[i] ≤ N; the intervals [i, tout[i]) of a tree never cross
+    subtree_end[N]       integer, i < subtree_end[i] ≤ N; the intervals [i, subtree_end[i]) of a tree never cross
     scale         default 1/√D
     backend       "auto" | "torch" | "cpu" (heads up to 256) | "triton" (up to 128) | "flex" | "flash", see `module`
     return_lse    also lse[N, Hq], log Σ exp of the scaled scores, float32 (float64 for float64)
@@ -84,33 +84,33 @@ def tree_attention(
     no switch for it. For backward o, lse and the inputs are kept.
     A token that is not finite makes NaN of those who see it, and of their gradients; nobody else is touched ("flex" and
     "flash" may touch neighbours).
-    Raises ValueError or TypeError for shapes, dtypes, devices and a `tout` that is no tree (on a GPU in `debug` only:
+    Raises ValueError or TypeError for shapes, dtypes, devices and a `subtree_end` that is no tree (on a GPU in `debug` only:
     looking at it waits for the device).
     """
-    check_inputs(q, k, v, tout, backend)
+    check_inputs(q, k, v, subtree_end, backend)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[2])
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}, expected a finite number")
-    tout = _int32(tout)
+    subtree_end = _int32(subtree_end)
     if backend in FOREIGN and q.numel():
-        o, lse = _attend(TreeCall(q, k, v, tout, float(scale)), backend)
+        o, lse = _attend(TreeCall(q, k, v, subtree_end, float(scale)), backend)
     else:
-        o, lse = _TreeAttention.apply(q, k, v, tout, float(scale), backend)
+        o, lse = _TreeAttention.apply(q, k, v, subtree_end, float(scale), backend)
     return (o, lse) if return_lse else o
 
 
-def _int32(tout: Tensor) -> Tensor:
+def _int32(subtree_end: Tensor) -> Tensor:
     """Contiguous; what int32 does not hold becomes its largest or smallest number, which no stream has."""
-    if tout.dtype == torch.int64:
+    if subtree_end.dtype == torch.int64:
         limits = torch.iinfo(torch.int32)
-        tout = tout.clamp(limits.min, limits.max)
-    return tout.to(torch.int32).contiguous()
+        subtree_end = subtree_end.clamp(limits.min, limits.max)
+    return subtree_end.to(torch.int32).contiguous()
 
 
 def _attend(call: TreeCall, backend: str) -> tuple[Tensor, Tensor]:
     if call.q.device.type == "cpu" or debug.active():
-        check_tree(call.tout)
+        check_tree(call.subtree_end)
     with torch.autocast(call.q.device.type, enabled=False):
         o, lse = module(backend, call.q).attend(call)
     debug.count_non_finite(lse.detach().T)
@@ -120,10 +120,10 @@ def _attend(call: TreeCall, backend: str) -> tuple[Tensor, Tensor]:
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tout: Tensor, scale: float, backend: str
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float, backend: str
     ) -> tuple[Tensor, Tensor]:
-        o, lse = forward_op(q, k, v, tout, scale, backend)
-        ctx.save_for_backward(q, k, v, tout, o, lse)
+        o, lse = forward_op(q, k, v, subtree_end, scale, backend)
+        ctx.save_for_backward(q, k, v, subtree_end, o, lse)
         ctx.scale, ctx.backend = scale, backend
         ctx.set_materialize_grads(False)
         return o, lse
@@ -131,25 +131,27 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, tout, o, lse = ctx.saved_tensors
+        q, k, v, subtree_end, o, lse = ctx.saved_tensors
         if d_o is None:
             if d_lse is None:
                 return (None,) * 6
             d_o = torch.zeros_like(o)
-        grads = backward_op(q, k, v, tout, ctx.scale, o, lse, d_o, d_lse, ctx.backend)
+        grads = backward_op(q, k, v, subtree_end, ctx.scale, o, lse, d_o, d_lse, ctx.backend)
         needed = (g if need else None for g, need in zip(grads, ctx.needs_input_grad))
         return *needed, None, None, None
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, tout: Tensor, scale: float, backend: str
+    q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    if tout.device.type == "cpu" or debug.active():
-        check_tree(tout)
+    if subtree_end.device.type == "cpu" or debug.active():
+        check_tree(subtree_end)
     if not q.numel():
-        return _fake_forward(q, k, v, tout, scale, backend)
+        return _fake_forward(q, k, v, subtree_end, scale, backend)
     with torch.autocast(q.device.type, enabled=False):
-        o, lse = module(backend, q).forward(TreeCall(_rows(q), _rows(k), _rows(v), tout, scale))
+        o, lse = module(backend, q).forward(
+            TreeCall(_rows(q), _rows(k), _rows(v), subtree_end, scale)
+        )
     debug.count_non_finite(lse.T)
     return o, lse
 
@@ -158,7 +160,7 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tout: Tensor,
+    subtree_end: Tensor,
     scale: float,
     o: Tensor,
     lse: Tensor,
@@ -169,7 +171,7 @@ def _backward(
     """(dq, dk, dv), contiguous, in the dtype of q."""
     if not q.numel():
         return _fake_backward(q, k, v)
-    call = TreeCall(_rows(q), _rows(k), _rows(v), tout, scale)
+    call = TreeCall(_rows(q), _rows(k), _rows(v), subtree_end, scale)
     d_lse = None if d_lse is None else d_lse.contiguous()
     with torch.autocast(q.device.type, enabled=False):
         dq, dk, dv = module(backend, q).backward(call, Kept(o, lse), _rows(d_o), d_lse)
@@ -183,7 +185,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, tout: Tensor, scale: float, backend: str
+    q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide)
@@ -215,7 +217,7 @@ def module(backend: str, q: Tensor) -> Any:
     return import_module(f"appo._kernels.tree_attention.backend_{name}")
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, tout: Tensor, backend: str) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, backend: str) -> None:
     """Shapes, dtypes, devices and the name of the backend; nothing that has to look at a value."""
     if backend not in ("auto", *BACKENDS):
         expected = ", ".join(repr(b) for b in ("auto", *BACKENDS))
@@ -229,27 +231,31 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, tout: Tensor, backend: str) ->
         raise TypeError(
             f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; expected one floating-point dtype"
         )
-    if tout.dtype not in INTEGERS:
-        raise TypeError(f"tout is {tout.dtype}, expected a signed integer dtype (or uint8)")
-    if tout.shape != q.shape[:1]:
-        raise ValueError(f"tout is {tuple(tout.shape)}, expected [{q.shape[0]}], one per token")
-    for name, x in (("k", k), ("v", v), ("tout", tout)):
+    if subtree_end.dtype not in INTEGERS:
+        raise TypeError(
+            f"subtree_end is {subtree_end.dtype}, expected a signed integer dtype (or uint8)"
+        )
+    if subtree_end.shape != q.shape[:1]:
+        raise ValueError(
+            f"subtree_end is {tuple(subtree_end.shape)}, expected [{q.shape[0]}], one per token"
+        )
+    for name, x in (("k", k), ("v", v), ("subtree_end", subtree_end)):
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}; move it there first")
 
 
-def check_tree(tout: Tensor) -> None:
-    """ValueError unless i < tout[i] ≤ N and no two intervals [i, tout[i]) cross. O(N log N), vectorised."""
-    n = tout.shape[0]
+def check_tree(subtree_end: Tensor) -> None:
+    """ValueError unless i < subtree_end[i] ≤ N and no two intervals [i, subtree_end[i]) cross. O(N log N), vectorised."""
+    n = subtree_end.shape[0]
     if n == 0:
         return
-    ends = tout.to(torch.int64)
-    at = torch.arange(n, device=tout.device)
+    ends = subtree_end.to(torch.int64)
+    at = torch.arange(n, device=subtree_end.device)
     wrong = ((ends <= at) | (ends > n)).nonzero()
     if wrong.numel():
         i = int(wrong[0, 0])
         raise ValueError(
-            f"tout[{i}] is {int(ends[i])}, expected {i + 1} … {n}: the token sees itself, and N = {n}"
+            f"subtree_end[{i}] is {int(ends[i])}, expected {i + 1} … {n}: the token sees itself, and N = {n}"
         )
     # The largest end inside an interval must be its own: looked up in two overlapping spans of 2^level tokens.
     spans = [ends]
@@ -264,6 +270,6 @@ def check_tree(tout: Tensor) -> None:
         i = int(wrong[0, 0])
         j = i + int((ends[i : int(ends[i])] > ends[i]).nonzero()[0, 0])
         raise ValueError(
-            f"tout[{i}] is {int(ends[i])} and tout[{j}] is {int(ends[j])}: token {j} lies in the subtree of token {i}, so "
+            f"subtree_end[{i}] is {int(ends[i])} and subtree_end[{j}] is {int(ends[j])}: token {j} lies in the subtree of token {i}, so "
             "its own must end there too; the stream must be in depth-first order"
         )

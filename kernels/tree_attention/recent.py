@@ -11,18 +11,23 @@ T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """`make(tout, *more)`, kept for the last tensor asked about as long as nobody writes to it. Holds on to that tensor."""
+    """`make(subtree_end, *more)`, kept for the last tensor asked about as long as nobody writes to it. Holds on to that tensor."""
 
     def __init__(self, make: Callable[..., T]):
         self._make = make
         self._last: tuple[Tensor, int, tuple[Any, ...], T] | None = None
 
-    def __call__(self, tout: Tensor, *more: Any) -> T:
-        if tout.is_inference():  # has no version: a write to it would go unnoticed
-            return self._make(tout, *more)
+    def __call__(self, subtree_end: Tensor, *more: Any) -> T:
+        if subtree_end.is_inference():  # has no version: a write to it would go unnoticed
+            return self._make(subtree_end, *more)
         last = self._last
-        if last and last[0] is tout and last[1] == tout._version and last[2] == more:
+        if last and last[0] is subtree_end and last[1] == subtree_end._version and last[2] == more:
             return last[3]
-        made = self._make(tout, *more)
-        self._last = (tout, tout._version, more, made)  # one assignment: threads see all or nothing
+        made = self._make(subtree_end, *more)
+        self._last = (
+            subtree_end,
+            subtree_end._version,
+            more,
+            made,
+        )  # one assignment: threads see all or nothing
         return made

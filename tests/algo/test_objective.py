@@ -147,9 +147,9 @@ class PathLearner(FixedLearner):
 def edge_signatures(batch):
     """Of every edge of a packed batch, read off the stream alone: the path of a token is what sees it."""
     out = []
-    ids, tout = batch.token_ids.tolist(), batch.tout.tolist()
+    ids, subtree_end = batch.token_ids.tolist(), batch.subtree_end.tolist()
     for at, target, kept in zip(batch.source.tolist(), batch.target.tolist(), batch.mask.tolist()):
-        path = [ids[k] for k in range(at + 1) if tout[k] > at]
+        path = [ids[k] for k in range(at + 1) if subtree_end[k] > at]
         out.append(signature([*path, target]) if kept else 0.0)
     return out
 

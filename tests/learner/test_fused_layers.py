@@ -34,7 +34,7 @@ def test_fused_model_equals_the_original(name, tmp_path, monkeypatch):
     want = gradients(lm)
     lm.set_attn_implementation(ATTENTION)
     keys = list(lm.state_dict())
-    got = gradients(fuse(lm), tout=torch.full((len(PROMPT),), len(PROMPT)))
+    got = gradients(fuse(lm), subtree_end=torch.full((len(PROMPT),), len(PROMPT)))
     assert list(lm.state_dict()) == keys
     for key, value in want.items():
         error = float((got[key] - value).norm() / value.norm())
@@ -44,10 +44,10 @@ def test_fused_model_equals_the_original(name, tmp_path, monkeypatch):
 def test_bfloat16_is_no_worse_than_the_original(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         exact = gradients(float64_model("qwen3", tmp_path, patched))
-    tout = {"tout": torch.full((len(PROMPT),), len(PROMPT))}
+    subtree_end = {"subtree_end": torch.full((len(PROMPT),), len(PROMPT))}
     lm = build("qwen3", tmp_path).bfloat16()
     lm.set_attn_implementation(ATTENTION)
-    before, after = gradients(lm, **tout), gradients(fuse(lm), **tout)
+    before, after = gradients(lm, **subtree_end), gradients(fuse(lm), **subtree_end)
 
     def errors(found):
         return [float((found[k].double() - v).norm() / v.norm()) for k, v in exact.items()]
@@ -73,8 +73,8 @@ def test_the_original_runs_where_there_is_no_native_code(tmp_path, monkeypatch):
     monkeypatch.setattr("appo.learner.fused_layers.choose", lambda backend, x: "torch")
     lm = build("qwen3", tmp_path)
     lm.set_attn_implementation(ATTENTION)
-    tout = {"tout": torch.full((len(PROMPT),), len(PROMPT))}
-    want, got = gradients(lm, **tout), gradients(fuse(lm), **tout)
+    subtree_end = {"subtree_end": torch.full((len(PROMPT),), len(PROMPT))}
+    want, got = gradients(lm, **subtree_end), gradients(fuse(lm), **subtree_end)
     assert all(torch.equal(got[key], value) for key, value in want.items())
 
 

@@ -146,7 +146,7 @@ def test_gradient_through_deepspeed_equals_plain_autograd(full: Learner) -> None
 SEEDED_BUGS: dict[str, Callable[[PackedBatch], PackedBatch]] = {
     "labels shifted by one": lambda b: replace(b, source=(b.source - 1).clamp(min=0)),
     "causal instead of interval mask": lambda b: replace(
-        b, tout=torch.full_like(b.tout, b.unique_tokens)
+        b, subtree_end=torch.full_like(b.subtree_end, b.unique_tokens)
     ),
     "position in the stream instead of the path": lambda b: replace(
         b, position_ids=torch.arange(b.unique_tokens)

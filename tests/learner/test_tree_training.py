@@ -249,9 +249,9 @@ def branches_trained_on_what_they_inherit(s: PackedBatch) -> PackedBatch:
 
 STREAM_FAULTS: dict[str, Callable[[PackedBatch], PackedBatch]] = {
     "labels shifted by one": shifted_labels,
-    "plain causal mask": lambda s: replace(s, tout=torch.full_like(s.tout, s.unique_tokens)),
+    "plain causal mask": lambda s: replace(s, subtree_end=torch.full_like(s.subtree_end, s.unique_tokens)),
     # One token early would not show: the last token of a path predicts nothing.
-    "subtrees end a token late": lambda s: replace(s, tout=(s.tout + 1).clamp(max=s.unique_tokens)),
+    "subtrees end a token late": lambda s: replace(s, subtree_end=(s.subtree_end + 1).clamp(max=s.unique_tokens)),
     "positions are indices": lambda s: replace(s, position_ids=torch.arange(s.unique_tokens)),
     "behaviour of another row": lambda s: of_another_row(s, "behaviour"),
     "anchors of another row": lambda s: of_another_row(s, "anchor"),
@@ -305,7 +305,9 @@ def test_averaged_gradients_of_shared_tokens_are_caught(models, monkeypatch) -> 
 
     def averaged(call, kept, d_o, d_lse):
         dq, dk, dv = backward(call, kept, d_o, d_lse)
-        users = attention_torch.visible(call.tout, 0, call.tout.shape[0]).sum(0)[:, None, None]
+        users = attention_torch.visible(call.subtree_end, 0, call.subtree_end.shape[0]).sum(0)[
+            :, None, None
+        ]
         return dq, dk / users, dv / users
 
     monkeypatch.setattr(attention_torch, "backward", averaged)

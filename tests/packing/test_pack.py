@@ -46,14 +46,14 @@ def test_the_docstring_example() -> None:
     (b,) = pack([tree], [[credit(tree, 0), credit(tree, 1)]], token_budget=100)
     assert b.token_ids.tolist() == [5, 6, 7, 8, 9]
     assert b.position_ids.tolist() == [0, 1, 2, 3, 3]
-    assert b.tout.tolist() == [5, 5, 5, 4, 5]
+    assert b.subtree_end.tolist() == [5, 5, 5, 4, 5]
     assert b.source.tolist() == [1, 2, 1, 2]
     assert b.target.tolist() == [7, 8, 7, 9]
     assert b.offsets.tolist() == [0, 2, 4]
     assert b.behaviour.tolist() == [-7.0, -8.0, -7.0, -9.0]
     assert (b.unique_tokens, b.total_tokens) == (5, 8)
     assert b.token_ids.dtype == b.position_ids.dtype == b.source.dtype == torch.int64
-    assert b.tout.dtype == torch.int32
+    assert b.subtree_end.dtype == torch.int32
     assert b.mask.dtype == torch.bool
 
 
@@ -107,7 +107,7 @@ def test_trees_share_a_stream_and_do_not_see_each_other() -> None:
     tree = forked()
     rows = [credit(tree, 0), credit(tree, 1)]
     (b,) = pack([tree, tree], [rows, rows], token_budget=10)
-    assert b.tout.tolist() == [5, 5, 5, 4, 5, 10, 10, 10, 9, 10]
+    assert b.subtree_end.tolist() == [5, 5, 5, 4, 5, 10, 10, 10, 9, 10]
     assert b.position_ids.tolist() == [0, 1, 2, 3, 3] * 2
     assert len(pack([tree, tree], [rows, rows], token_budget=9)) == 2
 
@@ -165,10 +165,10 @@ def test_padding_sees_only_itself() -> None:
     (b,) = pack([tree], [[credit(tree, 0), credit(tree, 1)]], token_budget=100)
     assert b.padded(5) is b
     wide = b.padded(4)
-    assert wide.tout.tolist() == [5, 5, 5, 4, 5, 6, 7, 8]
-    assert interval_mask(wide.tout)[5:].int().tolist() == torch.eye(8).int()[5:].tolist()
+    assert wide.subtree_end.tolist() == [5, 5, 5, 4, 5, 6, 7, 8]
+    assert interval_mask(wide.subtree_end)[5:].int().tolist() == torch.eye(8).int()[5:].tolist()
     assert (wide.unique_tokens, wide.padding, len(wide.token_ids)) == (5, 3, 8)
-    assert (wide.source.equal(b.source), wide.tout.dtype) == (True, torch.int32)
+    assert (wide.source.equal(b.source), wide.subtree_end.dtype) == (True, torch.int32)
 
 
 def test_padding_changes_no_gradient(tmp_path) -> None:
@@ -247,7 +247,7 @@ def test_loss_on_a_tool_token_is_refused() -> None:
 
 def test_sequences_side_by_side() -> None:
     b = pack_sequences([[1, 2, 3], [4, 5]])
-    assert b.tout.tolist() == [3, 3, 3, 5, 5]
+    assert b.subtree_end.tolist() == [3, 3, 3, 5, 5]
     assert b.source.tolist() == [0, 1, 3]
     assert b.target.tolist() == [2, 3, 5]
     assert b.offsets.tolist() == [0, 2, 3]
@@ -262,7 +262,7 @@ def test_an_empty_node_does_not_cut_its_sibling_off() -> None:
     for order in ([0, 1], [1, 0]):
         (b,) = pack([tree], [[credit(tree, i) for i in order]], token_budget=100)
         assert b.token_ids.tolist() == [5, 7, 8, 9]
-        assert b.tout.tolist() == [4, 4, 4, 4]
+        assert b.subtree_end.tolist() == [4, 4, 4, 4]
 
 
 def test_a_deep_chain_needs_no_recursion() -> None:
@@ -272,4 +272,4 @@ def test_a_deep_chain_needs_no_recursion() -> None:
     tree = tree_of(nodes, [(5000, 0)])
     (b,) = pack([tree], [[credit(tree, 0)]], token_budget=10**6)
     assert b.position_ids.tolist() == list(range(5001))
-    assert set(b.tout.tolist()) == {5001}
+    assert set(b.subtree_end.tolist()) == {5001}

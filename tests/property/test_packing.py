@@ -59,7 +59,7 @@ def batches(draw: st.DrawFn) -> tuple[list[RolloutTree], list[list[Credit]], int
 
 
 def check_rows(batch: PackedBatch, forest: list[RolloutTree], credit_of: dict) -> None:
-    sees = interval_mask(batch.tout)
+    sees = interval_mask(batch.subtree_end)
     for r, (i, leaf) in enumerate(batch.rows):
         tree, credit = forest[i], credit_of[i, leaf]
         path = tree.path_ids(tree.leaves[leaf].node)

@@ -8,7 +8,7 @@ from appo.kernels import tree_attention
 
 
 def random_ends(n, seed):
-    """tout of a random stream: trees side by side, each a chain under which further trees stand. Deep and uneven."""
+    """subtree_end of a random stream: trees side by side, each a chain under which further trees stand. Deep and uneven."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(most):
@@ -32,7 +32,7 @@ def forks_at_both_ends():
     return torch.tensor([14, 9, 9, 7, 7, 6, 7, 9, 9, 11, 11, 14, 14, 14], dtype=torch.int32)
 
 
-# name → tout; small enough for the interpreter of Triton
+# name → subtree_end; small enough for the interpreter of Triton
 TREES = {
     "one token": torch.tensor([1]),
     "single tokens": torch.arange(1, 38),
@@ -54,28 +54,28 @@ HEADS = [(1, 1, 16), (3, 1, 8), (4, 2, 20)]
 LARGE_HEADS = [(9, 3, 64), (8, 2, 128), (7, 1, 33), (2, 2, 256)]
 
 
-def problem(tout, heads, kv_heads, dim, dtype=torch.float32, seed=0):
+def problem(subtree_end, heads, kv_heads, dim, dtype=torch.float32, seed=0):
     """q, k, v, and the upstream gradients of o and lse."""
     g = torch.Generator().manual_seed(seed)
-    n = tout.shape[0]
+    n = subtree_end.shape[0]
     shapes = [(n, h, dim) for h in (heads, kv_heads, kv_heads, heads)]
     q, k, v, d_o = (torch.randn(s, generator=g).to(dtype) for s in shapes)
     return q, k, v, d_o, torch.randn(n, heads, generator=g)
 
 
-def run(backend, tout, q, k, v, d_o, d_lse):
+def run(backend, subtree_end, q, k, v, d_o, d_lse):
     """(o, lse, dq, dk, dv) on the CPU."""
     device = device_of(backend)
     leaves = [x.to(device).detach().requires_grad_() for x in (q, k, v)]
-    out = tree_attention(*leaves, tout.to(device), backend=backend, return_lse=True)
+    out = tree_attention(*leaves, subtree_end.to(device), backend=backend, return_lse=True)
     grads = torch.autograd.grad(out, leaves, (d_o.to(device), d_lse.to(device)))
     return [x.detach().cpu() for x in (*out, *grads)]
 
 
-def exact(tout, q, k, v, d_o, d_lse):
+def exact(subtree_end, q, k, v, d_o, d_lse):
     """The same from the dense definition in float64, by autograd."""
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    out = attention_torch.dense(*leaves, tout, q.shape[2] ** -0.5)
+    out = attention_torch.dense(*leaves, subtree_end, q.shape[2] ** -0.5)
     grads = torch.autograd.grad(out, leaves, (d_o.double(), d_lse.double()))
     return [x.detach() for x in (*out, *grads)]
 

@@ -114,7 +114,7 @@ def test_cost_counts_the_pairs_that_attention_computes() -> None:
     tree = RolloutTree(Task("t", [], None), nodes, [Leaf(1 + r, r) for r in range(3)])
     credits = [Credit(r, np.ones(4), np.ones(4, bool)) for r in range(3)]
     (batch,) = pack([tree], [credits], token_budget=100)
-    pairs = int(interval_mask(batch.tout).sum())
+    pairs = int(interval_mask(batch.subtree_end).sum())
     assert Costs(token=3.0, pair=0.5).of(batch) == 3.0 * 14 + 0.5 * pairs
     config = SimpleNamespace(num_attention_heads=4, hidden_size=32, num_hidden_layers=2)
     assert Costs.of_model(config, 1000) == Costs(6000.0, 14.0 * 2 * 32)

@@ -1,7 +1,7 @@
 """Tree attention, backward: dq by programs that own queries, dk and dv by programs that own keys. No atomics.
 
 Both compute the weights again from lse: p = 2^(s - lse2), ds = p (g vᵀ - delta). The first also leaves delta = Σ g o - d_lse
-for the second. A block of keys is seen by queries from its own first token to the largest `tout` in it, nobody else.
+for the second. A block of keys is seen by queries from its own first token to the largest `subtree_end` in it, nobody else.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -100,7 +100,7 @@ def tree_key_grads_kernel(
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, tout: Tensor, scale: float, g: Tensor, o: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float, g: Tensor, o: Tensor, lse: Tensor,
     d_lse: Tensor | None, tiles: tuple[Walk, Walk] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv). Contiguous q, g, o[N, Hq, D], k, v[N, Hkv, D], finite but for o; lse and d_lse[N, Hq] float32, NaN in
@@ -116,11 +116,11 @@ def backward(
     numbers = (heads, k.shape[1], n, scale, dim, width)
     with launch.on(q.device):
         tree_query_grads_kernel[(ceil_div(n, rows.rows) * heads,)](
-            q, k, v, g, o, tout, *bounds(tout, rows.keys), lse, d_lse, dq, delta,
+            q, k, v, g, o, subtree_end, *bounds(subtree_end, rows.keys), lse, d_lse, dq, delta,
             *numbers, rows.rows, rows.keys, LOG2E, num_warps=rows.warps, num_stages=rows.stages,
         )  # fmt: skip
         tree_key_grads_kernel[(ceil_div(n, keys.keys) * k.shape[1],)](
-            q, k, v, g, tout, *bounds(tout, keys.keys), lse, delta, dk, dv,
+            q, k, v, g, subtree_end, *bounds(subtree_end, keys.keys), lse, delta, dk, dv,
             *numbers, keys.rows, keys.keys, LOG2E, num_warps=keys.warps, num_stages=keys.stages,
         )  # fmt: skip
     return dq, dk, dv

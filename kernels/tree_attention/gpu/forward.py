@@ -1,6 +1,6 @@
 """Tree attention, forward: a program owns a block of queries of one head and walks the blocks of keys that it sees.
 
-`tout` and its least and largest per block of keys are all there is of a mask. Runs of blocks that nobody here sees are
+`subtree_end` and its least and largest per block of keys are all there is of a mask. Runs of blocks that nobody here sees are
 stepped over by scalar loads; only a block seen in part compares positions.
 """
 # mypy: disable-error-code="no-untyped-def"
@@ -36,7 +36,7 @@ def store_tile(x, value, token, heads, head, N, DIM: tl.constexpr, WIDTH: tl.con
 
 @triton.jit
 def sees(row, key, ends_ptr, N):
-    """bool[rows, keys]: key ≤ row < tout[key]."""
+    """bool[rows, keys]: key ≤ row < subtree_end[key]."""
     ends = tl.load(ends_ptr + key, mask=key < N, other=0)
     return (key[None, :] <= row[:, None]) & (row[:, None] < ends[None, :])
 
@@ -100,28 +100,28 @@ def tree_forward_kernel(
     tl.store(lse_ptr + row.to(tl.int64) * heads + head, lse, mask=row < N)
 
 
-def bounds(tout: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """(least, most) of tout[N] int32 per block of `keys`; most has one more entry, 0."""
-    n = tout.shape[0]
+def bounds(subtree_end: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """(least, most) of subtree_end[N] int32 per block of `keys`; most has one more entry, 0."""
+    n = subtree_end.shape[0]
     short = -n % keys
-    least = torch.nn.functional.pad(tout, (0, short), value=n).view(-1, keys).amin(1)
-    most = torch.nn.functional.pad(tout, (0, short)).view(-1, keys).amax(1)
+    least = torch.nn.functional.pad(subtree_end, (0, short), value=n).view(-1, keys).amin(1)
+    most = torch.nn.functional.pad(subtree_end, (0, short)).view(-1, keys).amax(1)
     return least, torch.nn.functional.pad(most, (0, 1))
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, tout: Tensor, hurt: Tensor, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, hurt: Tensor, scale: float,
     tile: Walk | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch on contiguous q[N, Hq, D], k and v[N, Hkv, D] (finite), hurt[N, Hkv] float32 → (o, lse[N, Hq] float32)."""
     n, heads, dim = q.shape
     size = tile or walk(TREE_FORWARD, launch.arch(q.device), dim, q.element_size())
-    least, most = bounds(tout, size.keys)
+    least, most = bounds(subtree_end, size.keys)
     o, lse = torch.empty_like(q), q.new_empty((n, heads), dtype=torch.float32)
     grid = (ceil_div(n, size.rows) * heads,)
     with launch.on(q.device):
         tree_forward_kernel[grid](
-            q, k, v, tout, least, most, hurt.T.contiguous(), o, lse,
+            q, k, v, subtree_end, least, most, hurt.T.contiguous(), o, lse,
             heads, k.shape[1], n, scale * LOG2E,
             dim, triton.next_power_of_2(max(dim, 16)), size.rows, size.keys, LN2,
             num_warps=size.warps, num_stages=size.stages,

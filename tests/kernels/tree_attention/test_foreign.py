@@ -40,25 +40,31 @@ def blocks_of(mask):
 @pytest.mark.parametrize("name", ALL)
 def test_blocks_are_those_of_the_dense_mask(name, block):
     """Block by block: "all" where every pair is seen, "some" where one is, none elsewhere; ragged ends are "some"."""
-    tout = ALL[name].int()
-    n = tout.shape[0]
-    seen = attention_torch.visible(tout, 0, n)
+    subtree_end = ALL[name].int()
+    n = subtree_end.shape[0]
+    seen = attention_torch.visible(subtree_end, 0, n)
     want = {}
     for q, rows in enumerate(seen.split(block)):
         for k, pairs in enumerate(rows.split(block, dim=1)):
             if pairs.any():
                 whole = bool(pairs.all()) and pairs.numel() == block**2
                 want[q, k] = "all" if whole else "some"
-    assert blocks_of(attention_flex.block_mask(tout, block)) == want
+    assert blocks_of(attention_flex.block_mask(subtree_end, block)) == want
 
 
 @pytest.mark.parametrize(("seed", "n", "block"), [(0, 300, 32), (1, 257, 16), (2, 128, 128)])
 def test_block_mask_is_the_one_that_torch_makes(seed, n, block):
     """Also the lists of query blocks, which backward walks, and the function that decides single pairs."""
-    tout = random_ends(n, seed)
-    ours = attention_flex.block_mask(tout, block)
+    subtree_end = random_ends(n, seed)
+    ours = attention_flex.block_mask(subtree_end, block)
     theirs = flex.create_block_mask(
-        lambda b, h, q, k: (k <= q) & (q < tout[k]), None, None, n, n, "cpu", BLOCK_SIZE=block
+        lambda b, h, q, k: (k <= q) & (q < subtree_end[k]),
+        None,
+        None,
+        n,
+        n,
+        "cpu",
+        BLOCK_SIZE=block,
     )
     assert blocks_of(ours) == blocks_of(theirs)
     assert torch.equal(ours.to_dense(), theirs.to_dense())
@@ -66,7 +72,7 @@ def test_block_mask_is_the_one_that_torch_makes(seed, n, block):
         assert torch.equal(getattr(ours, part), getattr(theirs, part))
     at = torch.arange(n)
     assert torch.equal(
-        ours.mask_mod(None, None, at[:, None], at), attention_torch.visible(tout, 0, n)
+        ours.mask_mod(None, None, at[:, None], at), attention_torch.visible(subtree_end, 0, n)
     )
     assert ours.shape == theirs.shape and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
 
@@ -90,19 +96,19 @@ def flex_with_gradients(monkeypatch):
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("name", ["one token", "wide fork", "forks at both ends", "random 131"])
 def test_flex_results_and_gradients(flex_with_gradients, name, heads):
-    tout = TREES[name]
-    inputs = problem(tout, *heads, dtype=torch.float64)
-    assert error(run("flex", tout, *inputs), exact(tout, *inputs)) < 1e-12
+    subtree_end = TREES[name]
+    inputs = problem(subtree_end, *heads, dtype=torch.float64)
+    assert error(run("flex", subtree_end, *inputs), exact(subtree_end, *inputs)) < 1e-12
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_on_a_cpu_gives_results_but_no_gradient():
-    tout = TREES["random 100"]
-    q, k, v, *_ = problem(tout, 4, 2, 16)
-    o = tree_attention(q, k, v, tout, backend="flex")
-    assert error([o], exact(tout, q, k, v, o, torch.zeros(100, 4))[:1]) < 1e-5
+    subtree_end = TREES["random 100"]
+    q, k, v, *_ = problem(subtree_end, 4, 2, 16)
+    o = tree_attention(q, k, v, subtree_end, backend="flex")
+    assert error([o], exact(subtree_end, q, k, v, o, torch.zeros(100, 4))[:1]) < 1e-5
     with pytest.raises(NotImplementedError, match="backend='flex' has no gradient on a CPU"):
-        tree_attention(q.requires_grad_(), k, v, tout, backend="flex")
+        tree_attention(q.requires_grad_(), k, v, subtree_end, backend="flex")
 
 
 # -- flash-attn
@@ -137,22 +143,22 @@ def flash(monkeypatch):
     return monkeypatch
 
 
-def flash_error(tout, *inputs):
+def flash_error(subtree_end, *inputs):
     """Of o and the gradients; lse has none."""
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
-    o, lse = tree_attention(*leaves, tout, backend="flash", return_lse=True)
+    o, lse = tree_attention(*leaves, subtree_end, backend="flash", return_lse=True)
     grads = torch.autograd.grad(o, leaves, inputs[3])
-    want = exact(tout, *inputs[:4], torch.zeros_like(inputs[4]))
+    want = exact(subtree_end, *inputs[:4], torch.zeros_like(inputs[4]))
     return error([o.detach(), lse.detach(), *grads], want)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_runs_have_the_keys_that_their_queries_see(name):
     """Every query sees the keys of its run but for as many at the end as there are queries after it."""
-    tout = ALL[name].int()
-    n = tout.shape[0]
-    seen = attention_torch.visible(tout, 0, n)
-    plan = attention_flash.runs(tout)
+    subtree_end = ALL[name].int()
+    n = subtree_end.shape[0]
+    seen = attention_torch.visible(subtree_end, 0, n)
+    plan = attention_flash.runs(subtree_end)
     q, k = plan.q_ends.tolist(), plan.k_ends.tolist()
     assert q[0] == k[0] == 0 and q[-1] == n and k[-1] == len(plan.keys)
     assert plan.most_q == max(b - a for a, b in zip(q, q[1:]))
@@ -160,22 +166,22 @@ def test_runs_have_the_keys_that_their_queries_see(name):
     for (a, b), (c, d) in zip(zip(q, q[1:]), zip(k, k[1:])):
         for i in range(a, b):
             assert torch.equal(plan.keys[c : d - (b - 1 - i)], seen[i].nonzero()[:, 0])
-    leaves = (tout == torch.arange(1, n + 1)).sum()
+    leaves = (subtree_end == torch.arange(1, n + 1)).sum()
     assert len(q) - 1 == leaves  # no run could be longer
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("name", ["one token", "wide fork", "forks at both ends", "random 131"])
 def test_flash_results_and_gradients(flash, name, heads):
-    tout = TREES[name]
-    assert flash_error(tout, *problem(tout, *heads, dtype=torch.float64)) < 1e-12
+    subtree_end = TREES[name]
+    assert flash_error(subtree_end, *problem(subtree_end, *heads, dtype=torch.float64)) < 1e-12
 
 
 def test_copies_are_summed_in_float32(flash):
     """Two tokens copied for 300 runs: in bfloat16 the sum of their gradients would stop growing."""
-    tout = torch.tensor([302] * 2 + list(range(3, 303)))
-    q, k, v, d_o, zero = problem(tout, 2, 1, 8, dtype=torch.bfloat16)
-    assert flash_error(tout, q, k, v, d_o.abs(), zero) < 1e-2
+    subtree_end = torch.tensor([302] * 2 + list(range(3, 303)))
+    q, k, v, d_o, zero = problem(subtree_end, 2, 1, 8, dtype=torch.bfloat16)
+    assert flash_error(subtree_end, q, k, v, d_o.abs(), zero) < 1e-2
 
 
 def top_left(*args, **kwargs):
@@ -195,20 +201,20 @@ def last_copy(ctx, grad):
 
 @pytest.mark.parametrize("fault", ["mask aligned to the top left", "one copy's gradient only"])
 def test_flash_faults_are_caught(flash, fault):
-    tout = TREES["random 131"]
-    inputs = problem(tout, 4, 2, 16)
-    assert flash_error(tout, *inputs) < 1e-5
+    subtree_end = TREES["random 131"]
+    inputs = problem(subtree_end, 4, 2, 16)
+    assert flash_error(subtree_end, *inputs) < 1e-5
     if fault.startswith("mask"):
         flash.setattr(attention_flash, "_varlen", lambda: top_left)
     else:
         flash.setattr(attention_flash._Copies, "backward", staticmethod(last_copy))
-    assert flash_error(tout, *inputs) > 1e-2
+    assert flash_error(subtree_end, *inputs) > 1e-2
 
 
 def test_flash_has_no_gradient_of_lse(flash):
-    tout = TREES["random 100"]
-    q, k, v, *_ = problem(tout, 2, 1, 8)
-    _, lse = tree_attention(q.requires_grad_(), k, v, tout, backend="flash", return_lse=True)
+    subtree_end = TREES["random 100"]
+    q, k, v, *_ = problem(subtree_end, 2, 1, 8)
+    _, lse = tree_attention(q.requires_grad_(), k, v, subtree_end, backend="flash", return_lse=True)
     with pytest.raises(RuntimeError, match="no gradient of lse"):
         lse.sum().backward()
 
@@ -230,7 +236,7 @@ def test_flash_says_what_is_missing(monkeypatch):
 @pytest.mark.parametrize("backend", ["flex", "flash"])
 def test_bad_streams_are_refused_and_empty_ones_are_not(flash, backend):
     q = torch.zeros(2, 2, 4)
-    with pytest.raises(ValueError, match=r"tout\[1\] is 1, expected 2 … 2"):
+    with pytest.raises(ValueError, match=r"subtree_end\[1\] is 1, expected 2 … 2"):
         tree_attention(q, q, q, torch.tensor([2, 1]), backend=backend)
     empty = q[:0].requires_grad_()
     tree_attention(empty, empty, empty, torch.tensor([], dtype=torch.int), backend=backend).sum().backward()  # fmt: skip
@@ -239,14 +245,16 @@ def test_bad_streams_are_refused_and_empty_ones_are_not(flash, backend):
 
 def test_what_was_derived_is_kept_until_the_stream_changes():
     made = []
-    recent = Recent(lambda tout, size: made.append((tout.tolist(), size)) or len(made))
-    tout = torch.tensor([2, 2])
-    assert recent(tout, 1) == recent(tout, 1) == 1
-    assert recent(tout, 2) == 2  # another question
-    assert recent(tout.clone(), 2) == 3  # another stream, though equal
-    assert recent(tout, 2) == 4
-    tout[0] = 1
-    assert recent(tout, 2) == 5  # written to
+    recent = Recent(
+        lambda subtree_end, size: made.append((subtree_end.tolist(), size)) or len(made)
+    )
+    subtree_end = torch.tensor([2, 2])
+    assert recent(subtree_end, 1) == recent(subtree_end, 1) == 1
+    assert recent(subtree_end, 2) == 2  # another question
+    assert recent(subtree_end.clone(), 2) == 3  # another stream, though equal
+    assert recent(subtree_end, 2) == 4
+    subtree_end[0] = 1
+    assert recent(subtree_end, 2) == 5  # written to
     assert made[-1] == ([1, 2], 2)
     with torch.inference_mode():
         unknown = torch.tensor([2, 2])

@@ -38,22 +38,26 @@ native = pytest.mark.skipif(linear_isa() is None, reason="the native kernels do 
 # -- the definition
 
 
-def leaves_of(tout):
+def leaves_of(subtree_end):
     """The paths to the tokens under which nothing stands, as stream indices."""
-    seen = attention_torch.visible(tout, 0, tout.shape[0])
-    last = [i for i in range(tout.shape[0]) if not seen[i + 1 :, i].any()]
+    seen = attention_torch.visible(subtree_end, 0, subtree_end.shape[0])
+    last = [i for i in range(subtree_end.shape[0]) if not seen[i + 1 :, i].any()]
     return [seen[i].nonzero()[:, 0] for i in last]
 
 
 @pytest.mark.parametrize("name", ["forks at both ends", "wide fork", "random 100"])
 def test_the_definition_is_every_sequence_on_its_own(name):
     """Outputs of each path, and shared keys that get the sum of the gradients of all paths."""
-    tout = TREES[name]
-    q, k, v, *_ = (x.double().requires_grad_() for x in problem(tout, 4, 2, 8))
-    o, _ = attention_torch.dense(q, k, v, tout, 8**-0.5)
+    subtree_end = TREES[name]
+    q, k, v, *_ = (x.double().requires_grad_() for x in problem(subtree_end, 4, 2, 8))
+    o, _ = attention_torch.dense(q, k, v, subtree_end, 8**-0.5)
     weight = torch.randn(o.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    first, alone, tree = torch.zeros(tout.shape[0], dtype=torch.bool), 0.0, (o * weight).sum()
-    for path in leaves_of(tout):
+    first, alone, tree = (
+        torch.zeros(subtree_end.shape[0], dtype=torch.bool),
+        0.0,
+        (o * weight).sum(),
+    )
+    for path in leaves_of(subtree_end):
         heads = (x[path].transpose(0, 1)[None] for x in (q, k, v))
         own = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0]
         torch.testing.assert_close(own.transpose(0, 1), o[path], rtol=1e-12, atol=1e-12)
@@ -67,11 +71,11 @@ def test_the_definition_is_every_sequence_on_its_own(name):
 
 @pytest.mark.parametrize("how", ["dense", "torch"])
 def test_gradients_of_the_definition(how):
-    tout = forks_at_both_ends()
-    q, k, v, *_ = (x.double().requires_grad_() for x in problem(tout, 4, 2, 3))
+    subtree_end = forks_at_both_ends()
+    q, k, v, *_ = (x.double().requires_grad_() for x in problem(subtree_end, 4, 2, 3))
     call = {
-        "dense": lambda *x: attention_torch.dense(*x, tout, 0.7),
-        "torch": lambda *x: tree_attention(*x, tout, scale=0.7, return_lse=True),
+        "dense": lambda *x: attention_torch.dense(*x, subtree_end, 0.7),
+        "torch": lambda *x: tree_attention(*x, subtree_end, scale=0.7, return_lse=True),
     }[how]
     assert torch.autograd.gradcheck(call, (q, k, v), fast_mode=True)
 
@@ -85,24 +89,24 @@ def test_gradients_of_the_definition(how):
 def test_small_trees(backend, name, heads):
     if backend == "triton" and name.startswith(("random", "wide")) and heads != HEADS[2]:
         pytest.skip("once is enough in the interpreter")
-    tout = TREES[name]
-    inputs = problem(tout, *heads)
-    assert error(run(backend, tout, *inputs), exact(tout, *inputs)) < 1e-5
+    subtree_end = TREES[name]
+    inputs = problem(subtree_end, *heads)
+    assert error(run(backend, subtree_end, *inputs), exact(subtree_end, *inputs)) < 1e-5
 
 
 @pytest.mark.parametrize("backend", backend_params("torch", "cpu"))
 @pytest.mark.parametrize("heads", LARGE_HEADS, ids=str)
 @pytest.mark.parametrize("name", LARGE)
 def test_large_trees(backend, name, heads):
-    tout = LARGE[name]
-    inputs = problem(tout, *heads)
-    assert error(run(backend, tout, *inputs), exact(tout, *inputs)) < 1e-5
+    subtree_end = LARGE[name]
+    inputs = problem(subtree_end, *heads)
+    assert error(run(backend, subtree_end, *inputs), exact(subtree_end, *inputs)) < 1e-5
 
 
-def sdpa(tout, q, k, v, d_o):
+def sdpa(subtree_end, q, k, v, d_o):
     """torch's attention with the mask, in the dtype of the inputs: (o, dq, dk, dv)."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    mask = attention_torch.visible(tout, 0, tout.shape[0])
+    mask = attention_torch.visible(subtree_end, 0, subtree_end.shape[0])
     heads = (x.transpose(0, 1)[None] for x in leaves)
     o = F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
     return [o.detach(), *torch.autograd.grad(o, leaves, d_o)]
@@ -114,12 +118,12 @@ def sdpa(tout, q, k, v, d_o):
 def test_bfloat16_is_no_worse_than_dense_attention(backend, name, heads):
     if dtype_of(backend) != torch.bfloat16:
         pytest.skip("the interpreter computes bfloat16 wrongly")
-    tout = LARGE[name]
-    q, k, v, d_o, _ = problem(tout, *heads, dtype=torch.bfloat16)
+    subtree_end = LARGE[name]
+    q, k, v, d_o, _ = problem(subtree_end, *heads, dtype=torch.bfloat16)
     none = torch.zeros(q.shape[:2])
-    o, _, *grads = exact(tout, q, k, v, d_o, none)
-    ours, _, *our_grads = run(backend, tout, q, k, v, d_o, none)
-    for got, dense, want in zip([ours, *our_grads], sdpa(tout, q, k, v, d_o), [o, *grads]):
+    o, _, *grads = exact(subtree_end, q, k, v, d_o, none)
+    ours, _, *our_grads = run(backend, subtree_end, q, k, v, d_o, none)
+    for got, dense, want in zip([ours, *our_grads], sdpa(subtree_end, q, k, v, d_o), [o, *grads]):
         assert got.dtype == torch.bfloat16
         assert relative(got, want) <= 1.02 * relative(dense, want)
 
@@ -136,9 +140,9 @@ def test_every_instruction_set_and_number_of_threads(isa, dtype):
         pytest.skip(f"this machine has {linear_isa()}")
     if isa == "avx512_bf16" and dtype != torch.bfloat16:
         pytest.skip("for bfloat16 only")
-    tout = random_ends(1100, 5)
-    q, k, v, d_o, d_lse = problem(tout, 9, 3, 64, dtype=dtype)
-    call = TreeCall(q, k, v, tout, 0.125)
+    subtree_end = random_ends(1100, 5)
+    q, k, v, d_o, d_lse = problem(subtree_end, 9, 3, 64, dtype=dtype)
+    call = TreeCall(q, k, v, subtree_end, 0.125)
 
     def both(threads):
         o, lse = attention_cpu.forward(call, isa=isa, threads=threads)
@@ -147,7 +151,7 @@ def test_every_instruction_set_and_number_of_threads(isa, dtype):
 
     alone = both(1)
     bound = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-4}[dtype]
-    assert error(alone, exact(tout, q, k, v, d_o, d_lse)) < bound
+    assert error(alone, exact(subtree_end, q, k, v, d_o, d_lse)) < bound
     for threads in (2, 5):
         assert all(map(torch.equal, alone, both(threads)))
 
@@ -158,10 +162,10 @@ def test_every_instruction_set_and_number_of_threads(isa, dtype):
 @pytest.mark.parametrize("dim", [1, 15, 33, 256])
 def test_odd_sizes(dim, heads, dtype):
     """Heads that are no multiple of a vector, one query head to hundreds per key head; tiles of odd numbers of rows."""
-    tout = random_ends(37, 4)
-    inputs = problem(tout, *heads, dim, dtype=dtype)
+    subtree_end = random_ends(37, 4)
+    inputs = problem(subtree_end, *heads, dim, dtype=dtype)
     bound = 1e-5 if dtype == torch.float32 else 1e-2
-    assert error(run("cpu", tout, *inputs), exact(tout, *inputs)) < bound
+    assert error(run("cpu", subtree_end, *inputs), exact(subtree_end, *inputs)) < bound
 
 
 @native
@@ -171,16 +175,16 @@ def test_native_code_survives_what_python_refuses(fill):
     n = 700
     at, g = torch.arange(n), torch.Generator().manual_seed(0)
     far = torch.iinfo(torch.int32)
-    tout = {
+    subtree_end = {
         "decreasing": n - at,
         "beyond": torch.full((n,), far.max),
         "behind": torch.where(at % 2 == 0, at - 5, far.min),
         "anything": torch.randint(far.min, far.max, (n,), generator=g),
     }[fill].int()
-    with pytest.raises(ValueError, match="tout"):
-        check_tree(tout)
-    q, k, v, d_o, d_lse = problem(tout, 6, 2, 64)
-    call = TreeCall(q, k, v, tout, 0.125)
+    with pytest.raises(ValueError, match="subtree_end"):
+        check_tree(subtree_end)
+    q, k, v, d_o, d_lse = problem(subtree_end, 6, 2, 64)
+    call = TreeCall(q, k, v, subtree_end, 0.125)
     for threads in (1, 4):
         kept = Kept(*attention_cpu.forward(call, threads=threads))
         grads = attention_cpu.backward(call, kept, d_o, d_lse, threads=threads)
@@ -190,10 +194,10 @@ def test_native_code_survives_what_python_refuses(fill):
 @native
 def test_a_row_depends_on_what_it_sees_only():
     """The bits of a tree do not change when another tree is put in front of the block that it lies in."""
-    one, tout = random_ends(128, 1), random_ends(200, 7)
-    both = torch.cat([one, tout + 128])
+    one, subtree_end = random_ends(128, 1), random_ends(200, 7)
+    both = torch.cat([one, subtree_end + 128])
     inputs = problem(both, 4, 2, 32, dtype=torch.bfloat16)
-    together, alone = run("cpu", both, *inputs), run("cpu", tout, *(x[128:] for x in inputs))
+    together, alone = run("cpu", both, *inputs), run("cpu", subtree_end, *(x[128:] for x in inputs))
     for a, b in zip(together[:2], alone[:2]):
         assert torch.equal(a[128:], b)
 
@@ -207,11 +211,11 @@ def test_a_row_depends_on_what_it_sees_only():
 def test_what_is_not_finite_stays_with_those_who_see_it(backend, where, bad):
     """A token of one branch is spoilt: its siblings and their descendants, outputs and gradients, keep their bits."""
     # prompt 6 · branch of 10 (spoilt at its 4th token) with a child of 5 · branch of 20 · another tree of 9
-    tout = torch.tensor([41] * 6 + [21] * 15 + [41] * 20 + [50] * 9)
-    inputs = dict(zip(("q", "k", "v", "d_o", "d_lse"), problem(tout, 4, 2, 16)))
-    clean = run(backend, tout, **inputs)
+    subtree_end = torch.tensor([41] * 6 + [21] * 15 + [41] * 20 + [50] * 9)
+    inputs = dict(zip(("q", "k", "v", "d_o", "d_lse"), problem(subtree_end, 4, 2, 16)))
+    clean = run(backend, subtree_end, **inputs)
     inputs[where][9, 0, 3] = bad
-    o, lse, dq, dk, dv = run(backend, tout, **inputs)
+    o, lse, dq, dk, dv = run(backend, subtree_end, **inputs)
     others = torch.ones(50, dtype=torch.bool)
     others[9 : 10 if where in ("q", "d_o") else 21] = False  # a key spoils all that stand under it
     group = slice(0, 1) if where in ("q", "d_o") else slice(0, 2)  # heads
@@ -228,10 +232,10 @@ def test_what_is_not_finite_stays_with_those_who_see_it(backend, where, bad):
 
 @backends
 def test_large_scores_do_not_overflow(backend):
-    tout = TREES["random 100"]
-    q, k, v, d_o, d_lse = problem(tout, 2, 1, 16)
+    subtree_end = TREES["random 100"]
+    q, k, v, d_o, d_lse = problem(subtree_end, 2, 1, 16)
     inputs = (300 * q, k, v, d_o, d_lse)
-    got, want = run(backend, tout, *inputs), exact(tout, *inputs)
+    got, want = run(backend, subtree_end, *inputs), exact(subtree_end, *inputs)
     assert all(bool(x.isfinite().all()) for x in got)
     assert error(got[:2], want[:2]) < 1e-3  # scores of a thousand, rounded to float32
 
@@ -251,16 +255,16 @@ TWO = torch.zeros(2, 2, 4)
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        (dict(tout=torch.tensor([2, 1])), ValueError, r"tout\[1\] is 1, expected 2 … 2"),
-        (dict(tout=torch.tensor([0, 2])), ValueError, r"tout\[0\] is 0"),
-        (dict(tout=torch.tensor([2, 3])), ValueError, r"tout\[1\] is 3"),
-        (dict(tout=torch.tensor([2, -5])), ValueError, r"tout\[1\] is -5"),
-        (dict(tout=torch.tensor([2**32 + 2, 2])), ValueError, r"tout\[0\] is 2147483647, expected 1 … 2"),
-        (dict(tout=torch.tensor([2 - 2**32, 2])), ValueError, r"tout\[0\] is -2147483648"),
-        (dict(tout=torch.tensor([2, 2], dtype=torch.uint32)), TypeError, "tout is torch.uint32"),
-        (dict(tout=torch.tensor([2])), ValueError, r"tout is \(1,\), expected \[2\]"),
-        (dict(tout=torch.tensor([2.0, 2.0])), TypeError, "tout is torch.float32"),
-        (dict(tout=torch.tensor([True, True])), TypeError, "tout is torch.bool"),
+        (dict(subtree_end=torch.tensor([2, 1])), ValueError, r"subtree_end\[1\] is 1, expected 2 … 2"),
+        (dict(subtree_end=torch.tensor([0, 2])), ValueError, r"subtree_end\[0\] is 0"),
+        (dict(subtree_end=torch.tensor([2, 3])), ValueError, r"subtree_end\[1\] is 3"),
+        (dict(subtree_end=torch.tensor([2, -5])), ValueError, r"subtree_end\[1\] is -5"),
+        (dict(subtree_end=torch.tensor([2**32 + 2, 2])), ValueError, r"subtree_end\[0\] is 2147483647, expected 1 … 2"),
+        (dict(subtree_end=torch.tensor([2 - 2**32, 2])), ValueError, r"subtree_end\[0\] is -2147483648"),
+        (dict(subtree_end=torch.tensor([2, 2], dtype=torch.uint32)), TypeError, "subtree_end is torch.uint32"),
+        (dict(subtree_end=torch.tensor([2])), ValueError, r"subtree_end is \(1,\), expected \[2\]"),
+        (dict(subtree_end=torch.tensor([2.0, 2.0])), TypeError, "subtree_end is torch.float32"),
+        (dict(subtree_end=torch.tensor([True, True])), TypeError, "subtree_end is torch.bool"),
         (dict(q=torch.zeros(2, 3, 4)), ValueError, "Hkv must divide Hq"),
         (dict(q=torch.zeros(2, 2, 5)), ValueError, "expected \\[N, Hq, D\\]"),
         (dict(v=torch.zeros(2, 1, 4)), ValueError, "expected \\[N, Hq, D\\]"),
@@ -272,7 +276,7 @@ TWO = torch.zeros(2, 2, 4)
     ],
 )  # fmt: skip
 def test_wrong_input_is_refused(change, kind, message):
-    arguments = dict(q=TWO, k=TWO, v=TWO, tout=torch.tensor([2, 2])) | change
+    arguments = dict(q=TWO, k=TWO, v=TWO, subtree_end=torch.tensor([2, 2])) | change
     with pytest.raises(kind, match=message):
         tree_attention(**arguments)
 
@@ -281,22 +285,24 @@ def test_crossing_intervals_are_found():
     """One end moved in many trees: refused exactly where two intervals cross, with both tokens in the message."""
     with pytest.raises(
         ValueError,
-        match=r"tout\[1\] is 3 and tout\[2\] is 4: token 2 lies in the subtree of token 1",
+        match=r"subtree_end\[1\] is 3 and subtree_end\[2\] is 4: token 2 lies in the subtree of token 1",
     ):
         check_tree(torch.tensor([4, 3, 4, 4]))  # fmt: skip
     for seed in range(60):
-        tout = random_ends(40, seed)
-        check_tree(tout)
+        subtree_end = random_ends(40, seed)
+        check_tree(subtree_end)
         i = seed % 39
-        tout[i] = i + 1 + (seed * 7) % (40 - i)
+        subtree_end[i] = i + 1 + (seed * 7) % (40 - i)
         crossing = any(
-            a < b < tout[a] < tout[b] for a in range(40) for b in range(a + 1, int(tout[a]))
+            a < b < subtree_end[a] < subtree_end[b]
+            for a in range(40)
+            for b in range(a + 1, int(subtree_end[a]))
         )
         if crossing:
             with pytest.raises(ValueError, match="lies in the subtree"):
-                check_tree(tout)
+                check_tree(subtree_end)
         else:
-            check_tree(tout)
+            check_tree(subtree_end)
 
 
 # -- the operator
@@ -305,22 +311,22 @@ def test_crossing_intervals_are_found():
 @pytest.mark.parametrize("backend", backend_params("torch", "cpu"))
 def test_strides_and_integer_types(backend):
     """Heads first as transformers has them, a head in every second number, int64 ends: the same bits."""
-    tout = TREES["random 131"]
-    inputs = problem(tout, 4, 2, 16)
-    want = run(backend, tout, *inputs)
+    subtree_end = TREES["random 131"]
+    inputs = problem(subtree_end, 4, 2, 16)
+    want = run(backend, subtree_end, *inputs)
     first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
     apart = [torch.stack([x, x], -1).flatten(-2)[..., ::2] for x in inputs]
     for other in (first, apart):
         assert not any(x.is_contiguous() for x in other[:4])
-        assert all(map(torch.equal, want, run(backend, tout.long(), *other)))
+        assert all(map(torch.equal, want, run(backend, subtree_end.long(), *other)))
 
 
 def test_compile_without_a_graph_break():
-    tout = TREES["random 100"]
-    inputs = [x.requires_grad_() for x in problem(tout, 4, 2, 16)[:3]]
+    subtree_end = TREES["random 100"]
+    inputs = [x.requires_grad_() for x in problem(subtree_end, 4, 2, 16)[:3]]
 
     def loss(q, k, v):
-        return tree_attention(q * 1.0, k, v, tout).square().sum()
+        return tree_attention(q * 1.0, k, v, subtree_end).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     a, b = (torch.autograd.grad(f(*inputs), inputs) for f in (loss, compiled))
@@ -329,26 +335,26 @@ def test_compile_without_a_graph_break():
 
 @pytest.mark.parametrize("backend", backend_params("torch", "cpu"))
 def test_operators_keep_their_promises(backend):
-    tout = random_ends(20, 1)
-    q, k, v, d_o, d_lse = problem(tout, 4, 2, 8, dtype=torch.bfloat16)
+    subtree_end = random_ends(20, 1)
+    q, k, v, d_o, d_lse = problem(subtree_end, 4, 2, 8, dtype=torch.bfloat16)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(forward_op, (q, k, v, tout, 0.5, backend), test_utils=tests)
-    kept = forward_op(q, k, v, tout, 0.5, backend)
+    torch.library.opcheck(forward_op, (q, k, v, subtree_end, 0.5, backend), test_utils=tests)
+    kept = forward_op(q, k, v, subtree_end, 0.5, backend)
     for d in (d_lse, None):
-        args = (q, k, v, tout, 0.5, *kept, d_o, d, backend)
+        args = (q, k, v, subtree_end, 0.5, *kept, d_o, d, backend)
         torch.library.opcheck(backward_op, args, test_utils=tests)
 
 
 def test_gradients_of_part_of_the_results():
     """Only o, only lse, only one input: what is not asked for is not there, the rest as always."""
-    tout = TREES["random 100"]
-    q, k, v, d_o, d_lse = problem(tout, 2, 1, 8)
+    subtree_end = TREES["random 100"]
+    q, k, v, d_o, d_lse = problem(subtree_end, 2, 1, 8)
     zero = torch.zeros_like
     for o_part, lse_part in ((d_o, zero(d_lse)), (zero(d_o), d_lse)):
         leaf = k.clone().requires_grad_()
-        o, lse = tree_attention(q, leaf, v, tout, return_lse=True)
+        o, lse = tree_attention(q, leaf, v, subtree_end, return_lse=True)
         (o * d_o).sum().backward() if o_part is d_o else (lse * d_lse).sum().backward()
-        want = exact(tout, q, k, v, o_part, lse_part)
+        want = exact(subtree_end, q, k, v, o_part, lse_part)
         assert relative(leaf.grad, want[3]) < 1e-5
 
 
@@ -359,19 +365,19 @@ def planted(monkeypatch, fault):
     """The torch backend with a fault in it."""
     visible = attention_torch.visible
 
-    def causal(tout, first, last):
-        return visible(torch.full_like(tout, tout.shape[0]), first, last)
+    def causal(subtree_end, first, last):
+        return visible(torch.full_like(subtree_end, subtree_end.shape[0]), first, last)
 
-    def early(tout, first, last):
-        at = torch.arange(tout.shape[0], dtype=tout.dtype)
-        return visible(torch.maximum(tout - 1, at + 1), first, last)
+    def early(subtree_end, first, last):
+        at = torch.arange(subtree_end.shape[0], dtype=subtree_end.dtype)
+        return visible(torch.maximum(subtree_end - 1, at + 1), first, last)
 
-    def late(tout, first, last):
-        return visible((tout + 1).clamp(max=tout.shape[0]), first, last)
+    def late(subtree_end, first, last):
+        return visible((subtree_end + 1).clamp(max=subtree_end.shape[0]), first, last)
 
     def averaged(call, kept, d_o, d_lse):
         dq, dk, dv = backward(call, kept, d_o, d_lse)
-        users = visible(call.tout, 0, call.tout.shape[0]).sum(0)[:, None, None]
+        users = visible(call.subtree_end, 0, call.subtree_end.shape[0]).sum(0)[:, None, None]
         return dq, dk / users, dv / users
 
     faults = {"causal": causal, "early": early, "late": late}
@@ -386,11 +392,11 @@ def planted(monkeypatch, fault):
 @pytest.mark.parametrize("name", ["forks at both ends", "random 131"])
 def test_seeded_faults_are_caught(monkeypatch, name, fault):
     """A plain causal mask, subtrees that end one token early or late, gradients of shared keys averaged instead of summed."""
-    tout = TREES[name]
-    inputs = problem(tout, 4, 2, 16)
-    want = exact(tout, *inputs)
+    subtree_end = TREES[name]
+    inputs = problem(subtree_end, 4, 2, 16)
+    want = exact(subtree_end, *inputs)
     planted(monkeypatch, fault)
-    assert error(run("torch", tout, *inputs), want) > 1e-2
+    assert error(run("torch", subtree_end, *inputs), want) > 1e-2
 
 
 # -- memory

@@ -1,7 +1,7 @@
-"""Digest of what a training run computed: the bits of every number in its trees, metrics and branch points.
+"""Digest of what a run computed: the bits of every number in trees, metrics and branch points.
 
-Two runs of one command in deterministic mode have one digest, on one kind of processor. A change that must not
-change what a run computes is checked by the digest of a run before it and of a run after it.
+Two runs of one command in deterministic mode have one digest, on one kind of processor. A change
+that must not change what a run computes is checked by the digests of a run before and after it.
 
 Left out are measured seconds (`is_timed`). A renamed field counts the same in both spellings
 (`RENAMED`). Order counts: of records in a file, and of values in a list; not of keys in a record.
@@ -85,7 +85,7 @@ def normal(value: Any) -> Any:
     for key, inner in value.items():
         if is_timed(key):
             continue
-        name = RENAMED.get(key, key)
+        name: str = RENAMED.get(key, key)
         if name in out:
             raise ValueError(f"a record holds {name!r} twice, once under its old name")
         out[name] = normal(inner)
@@ -112,7 +112,7 @@ def encoded(value: Any) -> Iterator[bytes]:
     elif isinstance(value, float):
         yield b"d" + struct.pack(">d", value)
     elif value is None or isinstance(value, bool):
-        yield {None: b"n", True: b"t", False: b"f"}[value]
+        yield b"n" if value is None else b"t" if value else b"f"
     else:
         yield b"i%d:" % value
 
@@ -153,7 +153,7 @@ def digest_part(run: Path, part: str) -> Digest:
 
 
 def digest_run(run: Path) -> dict[str, Any]:
-    """{"overall": sha256 of the three, "trees": {sha256, records, numbers}, …} for each of PARTS."""
+    """{"overall": sha256, "trees": {sha256, records, numbers}, …}, a key for each of PARTS."""
     parts = {part: digest_part(run, part) for part in PARTS}
     joined = "".join(f"{part} {found.sha256}\n" for part, found in parts.items())
     overall = hashlib.sha256(joined.encode()).hexdigest()
@@ -161,7 +161,7 @@ def digest_run(run: Path) -> dict[str, Any]:
 
 
 def first_difference(left: Path, right: Path) -> Difference | None:
-    """Where two runs differ first: trees, then metrics, then branches. None if they are equal bit by bit."""
+    """Where two runs differ first, in the order of PARTS. None if they are equal bit by bit."""
     for part in PARTS:
         pairs = zip_longest(read_part(left, part), read_part(right, part), fillvalue=MISSING)
         for number, (a, b) in enumerate(pairs):
@@ -197,7 +197,7 @@ def _shown(value: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the digest of a run, or where two runs differ. Returns the exit status: 1 if they differ."""
+    """Print the digest of a run and where two differ. Exit status: 1 if they differ."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the digest there, too")

@@ -50,7 +50,7 @@ RUN = {
 
 
 def places(value, path=()):
-    """(path, value) of everything in a run that is neither a record nor a list, timed fields left out."""
+    """(path, value) of everything that is neither a record nor a list, without timed fields."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not run_digest.is_timed(key):
@@ -97,7 +97,7 @@ def first(tmp_path_factory):
 
 
 def check_change(first, second, path):
-    """Only the digest of the changed part and the overall one differ, and the comparison finds the place."""
+    """Only the changed part and the overall digest differ; the comparison finds the place."""
     a, b = run_digest.digest_run(first), run_digest.digest_run(second)
     changed = {name for name in a if a[name] != b[name]}
     assert changed == {"overall", path[0]}, (path, changed)

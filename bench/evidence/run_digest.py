@@ -85,7 +85,7 @@ def normal(value: Any) -> Any:
     for key, inner in value.items():
         if is_timed(key):
             continue
-        name: str = RENAMED.get(key, key)
+        name = str(RENAMED.get(key, key))
         if name in out:
             raise ValueError(f"a record holds {name!r} twice, once under its old name")
         out[name] = normal(inner)

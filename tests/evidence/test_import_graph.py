@@ -19,7 +19,11 @@ import_graph = importlib.util.module_from_spec(spec)
 sys.modules["import_graph"] = import_graph
 spec.loader.exec_module(import_graph)
 
-TYPES_ONLY = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from appo.rollout.native.b import B\n"  # fmt: skip
+TYPES_ONLY = """\
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from appo.rollout.native.b import B
+"""
 
 PLAIN = {
     "appo/__init__.py": "",

@@ -1,8 +1,8 @@
 """What commit 9f05734 wrote is read, and a run goes on from its checkpoint.
 
-Only public ways are used. The files lie in tests/golden/written_by_9f05734/; `written.json` there tells how they were made.
-On the processor and torch that made them, the step after the checkpoint is the recorded one, bit
-for bit.
+Only public ways are used. The files lie in tests/golden/written_by_9f05734/, whose `written.json`
+tells how they were made. On the processor and torch that made them, the step after the checkpoint
+is the recorded one, bit for bit.
 """
 
 import dataclasses

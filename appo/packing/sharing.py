@@ -8,7 +8,7 @@ from appo.packing.pack import PackedBatch
 from appo.types import RolloutTree
 
 
-def sharing_tallies(
+def sharing_counts(
     trees: Sequence[RolloutTree], batches: Sequence[PackedBatch], token_budget: int
 ) -> dict[str, float]:
     """Counts of one mini-batch on one rank; they add up over mini-batches and ranks. Their ratios are the two factors:

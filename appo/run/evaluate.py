@@ -41,12 +41,12 @@ def evaluate_policy(
         rollouts.release(g)
     trees = rollouts.finish(growths)
     errors = grade(trees).get("grade/errors", 0.0)
-    tally = ranks.sum(_tally(trees) | {"errors": errors}, "evaluation")
+    counts = ranks.sum(_count(trees) | {"errors": errors}, "evaluation")
     seconds = ranks.reduce({"s": time.perf_counter() - begin}, "max", "evaluation")["s"]
-    return EvalResult(trees, _rates(tally) | {"time/eval": seconds})
+    return EvalResult(trees, _rates(counts) | {"time/eval": seconds})
 
 
-def _tally(trees: Sequence[RolloutTree]) -> dict[str, float]:
+def _count(trees: Sequence[RolloutTree]) -> dict[str, float]:
     """Counts over the graded leaves, which ranks add up."""
     leaves = [t.leaves[0] for t in trees if t.leaves[0].reward is not None]
     return {
@@ -57,15 +57,15 @@ def _tally(trees: Sequence[RolloutTree]) -> dict[str, float]:
     }
 
 
-def _rates(tally: dict[str, float]) -> dict[str, float]:
-    n = max(tally["graded"], 1.0)
-    low, high = wilson(tally["right"], int(tally["graded"]))
+def _rates(counts: dict[str, float]) -> dict[str, float]:
+    n = max(counts["graded"], 1.0)
+    low, high = wilson(counts["right"], int(counts["graded"]))
     return {
-        "eval/accuracy": tally["right"] / n,
+        "eval/accuracy": counts["right"] / n,
         "eval/accuracy_low": low,
         "eval/accuracy_high": high,
-        "eval/tool_use": tally["used"] / n,
-        "eval/questions": tally["graded"],
-        "eval/errors": tally["errors"],
-        "eval/truncated": tally["truncated"] / n,
+        "eval/tool_use": counts["used"] / n,
+        "eval/questions": counts["graded"],
+        "eval/errors": counts["errors"],
+        "eval/truncated": counts["truncated"] / n,
     }

@@ -211,11 +211,11 @@ def _trees(run: Path, step: int, cfg: Config) -> list[list[RolloutTree]]:
 
 def _said_by_trees(trees: Sequence[RolloutTree]) -> dict[str, float]:
     """Numbers of a step's record that follow from its trees alone."""
-    from appo.trainer.step_metrics import Tally, count_trees
+    from appo.trainer.step_metrics import MetricSums, count_trees
 
-    tally = Tally()
-    count_trees(tally, trees)
-    return tally.over(Ranks())
+    sums = MetricSums()
+    count_trees(sums, trees)
+    return sums.over(Ranks())
 
 
 def _same_trees(

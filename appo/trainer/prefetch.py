@@ -21,7 +21,7 @@ import torch
 
 from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError
-from appo.trainer.step_metrics import StepLog
+from appo.trainer.step_metrics import StepMetrics
 from appo.types import Task
 
 Progress = Callable[[int], None]  # rollouts that still grow
@@ -113,7 +113,7 @@ class Roots:
 
     @contextmanager
     def beside(
-        self, step: int, prompts: Sequence[Prompt], log: StepLog, look: Progress
+        self, step: int, prompts: Sequence[Prompt], log: StepMetrics, look: Progress
     ) -> Iterator[None]:
         """Roots of one mini-batch of a coming step are drawn while the block runs, and are complete when it is left.
 
@@ -184,7 +184,7 @@ class Errand(threading.Thread):
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        log = StepLog()
+        log = StepMetrics()
         try:
             with log.clock("all"), _torch_threads(self._threads):
                 self._result = self._do(self._look)

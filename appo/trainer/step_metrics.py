@@ -23,18 +23,18 @@ LAST = ("learner/nonfinite_total", "learner/lr")
 LAST_PUSH = ("push/crc32",)
 
 
-class Adds(Protocol):
-    """What a tally needs of `appo.dist.ranks.Ranks`."""
+class Reduces(Protocol):
+    """What a sums needs of `appo.dist.ranks.Ranks`."""
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]: ...
 
     def reduce(self, values: Mapping[str, float], how: Any) -> dict[str, float]: ...
 
 
-class Tally:
+class MetricSums:
     """Totals, ratios of two totals, spreads and maxima by metric name.
 
-    >>> tally = Tally(); tally.ratio("tool/use", 3, 4); tally.ratio("tool/use", 1, 4); tally.over(Ranks())
+    >>> sums = MetricSums(); sums.ratio("tool/use", 3, 4); sums.ratio("tool/use", 1, 4); sums.over(Ranks())
     {'tool/use': 0.5}
     """
 
@@ -43,16 +43,16 @@ class Tally:
         self._most: dict[str, float] = {}
 
     def total(self, name: str, value: float) -> None:
-        """Adds to a number that is written as it is."""
+        """Reduces to a number that is written as it is."""
         self._sums["total", name] += value
 
     def ratio(self, name: str, value: float, count: float) -> None:
-        """Adds to both parts of value / count; 0 where nothing was counted."""
+        """Reduces to both parts of value / count; 0 where nothing was counted."""
         self._sums["value", name] += value
         self._sums["count", name] += count
 
     def spread(self, name: str, values: Iterable[float]) -> None:
-        """Adds values whose population standard deviation is wanted; 0 of none."""
+        """Reduces values whose population standard deviation is wanted; 0 of none."""
         values = list(values)
         self.ratio(name, sum(values), len(values))
         self._sums["square", name] += sum(v * v for v in values)
@@ -61,7 +61,7 @@ class Tally:
         """The largest of all."""
         self._most[name] = max(value, self._most.get(name, value))
 
-    def over(self, ranks: Adds) -> dict[str, float]:
+    def over(self, ranks: Reduces) -> dict[str, float]:
         """The metrics, over all ranks. Collective."""
         added = ranks.sum({" ".join(key): value for key, value in self._sums.items()})
         out = ranks.reduce(self._most, "max")
@@ -82,31 +82,31 @@ def _deviation(mean: float, square: float) -> float:
     return math.sqrt(variance) if variance > 1e-12 * square else 0.0
 
 
-class StepLog:
+class StepMetrics:
     """All that one step writes down. `learned` holds what the learner answers, which is over all ranks already."""
 
     def __init__(self) -> None:
-        self.tally = Tally()
+        self.sums = MetricSums()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.learned: list[dict[str, float]] = []  # by mini-batch
         self.pushed: list[dict[str, float]] = []  # by push
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
-        """Adds what its block takes to the seconds of a phase."""
+        """Reduces what its block takes to the seconds of a phase."""
         begin = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[phase] += time.perf_counter() - begin
 
-    def finish(self, ranks: Adds) -> dict[str, float]:
+    def finish(self, ranks: Reduces) -> dict[str, float]:
         """The metrics record of the step. Collective; times and pushes are the largest of any rank."""
         for phase in dict.fromkeys((*PHASES, *self.seconds)):
-            self.tally.most(f"time/{phase}", self.seconds[phase])
+            self.sums.most(f"time/{phase}", self.seconds[phase])
         for name, value in _over_minibatches(self.pushed, (), LAST_PUSH).items():
-            self.tally.most(name, value)
-        return _over_minibatches(self.learned, COUNTED, LAST) | self.tally.over(ranks)
+            self.sums.most(name, value)
+        return _over_minibatches(self.learned, COUNTED, LAST) | self.sums.over(ranks)
 
 
 def _over_minibatches(
@@ -122,7 +122,7 @@ def _over_minibatches(
     }
 
 
-def count_trees(tally: Tally, trees: Sequence[RolloutTree]) -> None:
+def count_trees(sums: MetricSums, trees: Sequence[RolloutTree]) -> None:
     """Rewards, tool use and token counts over all leaves."""
     leaves = [leaf for t in trees for leaf in t.leaves]
     graded = [leaf for leaf in leaves if leaf.reward is not None]
@@ -134,36 +134,36 @@ def count_trees(tally: Tally, trees: Sequence[RolloutTree]) -> None:
     accuracy = sum(x.reward_parts.get("accuracy", 0.0) for x in graded)
     formed = sum(x.reward_parts.get("format_ok", 0.0) for x in graded)
 
-    tally.ratio("reward/mean", sum(rewards), len(rewards))
-    tally.ratio("reward/roots", sum(roots), len(roots))
-    tally.spread("reward/std", rewards)
-    tally.ratio("reward/accuracy", accuracy, len(graded))
-    tally.ratio("format/ok", formed, len(graded))
-    tally.ratio("tool/use", sum(any(c.ok for c in x.tool_calls) for x in leaves), len(leaves))
-    tally.ratio("tool/calls", len(calls), len(leaves))
-    tally.ratio("tool/errors", sum(not c.ok for c in calls), len(calls))
-    tally.ratio("rollout/entropy", sum(sum(node.entropy or ()) for node in sampled), drawn)
-    tally.ratio("rollout/truncated", sum(x.finish == "length" for x in leaves), len(leaves))
-    tally.total("tokens/unique", sum(t.unique_tokens() for t in trees))
-    tally.total("tokens/total", sum(t.total_tokens() for t in trees))
-    tally.total("tokens/generated", drawn)
+    sums.ratio("reward/mean", sum(rewards), len(rewards))
+    sums.ratio("reward/roots", sum(roots), len(roots))
+    sums.spread("reward/std", rewards)
+    sums.ratio("reward/accuracy", accuracy, len(graded))
+    sums.ratio("format/ok", formed, len(graded))
+    sums.ratio("tool/use", sum(any(c.ok for c in x.tool_calls) for x in leaves), len(leaves))
+    sums.ratio("tool/calls", len(calls), len(leaves))
+    sums.ratio("tool/errors", sum(not c.ok for c in calls), len(calls))
+    sums.ratio("rollout/entropy", sum(sum(node.entropy or ()) for node in sampled), drawn)
+    sums.ratio("rollout/truncated", sum(x.finish == "length" for x in leaves), len(leaves))
+    sums.total("tokens/unique", sum(t.unique_tokens() for t in trees))
+    sums.total("tokens/total", sum(t.total_tokens() for t in trees))
+    sums.total("tokens/generated", drawn)
 
 
-def count_branches(tally: Tally, plans: Sequence[BranchPlan], by_score: bool) -> None:
+def count_branches(sums: MetricSums, plans: Sequence[BranchPlan], by_score: bool) -> None:
     """How branch slots were filled and, where they are chosen `by_score`, how often Ω said nothing."""
     points = [point for plan in plans for point in plan.points]
     flat = [f for plan in plans for f in plan.flat]
     if by_score:
-        tally.ratio("branch/omega_flat", sum(flat), len(flat))
-    tally.ratio("branch/strict", sum(p.rule == "strict" for p in points), len(points))
-    tally.total("branch/points", len(points))
-    tally.total("branch/shortfall", sum(p.shortfall for p in plans))
+        sums.ratio("branch/omega_flat", sum(flat), len(flat))
+    sums.ratio("branch/strict", sum(p.rule == "strict" for p in points), len(points))
+    sums.total("branch/points", len(points))
+    sums.total("branch/shortfall", sum(p.shortfall for p in plans))
 
 
-def count_packing(tally: Tally, counts: Mapping[str, float]) -> None:
-    """What packing saved, from the counts of `appo.packing.sharing.sharing_tallies`; its two factors stand apart."""
+def count_packing(sums: MetricSums, counts: Mapping[str, float]) -> None:
+    """What packing saved, from the counts of `appo.packing.sharing.sharing_counts`; its two factors stand apart."""
     for name, value in counts.items():
-        tally.total(name, value)
+        sums.total(name, value)
     every, rows = counts["pack/tokens_all"], counts["pack/tokens_rows"]
-    tally.ratio("pack/skip_factor", every, rows)
-    tally.ratio("pack/sharing_factor", rows, counts["pack/tokens_unique"])
+    sums.ratio("pack/skip_factor", every, rows)
+    sums.ratio("pack/sharing_factor", rows, counts["pack/tokens_unique"])

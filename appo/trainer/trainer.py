@@ -19,11 +19,11 @@ from appo.algo.objective import Objective
 from appo.algo.presets import Algorithm
 from appo.dist.ranks import Ranks
 from appo.packing.pack import pack
-from appo.packing.sharing import sharing_tallies
+from appo.packing.sharing import sharing_counts
 from appo.trainer.balance import Costs, balance
 from appo.trainer.old_logprobs import set_anchors
 from appo.trainer.prefetch import Part, Roots, deal, share_threads
-from appo.trainer.step_metrics import StepLog, count_branches, count_packing, count_trees
+from appo.trainer.step_metrics import StepMetrics, count_branches, count_packing, count_trees
 from appo.types import RolloutTree, Task
 
 
@@ -117,7 +117,7 @@ class Trainer:
         `tasks` are those of step number + staleness: their roots are drawn here. None if there is no such step. The
         roots of this step were drawn `staleness` steps ago, or by `draw_ahead`.
         """
-        log, result, waited = StepLog(), StepResult(), self.sampler.tool_wait_s
+        log, result, waited = StepMetrics(), StepResult(), self.sampler.tool_wait_s
         dealt = deal(tasks, prompts, self.minibatches, self.ranks)
         plans: dict[int, BranchPlan] = {}
         if self.staleness:
@@ -130,7 +130,7 @@ class Trainer:
             self.on_phase("reward", 0, len(trees))
             with log.clock("reward"):
                 for name, value in self.grade(trees).items():
-                    log.tally.total(name, value)
+                    log.sums.total(name, value)
             beside = None
             if self.staleness and tasks:
                 ahead = number + self.staleness
@@ -150,7 +150,7 @@ class Trainer:
 
         → (the metrics that it has, by the names of a step's record; what the learner answered for each mini-batch)
         """
-        log = StepLog()
+        log = StepMetrics()
         self._start(parts, log)
         for trees in parts:
             self._train(trees, log)
@@ -187,7 +187,7 @@ class Trainer:
         return lambda left: self.on_phase(phase, max(0, prompts * self.algo.roots - left), 0)
 
     def _draw(
-        self, number: int, dealt: Sequence[Any], plans: dict[int, BranchPlan], log: StepLog
+        self, number: int, dealt: Sequence[Any], plans: dict[int, BranchPlan], log: StepMetrics
     ) -> list[Part]:
         """Roots of all mini-batches. The first is drawn from unmoved weights: its prompts branch as soon as they can."""
         with log.clock("rollout"):
@@ -206,7 +206,9 @@ class Trainer:
                 self.sampler.remember(later)
         return parts
 
-    def _grow(self, part: Part, plans: dict[int, BranchPlan], log: StepLog) -> list[RolloutTree]:
+    def _grow(
+        self, part: Part, plans: dict[int, BranchPlan], log: StepMetrics
+    ) -> list[RolloutTree]:
         """Branches of this mini-batch with the weights as they are now; → its finished trees."""
         waiting = [g for g in part.growths if id(g) not in plans]
         if self.algo.flat:
@@ -223,7 +225,7 @@ class Trainer:
 
     # -- learning ------------------------------------------------------------------------------------------------
 
-    def _start(self, parts: Sequence[Sequence[RolloutTree]], log: StepLog) -> None:
+    def _start(self, parts: Sequence[Sequence[RolloutTree]], log: StepMetrics) -> None:
         """Before the first update: anchors of what will be trained after it. (Of the first they are its own forward.)"""
         self.anchored = self.version if self.old_logprobs == "learner" else None
         if self.anchored is None or len(parts) == 1:
@@ -236,7 +238,7 @@ class Trainer:
     def _train(
         self,
         trees: Sequence[RolloutTree],
-        log: StepLog,
+        log: StepMetrics,
         beside: AbstractContextManager[None] | None = None,
     ) -> None:
         """Credit, packing, one update on a mini-batch, and the push if weights have changed."""
@@ -249,25 +251,25 @@ class Trainer:
                     token_budget=self.token_budget,
                     keep_all=self.keep_all_rows,
                 )
-                log.tally.total("learn/tokens", sum(b.unique_tokens for b in batches))
-                count_packing(log.tally, sharing_tallies(trees, batches, self.token_budget))
+                log.sums.total("learn/tokens", sum(b.unique_tokens for b in batches))
+                count_packing(log.sums, sharing_counts(trees, batches, self.token_budget))
                 batches, even = balance(batches, self.ranks, self.costs)
-                log.tally.most("pack/imbalance", even["pack/imbalance"])
+                log.sums.most("pack/imbalance", even["pack/imbalance"])
             self.on_phase("learn", 0, len(batches))
             out = self.learner.train_minibatch(batches, credit.counts, self.objective)
         log.learned.append(out)
-        log.tally.total("learn/rows", sum(len(c) for c in credit.credits))
-        log.tally.total("group/zero_variance", credit.zero_groups)
-        log.tally.total("group/ungraded_leaves", credit.ungraded)
+        log.sums.total("learn/rows", sum(len(c) for c in credit.credits))
+        log.sums.total("group/zero_variance", credit.zero_groups)
+        log.sums.total("group/ungraded_leaves", credit.ungraded)
         if not (out["learner/empty"] or out["learner/nonfinite"]):
             self.version += 1
             with log.clock("push"):
                 log.pushed.append(self.push(self.version))
 
-    def _metrics(self, result: StepResult, log: StepLog, waited: float) -> dict[str, float]:
-        count_trees(log.tally, result.trees)
+    def _metrics(self, result: StepResult, log: StepMetrics, waited: float) -> dict[str, float]:
+        count_trees(log.sums, result.trees)
         if not self.algo.flat:
             plans = [p for p in result.plans if p is not None]
-            count_branches(log.tally, plans, self.algo.branch_by == "score")
-        log.tally.most("time/tool_wait", self.sampler.tool_wait_s - waited)
+            count_branches(log.sums, plans, self.algo.branch_by == "score")
+        log.sums.most("time/tool_wait", self.sampler.tool_wait_s - waited)
         return log.finish(self.ranks) | {"policy/version": self.version}

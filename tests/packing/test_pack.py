@@ -15,7 +15,7 @@ from appo.errors import DataError
 from appo.learner.policy import Policy, load_model
 from appo.packing import pack as packing
 from appo.packing.pack import interval_mask, pack, pack_sequences, trains
-from appo.packing.sharing import sharing_tallies
+from appo.packing.sharing import sharing_counts
 from appo.types import Credit, Leaf, Node, RolloutTree, Task
 
 torch.set_num_threads(1)
@@ -134,7 +134,7 @@ def test_a_row_over_the_budget_is_trained_alone_and_named_once(monkeypatch) -> N
     with pytest.warns(UserWarning, match=r"leaf 0: 5 tokens, more than learner.token_budget \(4\)"):
         alone = pack([tree], [rows], token_budget=4)
     assert [b.rows for b in alone] == [[(0, 0)], [(0, 1)], [(0, 2)]]
-    assert sharing_tallies([tree], alone, 4)["pack/over_budget"] == 3
+    assert sharing_counts([tree], alone, 4)["pack/over_budget"] == 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pack([tree], [rows], token_budget=4)
@@ -221,7 +221,7 @@ def test_rows_without_effect_are_left_out_and_reported() -> None:
     assert pack([tree], [[idle, dead]], token_budget=100) == []
     assert pack([tree], [[]], token_budget=100) == []
     packed = pack([tree], [[idle, credit(tree, 1)]], token_budget=100)
-    report = sharing_tallies([tree], packed, 100)
+    report = sharing_counts([tree], packed, 100)
     assert report["pack/tokens_all"] == 2 * report["pack/tokens_rows"]
     assert report["pack/tokens_rows"] == report["pack/tokens_unique"]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from appo.packing.forest import Forest, cut
 from appo.packing.pack import PackedBatch, interval_mask, pack, trains
-from appo.packing.sharing import sharing_tallies
+from appo.packing.sharing import sharing_counts
 from appo.types import Credit, Leaf, Node, RolloutTree, Task
 
 torch.set_num_threads(1)
@@ -119,5 +119,5 @@ def test_budget_is_kept_and_nothing_is_stored_twice(case: tuple) -> None:
             assert p.size == sum(p.take.values())
     whole = pack(forest, credits, token_budget=10**6)
     assert len(whole) <= 1
-    report = sharing_tallies(forest, whole, 10**6)
+    report = sharing_counts(forest, whole, 10**6)
     assert report["pack/tokens_all"] >= report["pack/tokens_rows"] >= report["pack/tokens_unique"]

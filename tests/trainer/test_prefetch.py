@@ -22,7 +22,7 @@ from appo.errors import CheckpointError, DataError
 from appo.observability.codec import tree_to_json
 from appo.observability.metrics import strip_times
 from appo.trainer.prefetch import deal, share_threads
-from appo.trainer.step_metrics import StepLog, Tally, count_branches, count_trees
+from appo.trainer.step_metrics import MetricSums, StepMetrics, count_branches, count_trees
 from appo.types import Task
 
 STEPS = 4
@@ -232,7 +232,7 @@ def test_dealing_covers_every_prompt_once_and_counts_copies_over_all_ranks(world
 
 
 class TwoRanks:
-    """Adds up with what the other rank says."""
+    """Reduces up with what the other rank says."""
 
     def __init__(self, other):
         self.other = other
@@ -259,11 +259,11 @@ class Heard:
 
 
 def tally_of(trees, plans, seconds):
-    tally = Tally()
-    count_trees(tally, trees)
-    count_branches(tally, plans, by_score=True)
-    tally.most("time/x", seconds)
-    return tally
+    sums = MetricSums()
+    count_trees(sums, trees)
+    count_branches(sums, plans, by_score=True)
+    sums.most("time/x", seconds)
+    return sums
 
 
 def test_metrics_of_two_ranks_are_those_of_one():
@@ -281,7 +281,7 @@ def test_metrics_of_two_ranks_are_those_of_one():
 
 
 def test_what_the_learner_says_is_over_all_ranks_already():
-    log = StepLog()
+    log = StepMetrics()
     log.learned = [{"learner/loss": 1.0, "learner/empty": 1.0, "learner/lr": 0.5},
                    {"learner/loss": 3.0, "learner/empty": 1.0, "learner/lr": 0.25}]  # fmt: skip
     log.pushed = [{"push/crc32": 7.0, "push/probe_max": 1.0}, {"push/crc32": 8.0, "push/probe_max": 2.0}]  # fmt: skip

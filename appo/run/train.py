@@ -148,7 +148,7 @@ class TrainingRun:
         cfg, begin, before = self.cfg, time.perf_counter(), self.session.engine.stats()
         with self._phase(f"step {number}/{cfg.steps}"):
             for ahead in self.trainer.missing(number, cfg.steps):
-                self.trainer.draw_ahead(ahead, *self._batch())
+                self.trainer.prefetch(ahead, *self._batch())
             # These are the prompts of the step whose roots are drawn now; the last steps' were drawn before.
             drawn = number + cfg.staleness <= cfg.steps
             result = self.trainer.step(number, *(self._batch() if drawn else ([], [])))

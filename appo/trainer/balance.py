@@ -51,20 +51,20 @@ def balance(
     """
     if ranks.world == 1:
         return list(batches), {"pack/imbalance": 1.0}
-    everyones = ranks.all_gather([costs.of(b) for b in batches], "costs of streams")
-    owners = deal(everyones)
+    all_costs = ranks.all_gather([costs.of(b) for b in batches], "costs of streams")
+    owners = assign_owners(all_costs)
     share = []
     out: list[list[Any]] = [[] for _ in range(ranks.world)]
     for i, (batch, to) in enumerate(zip(batches, owners[ranks.rank], strict=True)):
-        item = (-everyones[ranks.rank][i], ranks.rank, i, replace(batch, rank=ranks.rank))
+        item = (-all_costs[ranks.rank][i], ranks.rank, i, replace(batch, rank=ranks.rank))
         (share if to == ranks.rank else out[to]).append(item)
     if any(to != rank for rank, row in enumerate(owners) for to in row):  # the same on all ranks
         share += ranks.all_to_all(out, "streams")
     share.sort(key=lambda item: item[:3])
-    return [batch for *_, batch in share], {"pack/imbalance": _imbalance(everyones, owners)}
+    return [batch for *_, batch in share], {"pack/imbalance": _imbalance(all_costs, owners)}
 
 
-def deal(costs: Sequence[Sequence[float]]) -> list[list[int]]:
+def assign_owners(costs: Sequence[Sequence[float]]) -> list[list[int]]:
     """Who computes what: `costs[r][i]` of stream i of rank r → the rank that gets it, in the same shape.
 
     Dearest first to the rank with the least so far (at equal loads it stays where it is), at most

@@ -1,4 +1,4 @@
-"""Roots of coming steps, drawn on a thread of their own while the learner trains.
+"""RootPrefetcher of coming steps, drawn on a thread of their own while the learner trains.
 
 With staleness k, the roots of mini-batch j of step t + k are drawn while mini-batch j of step t trains, under the weights
 that the engine has then: the thread starts after that mini-batch's branches are complete and is joined before the new
@@ -26,7 +26,7 @@ from appo.types import Task
 
 Progress = Callable[[int], None]  # rollouts that still grow
 
-LOOK_S = 0.1  # how often the main thread looks after the other one while it waits
+POLL_S = 0.1  # how often the main thread looks after the other one while it waits
 GRACE_S = (
     5.0  # how long a thread may take to end after its step has failed; then it is left to itself
 )
@@ -48,14 +48,14 @@ class Prompt:
 
 
 @dataclass
-class Part:
+class MinibatchShard:
     """This rank's share of a mini-batch: its prompts and the growths (of the sampler) that belong to them."""
 
     prompts: list[Prompt]
     growths: list[Any]
 
 
-def deal(
+def shard_prompts(
     tasks: Sequence[Task], prompts: Sequence[Sequence[int]], minibatches: int, ranks: Ranks
 ) -> list[list[Prompt]]:
     """This rank's prompts of each mini-batch: of those of mini-batch k, in order, every world-th. A share may be empty."""
@@ -70,7 +70,7 @@ def deal(
 
 
 @dataclass
-class Roots:
+class RootPrefetcher:
     """Draws roots, now or beside the learner, and keeps those that wait for their step.
 
     sampler   see `appo.trainer.trainer.Sampler`
@@ -84,54 +84,58 @@ class Roots:
     minibatches: int
     remember: bool = False
     threads: tuple[int, int] | None = None
-    waiting: dict[int, list[Part]] = field(default_factory=dict)  # step → its mini-batches so far
+    waiting: dict[int, list[MinibatchShard]] = field(
+        default_factory=dict
+    )  # step → its mini-batches so far
 
-    def plant(self, step: int, prompts: Sequence[Prompt]) -> Part:
-        """Roots that start to grow at the sampler's next `run`."""
+    def plant(self, step: int, prompts: Sequence[Prompt]) -> MinibatchShard:
+        """RootPrefetcher that start to grow at the sampler's next `run`."""
         plant = self.sampler.plant
         growths = [plant(p.task, p.ids, self.count, step, p.copy) for p in prompts]
-        return Part(list(prompts), growths)
+        return MinibatchShard(list(prompts), growths)
 
-    def draw(self, step: int, parts: Sequence[Sequence[Prompt]], look: Progress) -> list[Part]:
+    def draw(
+        self, step: int, parts: Sequence[Sequence[Prompt]], on_progress: Progress
+    ) -> list[MinibatchShard]:
         """Complete roots of some mini-batches, under the weights that the engine has."""
         out = [self.plant(step, prompts) for prompts in parts]
-        self.sampler.run(on_progress=look)
+        self.sampler.run(on_progress=on_progress)
         growths = [g for part in out for g in part.growths]
         if self.remember and growths:
             self.sampler.remember(growths)
         return out
 
-    def draw_ahead(self, step: int, parts: Sequence[Sequence[Prompt]], look: Progress) -> None:
+    def prefetch(self, step: int, parts: Sequence[Sequence[Prompt]], on_progress: Progress) -> None:
         """All roots of a coming step, now."""
-        self.waiting[step] = self.draw(step, parts, look)
+        self.waiting[step] = self.draw(step, parts, on_progress)
 
-    def take(self, step: int) -> list[Part]:
+    def take(self, step: int) -> list[MinibatchShard]:
         """The mini-batches that wait for this step; they wait no longer."""
         parts = self.waiting.pop(step)
         assert len(parts) == self.minibatches, f"step {step}: {len(parts)} mini-batches were drawn"
         return parts
 
     @contextmanager
-    def beside(
-        self, step: int, prompts: Sequence[Prompt], log: StepMetrics, look: Progress
+    def prefetching(
+        self, step: int, prompts: Sequence[Prompt], log: StepMetrics, on_progress: Progress
     ) -> Iterator[None]:
-        """Roots of one mini-batch of a coming step are drawn while the block runs, and are complete when it is left.
+        """RootPrefetcher of one mini-batch of a coming step are drawn while the block runs, and are complete when it is left.
 
         What the block raises ends the drawing; what the drawing raises is raised at the end of the block.
         `log` gets the seconds of the drawing ("ahead") and of the wait for it ("rollout").
         """
         mine, theirs = self.threads or (None, None)
-        errand = Errand(lambda look: self.draw(step, [prompts], look), theirs)
-        errand.start()
+        task = BackgroundTask(lambda report: self.draw(step, [prompts], report), theirs)
+        task.start()
         try:
             with _torch_threads(mine):
                 yield
             with log.clock("rollout"):
-                parts = errand.wait(look)
+                parts = task.wait(on_progress)
         except BaseException:
-            errand.abandon()
+            task.abandon()
             raise
-        log.seconds["ahead"] += errand.seconds
+        log.seconds["ahead"] += task.seconds
         self.waiting.setdefault(step, []).extend(parts)
 
     def save(self, folder: Path, rank: int) -> None:
@@ -160,7 +164,7 @@ class Roots:
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{file}: not the roots of a checkpoint: {error}") from error
             self.waiting = {
-                s: [Part([], []) for _ in range(self.minibatches)] for s in head["steps"]
+                s: [MinibatchShard([], []) for _ in range(self.minibatches)] for s in head["steps"]
             }
             records += [x for x in lines if x["position"] % ranks.world == ranks.rank]
         for x in sorted(records, key=lambda x: (x["step"], x["index"])):
@@ -171,8 +175,11 @@ class Roots:
             part.growths.append(growth)
 
 
-class Errand(threading.Thread):
-    """A function of `look` on a thread of its own, whose result or exception is had by `wait`."""
+class BackgroundTask(threading.Thread):
+    """Runs a function on a thread of its own. `wait` returns its result, or raises what it raised.
+
+    The function gets a callback for its progress and must call it now and then.
+    """
 
     def __init__(self, do: Callable[[Progress], Any], threads: int | None):
         super().__init__(name="appo-roots", daemon=True)  # never keeps the process from ending
@@ -187,30 +194,30 @@ class Errand(threading.Thread):
         log = StepMetrics()
         try:
             with log.clock("all"), _torch_threads(self._threads):
-                self._result = self._do(self._look)
+                self._result = self._do(self._on_progress)
         except BaseException as error:  # raised again by `wait`
             self._error = error
         self.seconds = log.seconds["all"]
 
-    def _look(self, left: int) -> None:
+    def _on_progress(self, left: int) -> None:
         self._left = left
         if self._abandoned:
             raise InterruptedError("the step that these roots were drawn beside has failed")
 
-    def wait(self, look: Progress) -> Any:
-        """The result; calls look(rollouts left) on the caller's thread whenever there is news. Raises what `do` raised."""
-        told = None
+    def wait(self, on_progress: Progress) -> Any:
+        """The result; calls on_progress(rollouts left) on the caller's thread whenever there is news. Raises what `do` raised."""
+        reported = None
         while self.is_alive():
-            self.join(LOOK_S)
-            if self._left is not None and self._left != told:
-                told = self._left
-                look(told)
+            self.join(POLL_S)
+            if self._left is not None and self._left != reported:
+                reported = self._left
+                on_progress(reported)
         if self._error is not None:
             raise self._error
         return self._result
 
     def abandon(self) -> None:
-        """Have the function raise at its next `look`, and give it some time to get there."""
+        """Have the function raise at its next report of progress, and give it some time to get there."""
         self._abandoned = True
         self.join(GRACE_S)
 
@@ -228,7 +235,7 @@ def _torch_threads(number: int | None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def share_threads(threads: int, on_cpu: bool) -> tuple[int, int]:
+def split_threads(threads: int, on_cpu: bool) -> tuple[int, int]:
     """Cores for (learner, sampler) while both run: halves on a CPU, all for both where the learner is on a device."""
     if not on_cpu:
         return threads, threads

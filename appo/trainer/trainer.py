@@ -22,7 +22,7 @@ from appo.packing.pack import pack
 from appo.packing.sharing import sharing_counts
 from appo.trainer.balance import Costs, balance
 from appo.trainer.old_logprobs import set_anchors
-from appo.trainer.prefetch import Part, Roots, deal, share_threads
+from appo.trainer.prefetch import MinibatchShard, RootPrefetcher, shard_prompts, split_threads
 from appo.trainer.step_metrics import StepMetrics, count_branches, count_packing, count_trees
 from appo.types import RolloutTree, Task
 
@@ -102,8 +102,8 @@ class Trainer:
         share = None
         if self.staleness and self.threads:
             device = getattr(self.learner, "device", None)
-            share = share_threads(self.threads, device is None or device.type == "cpu")
-        self.roots = Roots(
+            share = split_threads(self.threads, device is None or device.type == "cpu")
+        self.roots = RootPrefetcher(
             self.sampler, self.algo.roots, self.minibatches, self._remember, threads=share
         )
 
@@ -115,10 +115,10 @@ class Trainer:
         """One training step. Collective: every rank is given the whole batch and takes its share of each mini-batch.
 
         `tasks` are those of step number + staleness: their roots are drawn here. None if there is no such step. The
-        roots of this step were drawn `staleness` steps ago, or by `draw_ahead`.
+        roots of this step were drawn `staleness` steps ago, or by `prefetch`.
         """
         log, result, waited = StepMetrics(), StepResult(), self.sampler.tool_wait_s
-        dealt = deal(tasks, prompts, self.minibatches, self.ranks)
+        dealt = shard_prompts(tasks, prompts, self.minibatches, self.ranks)
         plans: dict[int, BranchPlan] = {}
         if self.staleness:
             parts = self.roots.take(number)
@@ -131,11 +131,13 @@ class Trainer:
             with log.clock("reward"):
                 for name, value in self.grade(trees).items():
                     log.sums.total(name, value)
-            beside = None
+            prefetching = None
             if self.staleness and tasks:
                 ahead = number + self.staleness
-                beside = self.roots.beside(ahead, dealt[k], log, self._look(len(dealt[k])))
-            self._train(trees, log, beside)
+                prefetching = self.roots.prefetching(
+                    ahead, dealt[k], log, self._on_progress(len(dealt[k]))
+                )
+            self._train(trees, log, prefetching)
             result.trees += trees
             result.plans += [plans.get(id(g)) for g in part.growths]
             result.minibatch += [k] * len(trees)
@@ -159,21 +161,21 @@ class Trainer:
     # -- roots and branches --------------------------------------------------------------------------------------
 
     def missing(self, number: int, steps: int) -> list[int]:
-        """The steps whose roots must be given to `draw_ahead` before step `number` of a run of `steps`, in order."""
+        """The steps whose roots must be given to `prefetch` before step `number` of a run of `steps`, in order."""
         if not self.staleness:
             return []
         due = range(number, min(number + self.staleness, steps + 1))
         return [step for step in due if step not in self.roots.waiting]
 
-    def draw_ahead(
+    def prefetch(
         self, number: int, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]
     ) -> None:
         """Draw the roots of a coming step now, with the weights as they are."""
-        dealt = deal(tasks, prompts, self.minibatches, self.ranks)
-        self.roots.draw_ahead(number, dealt, self._look(sum(map(len, dealt))))
+        dealt = shard_prompts(tasks, prompts, self.minibatches, self.ranks)
+        self.roots.prefetch(number, dealt, self._on_progress(sum(map(len, dealt))))
 
     def save_roots(self, folder: Path) -> None:
-        """Roots that wait for their step, into a folder (of a checkpoint); nothing without staleness."""
+        """RootPrefetcher that wait for their step, into a folder (of a checkpoint); nothing without staleness."""
         if self.staleness:
             self.roots.save(folder, self.ranks.rank)
 
@@ -182,14 +184,14 @@ class Trainer:
         if self.staleness:
             self.roots.restore(folder, self.ranks)
 
-    def _look(self, prompts: int, phase: str = "rollout") -> Callable[[int], None]:
-        """Tells rollouts that are done from the number of those that still grow."""
+    def _on_progress(self, prompts: int, phase: str = "rollout") -> Callable[[int], None]:
+        """A callback: given how many rollouts still grow, it reports to `on_phase` how many are done."""
         return lambda left: self.on_phase(phase, max(0, prompts * self.algo.roots - left), 0)
 
     def _draw(
         self, number: int, dealt: Sequence[Any], plans: dict[int, BranchPlan], log: StepMetrics
-    ) -> list[Part]:
-        """Roots of all mini-batches. The first is drawn from unmoved weights: its prompts branch as soon as they can."""
+    ) -> list[MinibatchShard]:
+        """RootPrefetcher of all mini-batches. The first is drawn from unmoved weights: its prompts branch as soon as they can."""
         with log.clock("rollout"):
             parts = [self.roots.plant(number, prompts) for prompts in dealt]
             first = {id(g) for g in parts[0].growths}
@@ -198,7 +200,7 @@ class Trainer:
                 if id(growth) in first and not self.algo.flat:
                     plans[id(growth)] = self.sampler.grow_branches([growth], self.algo)[0]
 
-            self.sampler.run(branch_early, self._look(sum(map(len, dealt))))
+            self.sampler.run(branch_early, self._on_progress(sum(map(len, dealt))))
         later = [g for part in parts[1:] for g in part.growths]
         if self._remember and later:
             self.on_phase("score", 0, len(later))
@@ -207,7 +209,7 @@ class Trainer:
         return parts
 
     def _grow(
-        self, part: Part, plans: dict[int, BranchPlan], log: StepMetrics
+        self, part: MinibatchShard, plans: dict[int, BranchPlan], log: StepMetrics
     ) -> list[RolloutTree]:
         """Branches of this mini-batch with the weights as they are now; → its finished trees."""
         waiting = [g for g in part.growths if id(g) not in plans]
@@ -239,11 +241,11 @@ class Trainer:
         self,
         trees: Sequence[RolloutTree],
         log: StepMetrics,
-        beside: AbstractContextManager[None] | None = None,
+        prefetching: AbstractContextManager[None] | None = None,
     ) -> None:
         """Credit, packing, one update on a mini-batch, and the push if weights have changed."""
         credit = assign(trees, self.algo, keep_all=self.keep_all_rows)
-        with beside or nullcontext(), log.clock("learn"):
+        with prefetching or nullcontext(), log.clock("learn"):
             with log.clock("pack"):
                 batches = pack(
                     trees,

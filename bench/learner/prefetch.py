@@ -76,7 +76,7 @@ def steps_of(recipe: str, staleness: int, tool_s: float, steps: int) -> list[dic
             return tasks, session.prompts(tasks)
 
         for number in trainer.missing(1, steps):
-            trainer.draw_ahead(number, *batch())
+            trainer.prefetch(number, *batch())
         found = []
         for number in range(1, steps + 1):
             tasks, prompts = batch() if number + staleness <= steps else ([], [])

@@ -110,7 +110,7 @@ def run_steps(trainer, steps, last):
     results = []
     for number in steps:
         for ahead in trainer.missing(number, last):
-            trainer.draw_ahead(ahead, *batch_of(ahead))
+            trainer.prefetch(ahead, *batch_of(ahead))
         coming = number + trainer.staleness
         results.append(trainer.step(number, *(batch_of(coming) if coming <= last else ([], []))))
     return results

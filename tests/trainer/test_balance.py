@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from appo.dist.ranks import Ranks
 from appo.packing.pack import PackedBatch, interval_mask, pack, pack_sequences
-from appo.trainer.balance import Costs, balance, deal
+from appo.trainer.balance import Costs, assign_owners, balance
 from appo.types import Credit, Leaf, Node, RolloutTree, Task
 
 torch.set_num_threads(1)
@@ -90,13 +90,13 @@ def test_one_rank_keeps_what_it_has_and_none_has_nothing() -> None:
 
 
 def test_equal_streams_stay_where_they_are() -> None:
-    assert deal([[5.0] * 3, [5.0] * 3]) == [[0] * 3, [1] * 3]
+    assert assign_owners([[5.0] * 3, [5.0] * 3]) == [[0] * 3, [1] * 3]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 1000), max_size=12), min_size=1, max_size=8))
 def test_deal_is_even_and_never_adds_a_micro_batch(costs: list[list[int]]) -> None:
-    owners = deal([[float(c) for c in row] for row in costs])
+    owners = assign_owners([[float(c) for c in row] for row in costs])
     assert [len(row) for row in owners] == [len(row) for row in costs]
     world, total = len(costs), sum(map(len, costs))
     dealt = [x for mine, row in zip(owners, costs) for x in zip(mine, row, strict=True)]

@@ -1,4 +1,4 @@
-"""Roots drawn beside the learner: the same whatever is slow, in checkpoints, on any number of ranks, and never hanging."""
+"""RootPrefetcher drawn beside the learner: the same whatever is slow, in checkpoints, on any number of ranks, and never hanging."""
 
 import json
 import threading
@@ -21,7 +21,7 @@ from appo._kernels.common import native
 from appo.errors import CheckpointError, DataError
 from appo.observability.codec import tree_to_json
 from appo.observability.metrics import strip_times
-from appo.trainer.prefetch import deal, share_threads
+from appo.trainer.prefetch import shard_prompts, split_threads
 from appo.trainer.step_metrics import MetricSums, StepMetrics, count_branches, count_trees
 from appo.types import Task
 
@@ -130,7 +130,7 @@ def test_a_damaged_queue_and_a_task_that_json_cannot_say_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="roots_rank0"):
         make_trainer(staleness=1).restore_roots(tmp_path)
     trainer = make_trainer(staleness=1)
-    trainer.draw_ahead(1, [Task("odd", [], object())] * SIZE, [[10]] * SIZE)
+    trainer.prefetch(1, [Task("odd", [], object())] * SIZE, [[10]] * SIZE)
     with pytest.raises(DataError, match="task 'odd'"):
         trainer.save_roots(tmp_path)
 
@@ -207,8 +207,8 @@ def test_threads_are_shared_and_given_back():
     trainer.sampler.engine.step = look
     run_steps(trainer, [1], 2)
     assert set(seen) == {2} and torch.get_num_threads() == before
-    assert share_threads(1, True) == (1, 1) and share_threads(5, True) == (3, 2)
-    assert share_threads(8, False) == (8, 8)
+    assert split_threads(1, True) == (1, 1) and split_threads(5, True) == (3, 2)
+    assert split_threads(8, False) == (8, 8)
 
 
 def test_native_calls_let_other_threads_run():
@@ -225,7 +225,7 @@ def test_native_calls_let_other_threads_run():
 def test_dealing_covers_every_prompt_once_and_counts_copies_over_all_ranks(world):
     tasks, prompts = batch_of(1)
     tasks[3] = tasks[0]
-    shares = [deal(tasks, prompts, MINIBATCHES, SimpleNamespace(rank=r, world=world)) for r in range(world)]  # fmt: skip
+    shares = [shard_prompts(tasks, prompts, MINIBATCHES, SimpleNamespace(rank=r, world=world)) for r in range(world)]  # fmt: skip
     for k in range(MINIBATCHES):
         dealt = sorted((p.index, p.copy) for share in shares for p in share[k])
         assert dealt == [(0, 0), (1, 0)] if k == 0 else dealt == [(2, 0), (3, 1)]

@@ -2,13 +2,12 @@
 
     SAMPLING → (closing tag) → TOOL → (result) → SAMPLING → … → DONE
 
-A `Line` owns the engine handle of its leaf and knows what it may still spend. It never waits: the loop in `grow` moves
+A `ActiveRollout` owns the engine handle of its leaf and knows what it may still spend. It never waits: the loop in `grow` moves
 it on when the engine or the tool pool has something for it.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -39,7 +38,7 @@ class AgentSettings:
 
 
 @dataclass
-class Line:
+class ActiveRollout:
     """A leaf being grown. `tree.leaves[leaf]` is its record, `seq` its handle in the engine."""
 
     tree: RolloutTree
@@ -52,7 +51,6 @@ class Line:
         default_factory=list
     )  # blocks closed by the tokens sampled since `resume`
     queue: list[TagEvent] = field(default_factory=list)  # calls of this turn that still wait
-    called_at: float = 0.0
 
     @property
     def record(self) -> Leaf:
@@ -60,25 +58,25 @@ class Line:
 
 
 class Agent:
-    """Turn logic shared by all lines of a run; holds no state of any of them."""
+    """Turn logic shared by all rollouts of a run; holds no state of any of them."""
 
     def __init__(self, engine: RolloutEngine, text: TokenText, settings: AgentSettings):
         self.engine = engine
         self.text = text
         self.settings = settings
 
-    def resume(self, line: Line, prefix: Sequence[int] = ()) -> None:
+    def resume(self, rollout: ActiveRollout, prefix: Sequence[int] = ()) -> None:
         """Start (or go on) sampling. `prefix`: ids of the current turn that a branch inherited, for the parser."""
-        room = self.settings.max_new_tokens - line.sampled
-        if room <= 0 or self.engine.length(line.seq) >= self.engine.max_context:
-            return self._finish(line, Finish.LENGTH)
+        room = self.settings.max_new_tokens - rollout.sampled
+        if room <= 0 or self.engine.length(rollout.seq) >= self.engine.max_context:
+            return self._finish(rollout, Finish.LENGTH)
         parser = TagParser([*self.settings.tools, ANSWER])
         parser.feed(self.text.join(prefix))
-        line.closed = []
+        rollout.closed = []
 
         def closes_block(token: int) -> bool:
-            line.closed += parser.feed(self.text.join([token]))
-            return bool(line.closed)
+            rollout.closed += parser.feed(self.text.join([token]))
+            return bool(rollout.closed)
 
         params = SamplingParams(
             max_new_tokens=room,
@@ -86,76 +84,86 @@ class Agent:
             stop_token_ids=self.text.eos_ids,
             stop=closes_block,
         )
-        line.state = State.SAMPLING
+        rollout.state = State.SAMPLING
         try:
-            self.engine.submit(line.seq, params, line.seed)
+            self.engine.submit(rollout.seq, params, rollout.seed)
         except PoolTooSmallError:
-            if not line.sampled:
+            if not rollout.sampled:
                 raise  # not even the first turn fits: a wrong setting
-            self._finish(line, Finish.LENGTH)  # tool results were longer than the pool is made for
+            self._finish(
+                rollout, Finish.LENGTH
+            )  # tool results were longer than the pool is made for
 
-    def on_stopped(self, line: Line, event: Stopped) -> TagEvent | None:
+    def on_stopped(self, rollout: ActiveRollout, event: Stopped) -> TagEvent | None:
         """Record what was sampled; return the tool call to make, if any."""
-        node = line.tree.nodes[line.record.node]
+        node = rollout.tree.nodes[rollout.record.node]
         if node.role != "model":
-            node = self._add_node(line, "model")
+            node = self._add_node(rollout, "model")
         assert node.logprobs is not None and node.entropy is not None
         node.token_ids += event.token_ids
         node.logprobs += event.logprobs
         node.entropy += event.entropy
         node.policy_version = event.policy_version
-        node.closed = bool(line.closed)
-        line.sampled += len(event.token_ids)
-        if event.reason == "stop_token" or any(e.tag == ANSWER for e in line.closed):
+        node.closed = bool(rollout.closed)
+        rollout.sampled += len(event.token_ids)
+        if event.reason == "stop_token" or any(e.tag == ANSWER for e in rollout.closed):
             # Calls before the answer in the same token would have no reader.
-            self._finish(line, Finish.ANSWER)
+            self._finish(rollout, Finish.ANSWER)
             return None
         if event.reason == "length":
-            self._finish(line, Finish.LENGTH)
+            self._finish(rollout, Finish.LENGTH)
             return None
-        line.queue += line.closed
-        return self.next_call(line)
+        rollout.queue += rollout.closed
+        return self.next_call(rollout)
 
-    def next_call(self, line: Line) -> TagEvent | None:
+    def next_call(self, rollout: ActiveRollout) -> TagEvent | None:
         """The next call in the queue, or None and sampling goes on. Calls beyond the budget are answered at once."""
-        while line.queue:
-            call = line.queue.pop(0)
-            if len(line.record.tool_calls) < self.settings.max_tool_calls:
-                line.state, line.called_at = State.TOOL, time.perf_counter()
+        while rollout.queue:
+            call = rollout.queue.pop(0)
+            if len(rollout.record.tool_calls) < self.settings.max_tool_calls:
+                rollout.state = State.TOOL
                 return call
-            if not self._append_result(line, budget_text(), policy_error=True):
+            if not self._append_result(rollout, budget_text(), policy_error=True):
                 return None
-        self.resume(line)
+        self.resume(rollout)
         return None
 
-    def on_tool(self, line: Line, call: TagEvent, result: ToolResult) -> TagEvent | None:
+    def on_tool(
+        self, rollout: ActiveRollout, call: TagEvent, result: ToolResult
+    ) -> TagEvent | None:
         """Write the result into the context; return the next call of the same turn, if any."""
         record = ToolCall(
             call.tag, call.argument, result.output, result.ok, result.wall_s, result.error_kind
         )
-        line.record.tool_calls.append(record)
-        if not self._append_result(line, result_text(result.output), call=record):
+        rollout.record.tool_calls.append(record)
+        if not self._append_result(rollout, result_text(result.output), call=record):
             return None
-        return self.next_call(line)
+        return self.next_call(rollout)
 
     def _append_result(
-        self, line: Line, text: str, call: ToolCall | None = None, policy_error: bool = False
+        self,
+        rollout: ActiveRollout,
+        text: str,
+        call: ToolCall | None = None,
+        policy_error: bool = False,
     ) -> bool:
         ids = list(encode_plain(self.text.tokenizer, text))
-        if self.engine.length(line.seq) + len(ids) >= self.engine.max_context:
-            self._finish(line, Finish.LENGTH)
+        if self.engine.length(rollout.seq) + len(ids) >= self.engine.max_context:
+            self._finish(rollout, Finish.LENGTH)
             return False
         if call is not None:
             call.tokens = len(ids)
         if policy_error:
-            line.tree.stats["over_budget_calls"] = line.tree.stats.get("over_budget_calls", 0) + 1
-        self.engine.append(line.seq, ids)
-        self._add_node(line, "tool").token_ids = ids
+            rollout.tree.stats["over_budget_calls"] = (
+                rollout.tree.stats.get("over_budget_calls", 0) + 1
+            )
+        self.engine.append(rollout.seq, ids)
+        self._add_node(rollout, "tool").token_ids = ids
         return True
 
-    def _add_node(self, line: Line, role: Any) -> Node:
+    def _add_node(self, rollout: ActiveRollout, role: Any) -> Node:
         """A node that continues the leaf."""
-        tree, leaf = line.tree, line.record
+        tree, leaf = rollout.tree, rollout.record
         last = tree.nodes[leaf.node]
         node = Node(leaf.node, role, len(last.token_ids), path=last.path)
         if role == "model":
@@ -164,7 +172,7 @@ class Agent:
         leaf.node = len(tree.nodes) - 1
         return node
 
-    def _finish(self, line: Line, why: Finish) -> None:
-        line.state = State.DONE
-        line.queue.clear()
-        line.record.finish = why
+    def _finish(self, rollout: ActiveRollout, why: Finish) -> None:
+        rollout.state = State.DONE
+        rollout.queue.clear()
+        rollout.record.finish = why

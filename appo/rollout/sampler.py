@@ -1,7 +1,7 @@
 """Growing rollout trees: N roots per prompt, tools in between, branches forked off the roots' KV cache.
 
-One loop moves every line that has something to do; the only barrier is per prompt (its branches start when *its* roots
-are done). Seeds come from the path in the tree, so what a line draws does not depend on what runs beside it.
+One loop moves every rollout that has something to do; the only barrier is per prompt (its branches start when *its* roots
+are done). Seeds come from the path in the tree, so what a rollout draws does not depend on what runs beside it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 from appo.algo.branching import BranchPlan, BranchPoint, eligible_positions, plan_branches
 from appo.algo.presets import Algorithm
 from appo.errors import EngineError
-from appo.rollout.active_tree import Growth, growth_from_json, growth_to_json
-from appo.rollout.agent import Agent, AgentSettings, Line, State
+from appo.rollout.agent import ActiveRollout, Agent, AgentSettings, State
 from appo.rollout.engine import RolloutEngine
 from appo.rollout.seeds import derive_seed
 from appo.rollout.tags import TagEvent, TokenText
+from appo.rollout.tree_rollout import TreeRollout, tree_rollout_from_json, tree_rollout_to_json
 from appo.tools.pool import ToolPool
 from appo.types import Leaf, Node, RolloutTree, Task
 
@@ -27,7 +27,7 @@ POLL_S = 0.02  # how long the loop sleeps when only tools are running
 
 
 class Rollouts:
-    """Samples trees. One instance per run; `plant`, `run` and `grow_branches` are called in turn for each step."""
+    """Samples trees. One instance per run; `start`, `run` and `grow_branches` are called in turn for each step."""
 
     def __init__(
         self,
@@ -47,80 +47,80 @@ class Rollouts:
         self.run_seed = run_seed
         self.deterministic = deterministic
         self.tool_wait_s = 0.0
-        self._lines: dict[int, Line] = {}  # by engine handle; everything that still grows
+        self._active: dict[int, ActiveRollout] = {}  # by engine handle; everything that still grows
         self._calls: dict[int, TagEvent] = {}  # by engine handle; calls in flight
-        self._root_of: dict[int, Growth] = {}  # by engine handle; roots that still grow
+        self._root_of: dict[int, TreeRollout] = {}  # by engine handle; roots that still grow
 
     # -- roots ---------------------------------------------------------------------------------------------------
 
-    def plant(
+    def start(
         self, task: Task, prompt_ids: Sequence[int], roots: int, step: int, copy: int = 0
-    ) -> Growth:
-        """A tree with `roots` lines that start sampling at the next `run`. copy: how often the task came before."""
+    ) -> TreeRollout:
+        """A tree with `roots` rollouts that start sampling at the next `run`. copy: how often the task came before."""
         tree = RolloutTree(task, [Node(None, "prompt", 0, list(prompt_ids))], step=step)
-        growth = Growth(tree, self.engine.add_prompt(prompt_ids), copy=copy)
+        tree_rollout = TreeRollout(tree, self.engine.add_prompt(prompt_ids), copy=copy)
         for r in range(roots):
-            seq = self.engine.fork(growth.prompt_seq, len(prompt_ids))
+            seq = self.engine.fork(tree_rollout.prompt_seq, len(prompt_ids))
             tree.nodes.append(Node(0, "model", len(prompt_ids), logprobs=[], entropy=[], path=(r,)))
             tree.leaves.append(Leaf(node=len(tree.nodes) - 1, root=r))
-            line = Line(tree, len(tree.leaves) - 1, seq, self._seed(growth, (r,)))
-            growth.roots.append(line)
-            self._root_of[seq] = growth
-            self._start(line)
-        return growth
+            rollout = ActiveRollout(tree, len(tree.leaves) - 1, seq, self._seed(tree_rollout, (r,)))
+            tree_rollout.roots.append(rollout)
+            self._root_of[seq] = tree_rollout
+            self._submit(rollout)
+        return tree_rollout
 
-    def _seed(self, g: Growth, path: tuple[int | str, ...]) -> int:
+    def _seed(self, g: TreeRollout, path: tuple[int | str, ...]) -> int:
         again = (f"copy {g.copy}",) if g.copy else ()
         return derive_seed(self.run_seed, g.tree.step, g.tree.task.task_id, *again, *path)
 
-    def _start(self, line: Line, prefix: Sequence[int] = ()) -> None:
-        self.agent.resume(line, prefix)
-        if line.state is not State.DONE:
-            self._lines[line.seq] = line
+    def _submit(self, rollout: ActiveRollout, prefix: Sequence[int] = ()) -> None:
+        self.agent.resume(rollout, prefix)
+        if rollout.state is not State.DONE:
+            self._active[rollout.seq] = rollout
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def run(
         self,
-        on_roots_done: Callable[[Growth], None] | None = None,
+        on_roots_done: Callable[[TreeRollout], None] | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Grow until no line has anything left to do.
+        """Grow until no rollout has anything left to do.
 
-        on_roots_done(growth) is called as soon as the last root of a prompt is done, while others still grow; it may
-        queue branches. on_progress(lines left) is called after every forward.
+        on_roots_done(tree_rollout) is called as soon as the last root of a prompt is done, while others still grow; it may
+        queue branches. on_progress(rollouts left) is called after every forward.
         """
-        while self._lines:
-            done: list[Growth] = []
+        while self._active:
+            done: list[TreeRollout] = []
             forward = self.engine.has_work()
             if forward:
                 for event in self.engine.step():
-                    line = self._lines[event.seq]
-                    done += self._dispatch(line, self.agent.on_stopped(line, event))
+                    rollout = self._active[event.seq]
+                    done += self._dispatch(rollout, self.agent.on_stopped(rollout, event))
             elif not self._calls:
                 raise EngineError(
-                    f"{len(self._lines)} rollouts are unfinished, but the engine has no work and no tool is running: the "
+                    f"{len(self._active)} rollouts are unfinished, but the engine has no work and no tool is running: the "
                     "engine lost a sequence"
                 )
             done += self._collect_tools()
-            for growth in done if on_roots_done else ():
-                on_roots_done(growth)
+            for tree_rollout in done if on_roots_done else ():
+                on_roots_done(tree_rollout)
             if on_progress and forward:  # waiting for tools is no progress, as the watchdog sees it
-                on_progress(len(self._lines))
+                on_progress(len(self._active))
 
-    def _dispatch(self, line: Line, call: TagEvent | None) -> list[Growth]:
-        """Send the call off or take a finished line out; → the growth whose last root this was."""
+    def _dispatch(self, rollout: ActiveRollout, call: TagEvent | None) -> list[TreeRollout]:
+        """Send the call off or take a finished rollout out; → the tree rollout whose last root this was."""
         if call is not None:
-            self._calls[line.seq] = call
-            self.pool.submit(line.seq, call.tag, call.argument)
-        elif line.state is State.DONE:
-            self._lines.pop(line.seq, None)
-            growth = self._root_of.pop(line.seq, None)
-            if growth is not None and growth.roots_done:
-                return [growth]
+            self._calls[rollout.seq] = call
+            self.pool.submit(rollout.seq, call.tag, call.argument)
+        elif rollout.state is State.DONE:
+            self._active.pop(rollout.seq, None)
+            tree_rollout = self._root_of.pop(rollout.seq, None)
+            if tree_rollout is not None and tree_rollout.roots_done:
+                return [tree_rollout]
         return []
 
-    def _collect_tools(self) -> list[Growth]:
+    def _collect_tools(self) -> list[TreeRollout]:
         """Take finished calls. Deterministic mode waits for all of them, in handle order, before the next forward."""
         if not self._calls:
             return []
@@ -133,24 +133,26 @@ class Rollouts:
         else:
             done = self.pool.wait(POLL_S)
             self.tool_wait_s += time.perf_counter() - begin
-        ready: list[Growth] = []
+        ready: list[TreeRollout] = []
         for key, result in done:
-            line, call = self._lines[key], self._calls.pop(key)
-            ready += self._dispatch(line, self.agent.on_tool(line, call, result))
+            rollout, call = self._active[key], self._calls.pop(key)
+            ready += self._dispatch(rollout, self.agent.on_tool(rollout, call, result))
         return ready
 
     # -- branches ------------------------------------------------------------------------------------------------
 
-    def grow_branches(self, growths: Sequence[Growth], algo: Algorithm) -> list[BranchPlan]:
+    def grow_branches(
+        self, tree_rollouts: Sequence[TreeRollout], algo: Algorithm
+    ) -> list[BranchPlan]:
         """Score the roots with the weights as they are now, choose points, fork, and queue the branches.
 
         With unmoved weights the recorded statistics are the current ones: log-ratio is 0 by definition and no forward
         is run. Otherwise one prefix-shared pass gives statistics and the KV cache to fork from.
         """
-        moved = [g for g in growths if any(self._stale(line) for line in g.roots)]
+        moved = [g for g in tree_rollouts if any(self._stale(rollout) for rollout in g.roots)]
         current = self._rescore(moved) if moved else {}
         plans = []
-        for g in growths:
+        for g in tree_rollouts:
             plan = self._plan(g, algo, current)
             plans.append(plan)
             for rank, point in self._ranked(plan):
@@ -158,55 +160,57 @@ class Rollouts:
             self.release(g)
         return plans
 
-    def remember(self, growths: Sequence[Growth]) -> None:
+    def score_reference(self, tree_rollouts: Sequence[TreeRollout]) -> None:
         """Score roots with the weights that drew them, for `grow_branches` after an update.
 
         Ω compares policies. Decoding and scoring round differently (0.01 a token in bfloat16), and a sum of that over a
         rollout looks like a moved policy; two scoring passes over the same rows differ by the policy alone.
         """
-        scored = self._rescore(growths)
-        for g in growths:
-            g.baseline = {line.seq: scored[line.seq][0] for line in g.roots}
+        scored = self._rescore(tree_rollouts)
+        for g in tree_rollouts:
+            g.reference_logp = {rollout.seq: scored[rollout.seq][0] for rollout in g.roots}
 
-    def _stale(self, line: Line) -> bool:
-        version = line.tree.trajectory(line.leaf).version
+    def _stale(self, rollout: ActiveRollout) -> bool:
+        version = rollout.tree.trajectory(rollout.leaf).version
         return bool(np.any((version >= 0) & (version != self.engine.policy_version)))
 
-    def _rescore(self, growths: Sequence[Growth]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    def _rescore(
+        self, tree_rollouts: Sequence[TreeRollout]
+    ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Current log-probs and entropies of response tokens, by engine handle."""
-        lines = [line for g in growths for line in g.roots]
-        scored = self.engine.score([line.seq for line in lines], self.settings.temperature)
+        rollouts = [rollout for g in tree_rollouts for rollout in g.roots]
+        scored = self.engine.score([rollout.seq for rollout in rollouts], self.settings.temperature)
         return {
-            line.seq: (
-                s.logprobs[line.tree.prompt_len - 1 :],
-                s.entropy[line.tree.prompt_len - 1 :],
+            rollout.seq: (
+                s.logprobs[rollout.tree.prompt_len - 1 :],
+                s.entropy[rollout.tree.prompt_len - 1 :],
             )
-            for line, s in zip(lines, scored, strict=True)
+            for rollout, s in zip(rollouts, scored, strict=True)
         }
 
     def _plan(
-        self, g: Growth, algo: Algorithm, scored: dict[int, tuple[np.ndarray, np.ndarray]]
+        self, g: TreeRollout, algo: Algorithm, scored: dict[int, tuple[np.ndarray, np.ndarray]]
     ) -> BranchPlan:
-        views = [g.tree.trajectory(line.leaf) for line in g.roots]
+        views = [g.tree.trajectory(rollout.leaf) for rollout in g.roots]
         entropy, ratio = [], []
-        for line, v in zip(g.roots, views, strict=True):
-            before = g.baseline.get(line.seq, v.logprobs)
-            logp, h = scored.get(line.seq, (before, v.entropy))
+        for rollout, v in zip(g.roots, views, strict=True):
+            before = g.reference_logp.get(rollout.seq, v.logprobs)
+            logp, h = scored.get(rollout.seq, (before, v.entropy))
             entropy.append(np.where(v.mask, h, 0.0).astype(np.float32))
             ratio.append(np.where(v.mask, logp - before, 0.0).astype(np.float32))
         room = self.settings.max_new_tokens - (1 if algo.resample == "after" else 0)
         eligible = [
-            eligible_positions(v, self._closing(g.tree, line), self.text.drawable, room)
-            for line, v in zip(g.roots, views, strict=True)
+            eligible_positions(v, self._closing(g.tree, rollout), self.text.drawable, room)
+            for rollout, v in zip(g.roots, views, strict=True)
         ]
         masks = [v.mask for v in views]
         return plan_branches(entropy, ratio, masks, eligible, algo, self._seed(g, ("branch",)))
 
     @staticmethod
-    def _closing(tree: RolloutTree, line: Line) -> np.ndarray:
+    def _closing(tree: RolloutTree, rollout: ActiveRollout) -> np.ndarray:
         """bool[T]: the token that closed a block (a tool was called after it, or the answer was complete)."""
         flags: list[bool] = []
-        for node, k in tree.walk(line.record.node):
+        for node, k in tree.walk(rollout.record.node):
             if node.role != "prompt":
                 flags += [node.closed and i == len(node.token_ids) - 1 for i in range(k)]
         return np.asarray(flags, bool)
@@ -221,7 +225,7 @@ class Rollouts:
             seen[p.root] = seen.get(p.root, 0) + 1
         return out
 
-    def _fork(self, g: Growth, point: BranchPoint, rank: int, algo: Algorithm) -> None:
+    def _fork(self, g: TreeRollout, point: BranchPoint, rank: int, algo: Algorithm) -> None:
         tree, parent = g.tree, g.roots[point.root]
         split = point.position + (1 if algo.resample == "after" else 0)
         node, offset, calls, sampled = _locate(tree, parent.record.node, split)
@@ -235,34 +239,36 @@ class Rollouts:
             )
         )  # fmt: skip
         seq = self.engine.fork(parent.seq, tree.prompt_len + split)
-        line = Line(tree, len(tree.leaves) - 1, seq, self._seed(g, path), sampled=sampled)
-        g.branches.append(line)
-        self._start(line, tree.nodes[node].token_ids[:offset])
+        rollout = ActiveRollout(
+            tree, len(tree.leaves) - 1, seq, self._seed(g, path), sampled=sampled
+        )
+        g.branches.append(rollout)
+        self._submit(rollout, tree.nodes[node].token_ids[:offset])
 
     # -- waiting -------------------------------------------------------------------------------------------------
 
-    def save(self, growth: Growth) -> dict[str, Any]:
-        """A growth whose roots are done, as JSON types: all that `restore` needs, in another process too."""
-        return growth_to_json(growth)
+    def save(self, tree_rollout: TreeRollout) -> dict[str, Any]:
+        """A tree rollout whose roots are done, as JSON types: all that `restore` needs, in another process too."""
+        return tree_rollout_to_json(tree_rollout)
 
-    def restore(self, data: dict[str, Any]) -> Growth:
+    def restore(self, data: dict[str, Any]) -> TreeRollout:
         """What `save` wrote, known to the engine again. `grow_branches` does with it what it would have done."""
-        return growth_from_json(data, self.engine, self._seed)
+        return tree_rollout_from_json(data, self.engine, self._seed)
 
     # -- ending --------------------------------------------------------------------------------------------------
 
-    def release(self, g: Growth) -> None:
+    def release(self, g: TreeRollout) -> None:
         """Give back the roots and the prompt; forked branches keep what they stand on."""
-        for line in g.roots:
-            self.engine.release(line.seq)
+        for rollout in g.roots:
+            self.engine.release(rollout.seq)
         self.engine.release(g.prompt_seq)
 
-    def finish(self, growths: Sequence[Growth]) -> list[RolloutTree]:
+    def finish(self, tree_rollouts: Sequence[TreeRollout]) -> list[RolloutTree]:
         """Give back the branches of finished trees."""
-        for g in growths:
-            for line in g.branches:
-                self.engine.release(line.seq)
-        return [g.tree for g in growths]
+        for g in tree_rollouts:
+            for rollout in g.branches:
+                self.engine.release(rollout.seq)
+        return [g.tree for g in tree_rollouts]
 
 
 def _locate(tree: RolloutTree, leaf_node: int, split: int) -> tuple[int, int, int, int]:

@@ -35,11 +35,11 @@ def evaluate_policy(
     """Sample, grade and count; rank r answers tasks r::world. Seeds depend on the question only. Collective."""
     ranks, begin = ranks or Ranks(), time.perf_counter()
     mine = list(zip(tasks, prompts, strict=True))[ranks.rank :: ranks.world]
-    growths = [rollouts.plant(task, ids, 1, EVAL_STEP) for task, ids in mine]
+    tree_rollouts = [rollouts.start(task, ids, 1, EVAL_STEP) for task, ids in mine]
     rollouts.run(on_progress=on_progress)
-    for g in growths:
+    for g in tree_rollouts:
         rollouts.release(g)
-    trees = rollouts.finish(growths)
+    trees = rollouts.finish(tree_rollouts)
     errors = grade(trees).get("grade/errors", 0.0)
     counts = ranks.sum(_count(trees) | {"errors": errors}, "evaluation")
     seconds = ranks.reduce({"s": time.perf_counter() - begin}, "max", "evaluation")["s"]

@@ -96,7 +96,7 @@ def make_trainer(
         push=push,
         token_budget=cfg.learner.token_budget,
         minibatches=cfg.minibatches,
-        rescore_roots=cfg.model.dtype == "bfloat16",
+        score_references=cfg.model.dtype == "bfloat16",
         keep_all_rows=cfg.learner.entropy_coef != 0,
         ranks=ranks,
         staleness=cfg.staleness,

@@ -295,19 +295,19 @@ def sample_trees(cfg: Config, prompts: int, console: Console) -> tuple[list[Roll
     console.card(f"appo rollout {cfg.recipe}", card_rows(p), card_warnings(p))
     with Session(p, console) as session:
         tasks = Cursor(tasks_of(cfg, "train")).take(prompts)
-        rollouts, growths = session.rollouts, []
+        rollouts, tree_rollouts = session.rollouts, []
         with console.phase("sampling", len(tasks) * p.algo.roots) as bar:
-            growths = [
-                rollouts.plant(t, i, p.algo.roots, 0)
+            tree_rollouts = [
+                rollouts.start(t, i, p.algo.roots, 0)
                 for t, i in zip(tasks, session.prompts(tasks), strict=True)
             ]
             rollouts.run(on_progress=lambda left: bar.update(len(tasks) * p.algo.roots - left))
             if p.algo.flat:
-                for g in growths:
+                for g in tree_rollouts:
                     rollouts.release(g)
             else:
-                rollouts.grow_branches(growths, p.algo)
+                rollouts.grow_branches(tree_rollouts, p.algo)
                 rollouts.run()
-        trees = rollouts.finish(growths)
+        trees = rollouts.finish(tree_rollouts)
         session.grade(trees)
         return trees, session.text.text

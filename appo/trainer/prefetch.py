@@ -49,10 +49,10 @@ class Prompt:
 
 @dataclass
 class MinibatchShard:
-    """This rank's share of a mini-batch: its prompts and the growths (of the sampler) that belong to them."""
+    """This rank's share of a mini-batch: its prompts and the tree rollouts (of the sampler) that belong to them."""
 
     prompts: list[Prompt]
-    growths: list[Any]
+    tree_rollouts: list[Any]
 
 
 def shard_prompts(
@@ -75,34 +75,34 @@ class RootPrefetcher:
 
     sampler   see `appo.trainer.trainer.Sampler`
     count     roots per prompt
-    remember  whether roots that wait for an update are scored with the weights that drew them (`Rollouts.remember`)
+    score_reference  whether roots that wait for an update are scored with the weights that drew them (`Rollouts.score_reference`)
     threads   (learner, sampler) while both run; None leaves torch's numbers alone
     """
 
     sampler: Any
     count: int
     minibatches: int
-    remember: bool = False
+    score_reference: bool = False
     threads: tuple[int, int] | None = None
     waiting: dict[int, list[MinibatchShard]] = field(
         default_factory=dict
     )  # step → its mini-batches so far
 
-    def plant(self, step: int, prompts: Sequence[Prompt]) -> MinibatchShard:
+    def start(self, step: int, prompts: Sequence[Prompt]) -> MinibatchShard:
         """RootPrefetcher that start to grow at the sampler's next `run`."""
-        plant = self.sampler.plant
-        growths = [plant(p.task, p.ids, self.count, step, p.copy) for p in prompts]
-        return MinibatchShard(list(prompts), growths)
+        start = self.sampler.start
+        tree_rollouts = [start(p.task, p.ids, self.count, step, p.copy) for p in prompts]
+        return MinibatchShard(list(prompts), tree_rollouts)
 
     def draw(
         self, step: int, parts: Sequence[Sequence[Prompt]], on_progress: Progress
     ) -> list[MinibatchShard]:
         """Complete roots of some mini-batches, under the weights that the engine has."""
-        out = [self.plant(step, prompts) for prompts in parts]
+        out = [self.start(step, prompts) for prompts in parts]
         self.sampler.run(on_progress=on_progress)
-        growths = [g for part in out for g in part.growths]
-        if self.remember and growths:
-            self.sampler.remember(growths)
+        tree_rollouts = [g for part in out for g in part.tree_rollouts]
+        if self.score_reference and tree_rollouts:
+            self.sampler.score_reference(tree_rollouts)
         return out
 
     def prefetch(self, step: int, parts: Sequence[Sequence[Prompt]], on_progress: Progress) -> None:
@@ -145,14 +145,14 @@ class RootPrefetcher:
             file.write(json.dumps({"steps": sorted(self.waiting)}) + "\n")
             for step, parts in sorted(self.waiting.items()):
                 for k, part in enumerate(parts):
-                    for p, growth in zip(part.prompts, part.growths, strict=True):
+                    for p, tree_rollout in zip(part.prompts, part.tree_rollouts, strict=True):
                         place = {
                             "step": step,
                             "minibatch": k,
                             "index": p.index,
                             "position": p.position,
                         }
-                        file.write(json.dumps(place | self.sampler.save(growth)) + "\n")
+                        file.write(json.dumps(place | self.sampler.save(tree_rollout)) + "\n")
 
     def restore(self, folder: Path, ranks: Ranks) -> None:
         """What waited when the checkpoint was made, on however many ranks: each takes the prompts it is dealt now."""
@@ -168,11 +168,11 @@ class RootPrefetcher:
             }
             records += [x for x in lines if x["position"] % ranks.world == ranks.rank]
         for x in sorted(records, key=lambda x: (x["step"], x["index"])):
-            growth = self.sampler.restore(x)
-            part, tree = self.waiting[x["step"]][x["minibatch"]], growth.tree
+            tree_rollout = self.sampler.restore(x)
+            part, tree = self.waiting[x["step"]][x["minibatch"]], tree_rollout.tree
             ids = tree.nodes[0].token_ids
             part.prompts.append(Prompt(x["index"], x["position"], tree.task, ids, x["copy"]))
-            part.growths.append(growth)
+            part.tree_rollouts.append(tree_rollout)
 
 
 class BackgroundTask(threading.Thread):

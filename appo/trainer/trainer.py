@@ -32,22 +32,22 @@ class Sampler(Protocol):
 
     tool_wait_s: float
 
-    def plant(
+    def start(
         self, task: Task, prompt_ids: Sequence[int], roots: int, step: int, copy: int = 0
     ) -> Any: ...
 
-    def remember(self, growths: Sequence[Any]) -> None: ...
+    def score_reference(self, tree_rollouts: Sequence[Any]) -> None: ...
 
     def run(self, on_roots_done: Callable[[Any], None] | None = None,
             on_progress: Callable[[int], None] | None = None) -> None: ...  # fmt: skip
 
-    def grow_branches(self, growths: Sequence[Any], algo: Algorithm) -> list[BranchPlan]: ...
+    def grow_branches(self, tree_rollouts: Sequence[Any], algo: Algorithm) -> list[BranchPlan]: ...
 
-    def release(self, growth: Any) -> None: ...
+    def release(self, tree_rollout: Any) -> None: ...
 
-    def finish(self, growths: Sequence[Any]) -> list[RolloutTree]: ...
+    def finish(self, tree_rollouts: Sequence[Any]) -> list[RolloutTree]: ...
 
-    def save(self, growth: Any) -> dict[str, Any]: ...
+    def save(self, tree_rollout: Any) -> dict[str, Any]: ...
 
     def restore(self, data: dict[str, Any]) -> Any: ...
 
@@ -70,7 +70,7 @@ class Trainer:
     staleness     steps between the drawing of roots and their training; 0: none, nothing runs beside anything
     old_logprobs  whose log-probs ratios are taken against: the learner's own under the weights at the start of the step
                   (see `appo.trainer.old_logprobs`), or those that the engine recorded
-    rescore_roots Ω from two scoring passes; wanted where decoding rounds (bfloat16)
+    score_references Ω from two scoring passes; wanted where decoding rounds (bfloat16)
     keep_all_rows also rows without advantage (entropy bonus)
     threads       cores of this rank, shared by learner and sampler while both run; None: torch's numbers stay
     """
@@ -86,7 +86,7 @@ class Trainer:
     token_budget: int
     minibatches: int
     version: int = 0
-    rescore_roots: bool = False
+    score_references: bool = False
     keep_all_rows: bool = False
     staleness: int = 0
     old_logprobs: Literal["learner", "engine"] = "learner"
@@ -98,13 +98,13 @@ class Trainer:
 
     def __post_init__(self) -> None:
         compares = not self.algo.flat and self.algo.branch_by == "score"
-        self._remember = self.rescore_roots and compares
+        self._score_reference = self.score_references and compares
         share = None
         if self.staleness and self.threads:
             device = getattr(self.learner, "device", None)
             share = split_threads(self.threads, device is None or device.type == "cpu")
         self.roots = RootPrefetcher(
-            self.sampler, self.algo.roots, self.minibatches, self._remember, threads=share
+            self.sampler, self.algo.roots, self.minibatches, self._score_reference, threads=share
         )
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class Trainer:
             parts = self.roots.take(number)
         else:
             parts = self._draw(number, dealt, plans, log)
-        self._start([[g.tree for g in part.growths] for part in parts], log)
+        self._start([[g.tree for g in part.tree_rollouts] for part in parts], log)
         for k, part in enumerate(parts):
             trees = self._grow(part, plans, log)
             self.on_phase("reward", 0, len(trees))
@@ -139,7 +139,7 @@ class Trainer:
                 )
             self._train(trees, log, prefetching)
             result.trees += trees
-            result.plans += [plans.get(id(g)) for g in part.growths]
+            result.plans += [plans.get(id(g)) for g in part.tree_rollouts]
             result.minibatch += [k] * len(trees)
             result.index += [p.index for p in part.prompts]
         result.metrics = self._metrics(result, log, waited)
@@ -193,26 +193,28 @@ class Trainer:
     ) -> list[MinibatchShard]:
         """RootPrefetcher of all mini-batches. The first is drawn from unmoved weights: its prompts branch as soon as they can."""
         with log.clock("rollout"):
-            parts = [self.roots.plant(number, prompts) for prompts in dealt]
-            first = {id(g) for g in parts[0].growths}
+            parts = [self.roots.start(number, prompts) for prompts in dealt]
+            first = {id(g) for g in parts[0].tree_rollouts}
 
-            def branch_early(growth: Any) -> None:
-                if id(growth) in first and not self.algo.flat:
-                    plans[id(growth)] = self.sampler.grow_branches([growth], self.algo)[0]
+            def branch_early(tree_rollout: Any) -> None:
+                if id(tree_rollout) in first and not self.algo.flat:
+                    plans[id(tree_rollout)] = self.sampler.grow_branches([tree_rollout], self.algo)[
+                        0
+                    ]
 
             self.sampler.run(branch_early, self._on_progress(sum(map(len, dealt))))
-        later = [g for part in parts[1:] for g in part.growths]
-        if self._remember and later:
+        later = [g for part in parts[1:] for g in part.tree_rollouts]
+        if self._score_reference and later:
             self.on_phase("score", 0, len(later))
             with log.clock("score"):
-                self.sampler.remember(later)
+                self.sampler.score_reference(later)
         return parts
 
     def _grow(
         self, part: MinibatchShard, plans: dict[int, BranchPlan], log: StepMetrics
     ) -> list[RolloutTree]:
         """Branches of this mini-batch with the weights as they are now; → its finished trees."""
-        waiting = [g for g in part.growths if id(g) not in plans]
+        waiting = [g for g in part.tree_rollouts if id(g) not in plans]
         if self.algo.flat:
             for g in waiting:
                 self.sampler.release(g)
@@ -223,7 +225,7 @@ class Trainer:
                 plans |= {id(g): plan for g, plan in zip(waiting, found, strict=True)}
             with log.clock("branch"):
                 self.sampler.run(on_progress=lambda left: self.on_phase("branch", 0, left))
-        return self.sampler.finish(part.growths)
+        return self.sampler.finish(part.tree_rollouts)
 
     # -- learning ------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ def grow(script, algo=None, roots=2, *, calls=2, new=200, version=None, context=
     engine, pool = ScriptedEngine(script, context), InstantPool()
     settings = AgentSettings(max_new_tokens=new, max_tool_calls=calls, tools=("python",))
     r = Rollouts(engine, TEXT, pool, settings, run_seed=7)
-    g = r.plant(TASK, PROMPT, roots, step=3)
+    g = r.start(TASK, PROMPT, roots, step=3)
     r.run()
     if version is not None:
         engine.load_weights([], version)
@@ -147,7 +147,7 @@ def test_a_branch_inside_a_tag_still_closes_it():
     algo = ALGORITHMS["appo"]
     engine, pool = ScriptedEngine(say("<python>1+1</python>", "<answer>2</answer>")), InstantPool()
     r = Rollouts(engine, TEXT, pool, AgentSettings(200, 2, tools=("python",)), run_seed=7)
-    g = r.plant(TASK, PROMPT, 1, step=0)
+    g = r.start(TASK, PROMPT, 1, step=0)
     r.run()
     from appo.algo.branching import BranchPoint
 
@@ -185,8 +185,8 @@ def test_leaves_count_shared_tokens_once():
 def test_the_same_task_twice_in_a_step_draws_other_noise():
     engine = ScriptedEngine(say("? <answer>1</answer>"))
     r = Rollouts(engine, TEXT, InstantPool(), AgentSettings(99, 1, tools=("python",)), run_seed=7)
-    growths = [r.plant(TASK, PROMPT, 1, step=3, copy=k) for k in (0, 1)]
-    assert growths[0].roots[0].seed != growths[1].roots[0].seed
+    tree_rollouts = [r.start(TASK, PROMPT, 1, step=3, copy=k) for k in (0, 1)]
+    assert tree_rollouts[0].roots[0].seed != tree_rollouts[1].roots[0].seed
 
 
 def test_omega_compares_two_scoring_passes_when_roots_were_remembered():
@@ -217,10 +217,10 @@ def test_omega_compares_two_scoring_passes_when_roots_were_remembered():
         r = Rollouts(
             engine, TEXT, InstantPool(), AgentSettings(200, 2, tools=("python",)), run_seed=7
         )
-        g = r.plant(TASK, PROMPT, 2, step=0)
+        g = r.start(TASK, PROMPT, 2, step=0)
         r.run()
         if remember:
-            r.remember([g])
+            r.score_reference([g])
         engine.load_weights([], 1)
         return r.grow_branches([g], algo)[0]
 

@@ -87,7 +87,7 @@ def test_roots_are_the_same_with_and_without_staleness_while_no_weight_has_moved
 @pytest.mark.parametrize("staleness", [1, 2])
 @pytest.mark.parametrize("rescore", [False, True])
 def test_a_restored_queue_goes_on_as_if_nothing_had_happened(staleness, rescore, tmp_path):
-    settings = dict(staleness=staleness, rescore_roots=rescore)
+    settings = dict(staleness=staleness, score_references=rescore)
     whole = run_steps(make_trainer(**settings), range(1, STEPS + 1), STEPS)
 
     first = make_trainer(**settings)
@@ -100,8 +100,10 @@ def test_a_restored_queue_goes_on_as_if_nothing_had_happened(staleness, rescore,
     assert again.missing(3, STEPS) == [] and sorted(again.roots.waiting) == sorted(
         first.roots.waiting
     )
-    growths = [g for parts in again.roots.waiting.values() for p in parts for g in p.growths]
-    assert all(bool(g.baseline) == rescore for g in growths)
+    tree_rollouts = [
+        g for parts in again.roots.waiting.values() for p in parts for g in p.tree_rollouts
+    ]
+    assert all(bool(g.reference_logp) == rescore for g in tree_rollouts)
     rest = run_steps(again, [3, 4], STEPS)
     assert record(rest) == record(whole[2:])
 
@@ -111,17 +113,17 @@ def test_a_queue_is_dealt_again_to_another_number_of_ranks(tmp_path):
     one = make_trainer(staleness=1)
     run_steps(one, [1], STEPS)
     one.save_roots(tmp_path / "one")
-    want = [[g.tree.task.task_id for g in part.growths] for part in one.roots.waiting[2]]
+    want = [[g.tree.task.task_id for g in part.tree_rollouts] for part in one.roots.waiting[2]]
 
     for r in range(2):
         half = make_trainer(staleness=1)
         half.roots.restore(tmp_path / "one", ranks(r, 2))
-        got = [[g.tree.task.task_id for g in part.growths] for part in half.roots.waiting[2]]
+        got = [[g.tree.task.task_id for g in part.tree_rollouts] for part in half.roots.waiting[2]]
         assert got == [names[r::2] for names in want]
         half.roots.save(tmp_path / "two", r)
     back = make_trainer(staleness=1)
     back.roots.restore(tmp_path / "two", ranks(0, 1))
-    assert [[g.tree.task.task_id for g in p.growths] for p in back.roots.waiting[2]] == want
+    assert [[g.tree.task.task_id for g in p.tree_rollouts] for p in back.roots.waiting[2]] == want
     assert [[p.index for p in part.prompts] for part in back.roots.waiting[2]] == [[0, 1], [2, 3]]
 
 

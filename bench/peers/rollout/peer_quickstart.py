@@ -57,7 +57,7 @@ class Steps:
             push=self._push,
             token_budget=cfg.learner.token_budget,
             minibatches=cfg.minibatches,
-            rescore_roots=cfg.model.dtype == "bfloat16",
+            score_references=cfg.model.dtype == "bfloat16",
         )
         self.folder = Path(p.source.path)
 

@@ -280,7 +280,7 @@ def test_tokens_do_not_depend_on_the_batch(folder):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scoring_twice_gives_the_same_bits(dtype, tmp_path):
-    """Rollouts.remember rests on it: Omega compares two scoring passes."""
+    """Rollouts.score_reference rests on it: Omega compares two scoring passes."""
     build("llama", tmp_path)
     engine = NativeEngine(tmp_path, dtype=dtype)
     prompt = engine.add_prompt(list(range(20, 50)))

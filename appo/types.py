@@ -53,9 +53,9 @@ class Node:
     parent     index of the parent in `RolloutTree.nodes`, None for the prompt
     fork_at    how many of the parent's own tokens are inherited (= len(parent.token_ids) when it just continues)
     token_ids  ids this node adds
-    logprobs   behaviour log-probabilities at the sampling temperature, one per token; None unless role == "model"
+    logprobs   behavior log-probabilities at the sampling temperature, one per token; None unless role == "model"
     entropy    entropy in nats of the distribution each token was drawn from; None unless role == "model"
-    anchor     log-probabilities that the loss takes ratios against, one per token, where the learner computed them
+    old_logp   log-probabilities that the loss takes ratios against, one per token, where the learner computed them
                itself (`appo.trainer.old_logprobs`); None: those recorded by the engine, `logprobs`
     path       position in the tree, the source of all randomness below it: (root index, branch index, …)
     closed     its last token closed a tool call or the answer
@@ -73,7 +73,7 @@ class Node:
     policy_version: int = -1
     path: tuple[int, ...] = ()
     closed: bool = False  # its last token closed a block: never a branch point
-    anchor: list[float] | None = None
+    old_logp: list[float] | None = None
 
     @property
     def sampled(self) -> bool:
@@ -130,7 +130,7 @@ class Leaf:
 class Trajectory:
     """A flat view of one leaf: prompt + response. Arrays over response positions t = 0 … T-1.
 
-    token_ids[P+T] int64 · mask[T] bool (True where the policy sampled the token) · logprobs[T], entropy[T], anchor[T]
+    token_ids[P+T] int64 · mask[T] bool (True where the policy sampled the token) · logprobs[T], entropy[T], old_logp[T]
     float32 (0 where mask is False: never read there) · version[T] int64 (policy version that drew the token, -1
     elsewhere)
     """
@@ -141,7 +141,7 @@ class Trajectory:
     logprobs: np.ndarray
     entropy: np.ndarray
     version: np.ndarray
-    anchor: np.ndarray
+    old_logp: np.ndarray
 
     @property
     def response_ids(self) -> np.ndarray:
@@ -191,7 +191,7 @@ class RolloutTree:
         logp: list[float] = []
         entropy: list[float] = []
         version: list[int] = []
-        anchor: list[float] = []
+        old_logp: list[float] = []
         for n, k in self.walk(self.leaves[leaf].node):
             ids += n.token_ids[:k]
             if n.role == "prompt":
@@ -199,7 +199,7 @@ class RolloutTree:
             mask += [n.sampled] * k
             recorded = n.logprobs[:k] if n.logprobs is not None else [0.0] * k
             logp += recorded
-            anchor += recorded if n.anchor is None else n.anchor[:k]
+            old_logp += recorded if n.old_logp is None else n.old_logp[:k]
             entropy += n.entropy[:k] if n.entropy is not None else [0.0] * k
             version += [n.policy_version if n.sampled else -1] * k
         return Trajectory(
@@ -209,7 +209,7 @@ class RolloutTree:
             np.asarray(logp, np.float32),
             np.asarray(entropy, np.float32),
             np.asarray(version, np.int64),
-            np.asarray(anchor, np.float32),
+            np.asarray(old_logp, np.float32),
         )
 
     @property

@@ -62,7 +62,7 @@ def plan_branches(
 ) -> BranchPlan:
     """Branch points for the N roots of one prompt; all arrays are per root over response positions.
 
-    entropy and log_ratio are those of the *current* policy (log_ratio = current - behaviour, exactly 0 when the
+    entropy and log_ratio are those of the *current* policy (log_ratio = current - reference, exactly 0 when the
     weights have not moved). `branch_by: entropy` ignores Ω, `random` draws uniformly from the eligible positions.
     """
     lengths = [len(e) for e in entropy]

@@ -1,7 +1,7 @@
 """Policy losses on packed rows: pure functions of log-probs, no model.
 
 Layout: E tokens of R rows, row after row; `offsets[R+1]` marks the rows; `mask[E]` is True where a token is trained.
-Loss is minimised. Advantages, behaviour log-probs and every Ω-derived weight are constants under differentiation.
+Loss is minimised. Advantages, old log-probs and every Ω-derived weight are constants under differentiation.
 Denominators are handed in as `Counts` of the whole mini-batch (all ranks, all micro-batches), so any split into
 micro-batches gives the same gradient.
 """
@@ -19,11 +19,9 @@ from appo.types import Counts
 Aggregate = Literal["token-mean", "seq-mean-token-mean", "rollout-mean"]
 
 
-def log_ratio_of(logp: Tensor, behaviour: Tensor, mask: Tensor) -> Tensor:
+def log_ratio_of(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
     """d = ℓ - μ on trained tokens, 0 elsewhere. float32[E] (float64 stays)."""
-    return torch.where(
-        mask, logp - behaviour, torch.zeros((), dtype=logp.dtype, device=logp.device)
-    )
+    return torch.where(mask, logp - old_logp, torch.zeros((), dtype=logp.dtype, device=logp.device))
 
 
 @torch.no_grad()

@@ -28,8 +28,8 @@ class Rows(Protocol):
     offsets: Tensor  # [R+1]
     mask: Tensor  # [E] bool
     version: Tensor  # [E] policy version that drew the token
-    behaviour: Tensor  # [E] log-prob under the policy that drew the token, by the engine
-    anchor: Tensor  # [E] log-prob that ratios are taken against; behaviour where the learner did not compute its own
+    behavior_logp: Tensor  # [E] log-prob under the policy that drew the token, by the engine
+    old_logp: Tensor  # [E] log-prob that ratios are taken against; behavior_logp where the learner did not compute its own
     advantage: Tensor  # [E]
     weight: Tensor  # [R]
 
@@ -45,30 +45,32 @@ def make_objective(
     *,
     entropy_coef: float = 0.0,
     version: Callable[[], int] = lambda: -2,
-    anchored: Callable[[], int | None] = lambda: None,
+    old_logp_version: Callable[[], int | None] = lambda: None,
     importance_cap: float | None = 2.0,
 ) -> Objective:
     """Loss of `algo` on one micro-batch, divided by the global denominators, and its metrics.
 
-    Ratios are exp(logp - anchor). version() is the policy version under training, anchored() the one whose log-probs
-    the learner computes as anchors (None: it computes none, anchors are what the engine recorded). Two things are then
+    Ratios are exp(logp - old_logp). version() is the policy version under training, old_logp_version() the one whose log-probs
+    the learner computes as old log-probs (None: it computes none, old log-probs are what the engine recorded). Two things are then
     known without looking, and hold exactly: a token drawn by the version under training has ratio 1, and so has every
-    token while the version under training is the anchored one. What two implementations of one policy differ by (engine
+    token while the version under training is that one. What two implementations of one policy differ by (engine
     and learner: 0.02 a token in bfloat16) is rounding, not policy, and summed by Ω it would look like information.
 
-    From the policy that drew a token to the anchor leads a constant weight on its advantage, truncated importance
-    sampling: min(exp(anchor - behaviour), importance_cap), 1 for tokens of the version under training; None: always 1.
+    From the policy that drew a token to the old log-prob leads a constant weight on its advantage, truncated importance
+    sampling: min(exp(old_logp - behavior_logp), importance_cap), 1 for tokens of the version under training; None: always 1.
     """
 
     def objective(stats: TokenStats, rows: Rows, counts: Counts) -> tuple[Tensor, Metrics]:
         now, current = version(), stats.logp.detach()
         fresh = rows.version == now
-        anchor = current if anchored() == now else torch.where(fresh, current, rows.anchor)
-        drift = torch.where(fresh, 0.0, anchor - rows.behaviour)
+        old_logp = (
+            current if old_logp_version() == now else torch.where(fresh, current, rows.old_logp)
+        )
+        drift = torch.where(fresh, 0.0, old_logp - rows.behavior_logp)
         weight = importance_weight(drift, importance_cap)
         fused = policy_loss(
             stats.logp,
-            anchor,
+            old_logp,
             rows.advantage * weight,
             rows.mask,
             rows.offsets,
@@ -87,7 +89,7 @@ def make_objective(
             )
         per_token = {
             "entropy": stats.entropy,
-            "log_ratio_behaviour": (current - rows.behaviour).abs(),
+            "log_ratio_behavior": (current - rows.behavior_logp).abs(),
             "is_weight": weight,
             "is_clipped": drift > math.log(importance_cap or math.inf),
             "staleness": now - rows.version,
@@ -98,7 +100,7 @@ def make_objective(
 
 
 def importance_weight(drift: Tensor, cap: float | None) -> Tensor:
-    """min(exp(drift), cap) per token; drift[E] = anchor - behaviour. No cap: no correction, 1 everywhere."""
+    """min(exp(drift), cap) per token; drift[E] = old_logp - behavior_logp. No cap: no correction, 1 everywhere."""
     return torch.ones_like(drift) if cap is None else drift.clamp(-20.0, math.log(cap)).exp()
 
 
@@ -115,7 +117,7 @@ def _row_weight(rows: Rows, algo: Algorithm, counts: Counts) -> Tensor:
 @torch.no_grad()
 def _metrics(fused: PolicyLoss, per_token: dict[str, Tensor], mask: Tensor) -> Metrics:
     """Means over trained tokens: those the loss has summed already, and those given per token. Does not wait for them."""
-    sums = {"clip_fraction": fused.clipped, "kl_anchor": fused.kl, "log_ratio_abs": fused.log_ratio_abs,
+    sums = {"clip_fraction": fused.clipped, "kl_old_logp": fused.kl, "log_ratio_abs": fused.log_ratio_abs,
             "future_scale": fused.scale}  # fmt: skip
     sums |= {name: torch.where(mask, x, 0).double().sum() for name, x in per_token.items()}
     return {f"policy/{name}": (value, fused.tokens) for name, value in sums.items()}

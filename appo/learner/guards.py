@@ -24,14 +24,14 @@ class Stats(Protocol):
     entropy: Tensor
 
 
-CHECKED = ("advantage", "behaviour log-prob", "anchor log-prob", "log-prob", "log-ratio", "loss")
+CHECKED = ("advantage", "behavior log-prob", "old log-prob", "log-prob", "log-ratio", "loss")
 
 
 @torch.no_grad()
 def unfit(loss: Tensor, stats: Stats, batch: PackedBatch) -> Tensor:
     """How many values of each CHECKED kind are not finite in a micro-batch: int64[6], on its device, without a wait."""
-    ratio = stats.logp - batch.anchor
-    per_edge = [batch.advantage, batch.behaviour, batch.anchor, stats.logp, ratio]  # each [E]
+    ratio = stats.logp - batch.old_logp
+    per_edge = [batch.advantage, batch.behavior_logp, batch.old_logp, stats.logp, ratio]  # each [E]
     bad = (~torch.isfinite(torch.stack(per_edge)) & batch.mask).sum(1)
     return torch.cat([bad, (~torch.isfinite(loss)).sum()[None]])
 
@@ -93,5 +93,5 @@ class NonFiniteGuard:
         raise LearnerError(
             f"{self.in_a_row} mini-batches in a row were not finite (learner.max_nonfinite is {self.limit}), at "
             f"optimiser step {step}: {reason}. No weight was changed. The batch is in {path}. "
-            "Look at rewards and behaviour log-probs there; lower learner.lr or learner.max_grad_norm if they are fine"
+            "Look at rewards and behavior log-probs there; lower learner.lr or learner.max_grad_norm if they are fine"
         )

@@ -213,7 +213,7 @@ class Learner:
     # -- reading the policy
 
     @torch.no_grad()
-    def anchors(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+    def old_logprobs(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
         """Log-prob of every edge of every batch under the weights as they are now. float32[E] each, on the CPU.
 
         0 where `mask` is False. Bit for bit what `train_minibatch` would see on the same batches before its step.

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from appo.observability.lines import append_lines, dump_record, open_log, read_lines
+from appo.observability.renamed import in_todays_words
 
 BRANCHES = "branches.jsonl"
 TOP_TOKENS = 12
@@ -70,7 +71,7 @@ def branch_table(run_dir: Path | str) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     flats: dict[int, list[list[bool]]] = defaultdict(list)
     rules: dict[int, list[str]] = defaultdict(list)
-    for line in read_lines(Path(run_dir) / BRANCHES):
+    for line in map(in_todays_words, read_lines(Path(run_dir) / BRANCHES)):
         prompts += 1
         shortfall += line.get("shortfall", 0)
         k = int(line["minibatch"])

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from appo.errors import DataError
+from appo.observability.renamed import NODE, in_todays_words
 from appo.types import Finish, Leaf, Node, RolloutTree, Task, ToolCall
 
 FORMAT = 1
 
 _NODE = ("parent", "role", "fork_at", "token_ids", "logprobs", "entropy", "policy_version", "path",
-         "closed", "anchor")  # fmt: skip
+         "closed", "old_logp")  # fmt: skip
 _LEAF = ("node", "root", "branch", "parent_leaf", "split", "branch_score", "branch_rule", "branch_z",
          "finish", "reward", "reward_parts", "grade_error")  # fmt: skip
 _CALL = ("tool", "argument", "output", "ok", "wall_s", "error_kind", "tokens")
@@ -54,7 +55,7 @@ def tree_from_json(data: dict[str, Any]) -> RolloutTree:
     try:
         return RolloutTree(
             task=Task(**_fields(data["task"], _TASK)),
-            nodes=[Node(**_fields(n, _NODE)) for n in data["nodes"]],
+            nodes=[Node(**_fields(in_todays_words(n, NODE), _NODE)) for n in data["nodes"]],
             leaves=[_leaf(x) for x in data["leaves"]],
             step=data["step"],
             stats=decode(data["stats"]),

@@ -12,6 +12,7 @@ from typing import Any
 
 from appo.observability.branches import BranchLog, branch_table
 from appo.observability.lines import append_lines, dump_record, open_log, read_lines
+from appo.observability.renamed import in_todays_words
 
 __all__ = [
     "BranchLog", "MetricsWriter", "branch_table", "eval_questions", "newcombe", "read_metrics", "strip_times", "wilson",
@@ -44,8 +45,8 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """All records of a run, in the order they were written; [] if there are none yet."""
-    return list(read_lines(Path(run_dir) / METRICS))
+    """All records of a run, in the order they were written and with today's names; [] if there are none yet."""
+    return [in_todays_words(record) for record in read_lines(Path(run_dir) / METRICS)]
 
 
 def strip_times(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,9 +46,9 @@ class PackedBatch:
     target[E] int64      the token id
     offsets[R+1] int64   row r owns edges offsets[r] … offsets[r+1], in response order
     mask[E] bool         True where the token is trained
-    behaviour[E] float32 log-prob recorded when the token was sampled, 0 for tool tokens
+    behavior_logp[E] float32 log-prob recorded when the token was sampled, 0 for tool tokens
     version[E] int64     policy version that sampled the token, -1 for tool tokens
-    anchor[E] float32    log-prob the ratio is taken against: behaviour, unless the learner recomputed it
+    old_logp[E] float32    log-prob the ratio is taken against: behavior_logp, unless the learner recomputed it
     advantage[E] float32 · weight[R] float32 · rows[R] (tree index, leaf index)
     total_tokens         tokens of the same rows laid out as independent sequences
     rank                 rank whose trees `rows` count in; a stream may be trained by another one
@@ -66,19 +66,19 @@ class PackedBatch:
     target: Tensor
     offsets: Tensor
     mask: Tensor
-    behaviour: Tensor
+    behavior_logp: Tensor
     version: Tensor
     advantage: Tensor
     weight: Tensor
     rows: list[tuple[int, int]]
     total_tokens: int
-    anchor: Tensor = None  # type: ignore[assignment]  # never None once made
+    old_logp: Tensor = None  # type: ignore[assignment]  # never None once made
     rank: int = 0
     padding: int = 0
 
     def __post_init__(self) -> None:
-        if self.anchor is None:
-            self.anchor = self.behaviour
+        if self.old_logp is None:
+            self.old_logp = self.behavior_logp
 
     @property
     def unique_tokens(self) -> int:
@@ -205,11 +205,11 @@ def _lay_out(pieces: Sequence[Piece], credits: Sequence[Sequence[Credit]]) -> Pa
     layout = place(pieces)
     stream = Stream(layout)
     tokens = stream.tokens()
-    behaviour = stream.gather("d", [n.logprobs for n in layout.nodes]).astype(np.float32)
-    anchor = behaviour
-    if any(n.anchor is not None for n in layout.nodes):
-        own = [n.logprobs if n.anchor is None else n.anchor for n in layout.nodes]
-        anchor = stream.gather("d", own).astype(np.float32)
+    behavior_logp = stream.gather("d", [n.logprobs for n in layout.nodes]).astype(np.float32)
+    old_logp = behavior_logp
+    if any(n.old_logp is not None for n in layout.nodes):
+        own = [n.logprobs if n.old_logp is None else n.old_logp for n in layout.nodes]
+        old_logp = stream.gather("d", own).astype(np.float32)
 
     prompt_len = [forest.prompt_len(i) for i, _ in rows]
     leaves = [forest.leaf(i, c.leaf) for i, c in rows]
@@ -233,10 +233,10 @@ def _lay_out(pieces: Sequence[Piece], credits: Sequence[Sequence[Credit]]) -> Pa
         "source": source,
         "target": tokens.ids[at],
         "mask": mask,
-        "behaviour": behaviour[at],
+        "behavior_logp": behavior_logp[at],
         "version": tokens.version[at],
         "advantage": np.concatenate([c.advantage for _, c in rows]).astype(np.float32),
-        "anchor": anchor[at],
+        "old_logp": old_logp[at],
     }
     return PackedBatch(
         token_ids=torch.from_numpy(tokens.ids),
@@ -287,7 +287,7 @@ def _response_nodes(tree: RolloutTree, leaf: int) -> list[tuple[int, int]]:
 def pack_sequences(sequences: Sequence[Sequence[int]]) -> PackedBatch:
     """Independent sequences side by side in one stream; edges are tokens 1 … n-1 of each, all unmasked.
 
-    Used to score probes: behaviour and advantage are zero. Raises DataError for a sequence of fewer than two tokens.
+    Used to score probes: behavior_logp and advantage are zero. Raises DataError for a sequence of fewer than two tokens.
     """
     lengths = np.array([len(s) for s in sequences], np.int64)
     if not len(lengths) or lengths.min() < 2:
@@ -307,7 +307,7 @@ def pack_sequences(sequences: Sequence[Sequence[int]]) -> PackedBatch:
         target=torch.from_numpy(token_ids[target_at]),
         offsets=torch.from_numpy(np.cumsum([0, *(lengths - 1)]).astype(np.int64)),
         mask=torch.ones(edges, dtype=torch.bool),
-        behaviour=torch.zeros(edges),
+        behavior_logp=torch.zeros(edges),
         version=torch.full((edges,), -1),
         advantage=torch.zeros(edges),
         weight=torch.ones(len(lengths)),

@@ -11,6 +11,7 @@ import numpy as np
 
 from appo.errors import DataError
 from appo.observability.codec import decode, encode, tree_from_json, tree_to_json
+from appo.observability.renamed import ROOTS, in_todays_words
 from appo.rollout.agent import ActiveRollout, State
 from appo.rollout.engine import RolloutEngine
 from appo.types import RolloutTree
@@ -74,9 +75,7 @@ def tree_rollout_from_json(
             tree, leaf, seq, seed, sampled=int(view.mask.sum()), state=State.DONE
         )
         g.roots.append(rollout)
-    reference = (
-        data["reference_logp"] if "reference_logp" in data else data["baseline"]
-    )  # as until 0.1
+    reference = in_todays_words(data, ROOTS)["reference_logp"]
     if reference is not None:
         values = zip(g.roots, reference, strict=True)
         g.reference_logp = {rollout.seq: decode(v) for rollout, v in values}

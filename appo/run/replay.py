@@ -1,7 +1,7 @@
 """One step of a run learned again from its saved trees: no engine, no tools, no graders, and nothing is written.
 
 The weights and the optimiser of the step before come from its checkpoint, the trees of the step from trees.jsonl
-(`save_trees: all`) with rewards, log-probs and policy versions as they were. Credit, anchors, packing and the updates of
+(`save_trees: all`) with rewards, log-probs and policy versions as they were. Credit, old log-probs, packing and the updates of
 all mini-batches are computed anew by the code that trained (`Trainer.learn`), so the numbers must be those of
 metrics.jsonl: to the last bit on the same machine with the same number of ranks and threads, within rounding otherwise.
 """

@@ -89,7 +89,7 @@ def make_trainer(
             p.algo,
             entropy_coef=cfg.learner.entropy_coef,
             version=lambda: trainer.version,
-            anchored=lambda: trainer.anchored,
+            old_logp_version=lambda: trainer.old_logp_version,
             importance_cap=cfg.learner.importance_cap,
         ),
         grade=grade,

@@ -2,7 +2,7 @@
 
 The engine records a log-prob with every token that it draws, but it is another implementation: in bfloat16 the two differ
 by 0.02 a token for the same weights. A ratio of learner to engine would hold that difference beside what an update
-moved; a ratio of learner to learner holds what was moved alone. How far the drawing policy was from the anchor is then
+moved; a ratio of learner to learner holds what was moved alone. How far the drawing policy was from the old log-prob is then
 the business of a weight (`appo.algo.objective`).
 """
 
@@ -17,8 +17,8 @@ from appo.packing.pack import node_values, pack
 from appo.types import Credit, RolloutTree
 
 
-def set_anchors(trees: Sequence[RolloutTree], learner: Any, token_budget: int) -> None:
-    """Write `anchor` on every node that the policy drew on the way to a root's end. One forward, no gradient.
+def set_old_logp(trees: Sequence[RolloutTree], learner: Any, token_budget: int) -> None:
+    """Write `old_logp` on every node that the policy drew on the way to a root's end. One forward, no gradient.
 
     It stands at the node, not at a row: whatever rows are trained later, cut or moved between ranks, a token carries
     its own. Nodes of branches, which are drawn by current weights, get none. Collective: all ranks call it, with no
@@ -26,11 +26,11 @@ def set_anchors(trees: Sequence[RolloutTree], learner: Any, token_budget: int) -
     """
     rows = [[_whole(tree, leaf) for leaf in tree.roots] for tree in trees]
     batches = pack(trees, rows, token_budget=token_budget, keep_all=True)
-    values = node_values(batches, learner.anchors(batches), trees)
+    values = node_values(batches, learner.old_logprobs(batches), trees)
     for tree, by_node in zip(trees, values, strict=True):
         for index, found in by_node.items():
             if tree.nodes[index].sampled:
-                tree.nodes[index].anchor = found.tolist()
+                tree.nodes[index].old_logp = found.tolist()
 
 
 def _whole(tree: RolloutTree, leaf: int) -> Credit:

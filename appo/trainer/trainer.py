@@ -21,7 +21,7 @@ from appo.dist.ranks import Ranks
 from appo.packing.pack import pack
 from appo.packing.sharing import sharing_counts
 from appo.trainer.balance import Costs, balance
-from appo.trainer.old_logprobs import set_anchors
+from appo.trainer.old_logprobs import set_old_logp
 from appo.trainer.prefetch import MinibatchShard, RootPrefetcher, shard_prompts, split_threads
 from appo.trainer.step_metrics import StepMetrics, count_branches, count_packing, count_trees
 from appo.types import RolloutTree, Task
@@ -94,7 +94,9 @@ class Trainer:
     ranks: Ranks = field(default_factory=Ranks)
     costs: Costs = field(default_factory=Costs)  # of a packed stream, for even work over ranks
     on_phase: Callable[[str, int, int], None] = lambda name, done, total: None
-    anchored: int | None = None  # version whose log-probs are the anchors; None: the engine's are
+    old_logp_version: int | None = (
+        None  # version whose log-probs are the old log-probs; None: the engine's are
+    )
 
     def __post_init__(self) -> None:
         compares = not self.algo.flat and self.algo.branch_by == "score"
@@ -230,14 +232,14 @@ class Trainer:
     # -- learning ------------------------------------------------------------------------------------------------
 
     def _start(self, parts: Sequence[Sequence[RolloutTree]], log: StepMetrics) -> None:
-        """Before the first update: anchors of what will be trained after it. (Of the first they are its own forward.)"""
-        self.anchored = self.version if self.old_logprobs == "learner" else None
-        if self.anchored is None or len(parts) == 1:
+        """Before the first update: old log-probs of what will be trained after it. (Of the first they are its own forward.)"""
+        self.old_logp_version = self.version if self.old_logprobs == "learner" else None
+        if self.old_logp_version is None or len(parts) == 1:
             return
         later = [tree for trees in parts[1:] for tree in trees]
-        self.on_phase("anchors", 0, len(later))
-        with log.clock("learn"), log.clock("anchors"):
-            set_anchors(later, self.learner, self.token_budget)
+        self.on_phase("old_logprobs", 0, len(later))
+        with log.clock("learn"), log.clock("old_logprobs"):
+            set_old_logp(later, self.learner, self.token_budget)
 
     def _train(
         self,

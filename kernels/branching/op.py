@@ -54,7 +54,7 @@ def branch_scores(
 ) -> BranchScores:
     """Branching Score z(clip(Ω, 1 ± clip)) · z(entropy) with Ω = exp(clamp(S, ± 20)), per segment.
 
-    entropy[N] nats, log_ratio[N] current minus behaviour log-prob, mask[N], offsets[B+1]; see `future_value`.
+    entropy[N] nats, log_ratio[N] current minus reference log-prob, mask[N], offsets[B+1]; see `future_value`.
     z uses the population standard deviation + 1e-6 over mask tokens, two passes in float64.
     variant "paper": a vector whose deviation is rounding (≤ 1e-8 · max(1, max|x|)) is standardised to exactly 0;
     "released": the bare formula. `flat` is reported in both.

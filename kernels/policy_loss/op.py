@@ -2,7 +2,7 @@
 
 The parts exist one by one as functions (appo/algo/losses.py holds the definitions of the presets); composed, they read the
 vectors a dozen times, once more for each metric, and keep their intermediates for backward. Here one pass reads
-logp, behaviour, advantage and mask and writes the gradient, so that backward is a single product. The native code
+logp, old_logp, advantage and mask and writes the gradient, so that backward is a single product. The native code
 (csrc/policy_loss.cpp), the Triton kernel (kernels/policy_loss/gpu/policy_loss.py) and `policy_loss_torch` are tested against each
 other.
 """
@@ -28,7 +28,7 @@ class PolicyLoss(NamedTuple):
     future[N]       the future factor f in the dtype of logp, also behind the mask; no items without gamma
     tokens          tokens in the mask
     clipped         of those, r > 1 + clip_high with A > 0 or r < 1 - clip_low with A < 0
-    kl              Σ r - 1 - d, the k3 estimate of KL(behaviour ‖ current)
+    kl              Σ r - 1 - d, the k3 estimate of KL(old ‖ current)
     log_ratio_abs   Σ |d|
     scale           Σ 1 + future_weight · f
     """
@@ -56,7 +56,7 @@ class Rules(NamedTuple):
 
 def policy_loss(
     logp: Tensor,
-    behaviour: Tensor,
+    old_logp: Tensor,
     advantage: Tensor,
     mask: Tensor,
     offsets: Tensor,
@@ -72,12 +72,12 @@ def policy_loss(
 ) -> PolicyLoss:
     """Σ_rows w_row · Σ_{t in mask} max(-A'r, -A' clip(r, 1-clip_low, 1+clip_high)), at most -A' · dual_clip where A' < 0.
 
-        d = logp - behaviour in the mask, 0 elsewhere        r = exp(clamp(d, ±20))
+        d = logp - old_logp in the mask, 0 elsewhere        r = exp(clamp(d, ±20))
         f = clip(exp(clamp(S, ±20)), *future_clip)           S_t = Σ_{k≥t} γ^(k-t) d_k over the raw positions of the row
         A' = advantage · (1 + future_weight · f)             a constant under differentiation, like f
 
     logp[N]          floating point; the only input with a gradient, which is 0 where |d| > 20
-    behaviour[N], advantage[N]  constants; mask[N]; offsets[B+1] cut the tokens into rows
+    old_logp[N], advantage[N]  constants; mask[N]; offsets[B+1] cut the tokens into rows
     row_weight[B]    constant; None: 1. Holds the denominator: 1/tokens for a token mean, 1/(tokens of the row · rows)
                      for the mean of row means
     gamma            None: no future term (future_weight must be 0)
@@ -86,7 +86,7 @@ def policy_loss(
     Not twice differentiable. NaN or infinite inputs in the mask show in the loss and in their own gradient.
     Raises ValueError for shapes, devices and numbers that do not fit.
     """
-    packed.check_vectors(offsets, logp=logp, behaviour=behaviour, advantage=advantage, mask=mask)
+    packed.check_vectors(offsets, logp=logp, old_logp=old_logp, advantage=advantage, mask=mask)
     rows = offsets.shape[0] - 1
     if row_weight is not None and row_weight.shape != (rows,):
         raise ValueError(f"row_weight has shape {tuple(row_weight.shape)}, expected [{rows}]")
@@ -96,7 +96,7 @@ def policy_loss(
     _check(rules)
     weight = logp.new_ones(rows, dtype=torch.float64) if row_weight is None else row_weight
     weight = weight.detach().to(device=logp.device, dtype=torch.float64)
-    sums, future = _Fused.apply(logp, behaviour, advantage, mask, offsets, weight, backend, rules)
+    sums, future = _Fused.apply(logp, old_logp, advantage, mask, offsets, weight, backend, rules)
     return PolicyLoss(sums[0], future, *sums.detach()[1:].unbind())
 
 
@@ -107,7 +107,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any,
         logp: Tensor,
-        behaviour: Tensor,
+        old_logp: Tensor,
         advantage: Tensor,
         mask: Tensor,
         offsets: Tensor,
@@ -115,7 +115,7 @@ class _Fused(torch.autograd.Function):
         backend: str,
         rules: Rules,
     ) -> tuple[Tensor, Tensor]:
-        vectors = (behaviour.detach(), advantage.detach(), mask, offsets, weight)
+        vectors = (old_logp.detach(), advantage.detach(), mask, offsets, weight)
         sums, future, gradient = policy_loss_op(logp.detach(), *vectors, backend, *rules)
         ctx.save_for_backward(gradient)
         ctx.dtype = logp.dtype
@@ -131,7 +131,7 @@ class _Fused(torch.autograd.Function):
 
 def _policy_loss(
     logp: Tensor,
-    behaviour: Tensor,
+    old_logp: Tensor,
     advantage: Tensor,
     mask: Tensor,
     offsets: Tensor,
@@ -149,8 +149,8 @@ def _policy_loss(
     rules = Rules(gamma, future_low, future_high, future_weight, clip_low, clip_high, dual_clip)
     how = packed.choose(backend, logp)
     if how == "torch":
-        return policy_loss_torch(logp, behaviour, advantage, mask, offsets, weight, rules)
-    x, mu, a = packed.widened(logp, behaviour, advantage)
+        return policy_loss_torch(logp, old_logp, advantage, mask, offsets, weight, rules)
+    x, mu, a = packed.widened(logp, old_logp, advantage)
     m = packed.as_bytes(mask)
     if how == "triton":
         run = packed.gpu("policy_loss.gpu.policy_loss").policy_loss
@@ -173,7 +173,7 @@ def _stored(logp: Tensor) -> torch.dtype:
 
 def _fake_policy_loss(
     logp: Tensor,
-    behaviour: Tensor,
+    old_logp: Tensor,
     advantage: Tensor,
     mask: Tensor,
     offsets: Tensor,
@@ -192,7 +192,7 @@ policy_loss_op = operator("policy_loss", _policy_loss, _fake_policy_loss)
 
 def policy_loss_torch(
     logp: Tensor,
-    behaviour: Tensor,
+    old_logp: Tensor,
     advantage: Tensor,
     mask: Tensor,
     offsets: Tensor,
@@ -202,7 +202,7 @@ def policy_loss_torch(
     """The definition, in float64: (sums[6], future, gradient) as `policy_loss_op` returns them."""
     segment = packed.segment_ids(offsets, logp)
     keep = mask.to(torch.bool)
-    d = torch.where(keep, logp.double() - behaviour.double(), 0.0)
+    d = torch.where(keep, logp.double() - old_logp.double(), 0.0)
     ratio = d.clamp(-CLAMP, CLAMP).exp()
     future, scale = d.new_empty(0), torch.ones_like(d)
     if rules.gamma is not None:

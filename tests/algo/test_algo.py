@@ -212,7 +212,7 @@ class Rows:
     version = torch.zeros(8, dtype=torch.int64)
 
     def __init__(self, generator):
-        self.behaviour = self.anchor = -torch.rand(8, generator=generator)
+        self.behavior_logp = self.old_logp = -torch.rand(8, generator=generator)
         self.advantage = torch.randn(8, generator=generator) * self.mask
 
 
@@ -220,13 +220,13 @@ class Rows:
 def test_any_split_into_micro_batches_gives_the_same_gradient(name):
     g = torch.Generator().manual_seed(3)
     rows, counts = Rows(g), Counts(7, 2, 4)
-    logp = (rows.behaviour + 0.3 * torch.randn(8, generator=g)).requires_grad_()
+    logp = (rows.behavior_logp + 0.3 * torch.randn(8, generator=g)).requires_grad_()
     objective = make_objective(ALGORITHMS[name], entropy_coef=0.01)
     entropy = torch.rand(8, generator=g)
 
     def loss_of(lo, hi, offsets):
         part = Rows(g)
-        for k in ("behaviour", "anchor", "advantage", "version"):
+        for k in ("behavior_logp", "old_logp", "advantage", "version"):
             setattr(part, k, getattr(rows, k)[lo:hi])
         part.mask, part.offsets, part.weight = (
             rows.mask[lo:hi],
@@ -260,7 +260,7 @@ def test_tokens_of_the_version_under_training_have_ratio_one_exactly():
     rows = Rows(g)
     rows.version = torch.tensor([4, 4, -1, 4, 4, 3, 3, 3])
     logp = (
-        rows.behaviour + 0.02 * torch.randn(8, generator=g)
+        rows.behavior_logp + 0.02 * torch.randn(8, generator=g)
     ).requires_grad_()  # engine and learner round differently
     stats = LogProbEntropy(logp, torch.zeros(8), logp)
     exact = make_objective(ALGORITHMS["appo"], version=lambda: 4)

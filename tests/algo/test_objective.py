@@ -1,4 +1,4 @@
-"""Anchors: the ratio, the weight of stale tokens and their gradient against a plain formula, and every token its own."""
+"""Old log-probs: the ratio, the weight of stale tokens and their gradient against a plain formula, and every token its own."""
 
 import math
 import zlib
@@ -15,7 +15,7 @@ from appo.algo.presets import ALGORITHMS
 from appo.kernels import LogProbEntropy
 from appo.observability.codec import tree_from_json, tree_to_json
 from appo.packing.pack import pack
-from appo.trainer.old_logprobs import set_anchors
+from appo.trainer.old_logprobs import set_old_logp
 from appo.types import Counts, Credit
 
 NOW = 5
@@ -25,13 +25,13 @@ OFFSETS = [0, 7, 12, 20]
 def rows_of(g, dtype=torch.float64):
     n = OFFSETS[-1]
     mask = torch.rand(n, generator=g) < 0.8
-    behaviour = -torch.rand(n, generator=g, dtype=dtype)
+    behavior_logp = -torch.rand(n, generator=g, dtype=dtype)
     return SimpleNamespace(
         offsets=torch.tensor(OFFSETS),
         mask=mask,
         version=torch.where(mask, torch.randint(3, NOW + 1, (n,), generator=g), -1),
-        behaviour=behaviour,
-        anchor=behaviour + 0.6 * torch.randn(n, generator=g, dtype=dtype),
+        behavior_logp=behavior_logp,
+        old_logp=behavior_logp + 0.6 * torch.randn(n, generator=g, dtype=dtype),
         advantage=torch.randn(n, generator=g, dtype=dtype) * mask,
         weight=torch.ones(3),
     )
@@ -42,16 +42,16 @@ def stats_of(logp):
 
 
 def plain(logp, rows, algo, *, here, cap, rollouts):
-    """The loss written out token by token. here: the anchored version is the one under training."""
+    """The loss written out token by token. here: the version of the old log-probs is the one under training."""
     total = torch.zeros((), dtype=torch.float64)
     for a, b in zip(OFFSETS, OFFSETS[1:]):
         kept = [t for t in range(a, b) if rows.mask[t]]
         d, weight = {}, {}
         for t in kept:
             fresh = rows.version[t] == NOW
-            anchor = logp[t].detach() if fresh or here else rows.anchor[t]
-            d[t] = logp[t] - anchor
-            w = 1.0 if fresh else math.exp(float(anchor - rows.behaviour[t]))
+            old_logp = logp[t].detach() if fresh or here else rows.old_logp[t]
+            d[t] = logp[t] - old_logp
+            w = 1.0 if fresh else math.exp(float(old_logp - rows.behavior_logp[t]))
             weight[t] = 1.0 if cap is None else min(w, cap)
         for t in kept:
             ahead = sum(algo.gamma ** (k - t) * float(d[k].detach()) for k in kept if k >= t)
@@ -70,11 +70,14 @@ def test_loss_and_gradient_are_those_of_the_plain_formula(here, cap):
     for seed in range(5):
         g = torch.Generator().manual_seed(seed)
         rows = rows_of(g)
-        logp = rows.anchor + 0.2 * torch.randn(OFFSETS[-1], generator=g, dtype=torch.float64)
+        logp = rows.old_logp + 0.2 * torch.randn(OFFSETS[-1], generator=g, dtype=torch.float64)
         logp.requires_grad_()
-        anchored = NOW if here else NOW - 1
+        old_logp_version = NOW if here else NOW - 1
         objective = make_objective(
-            algo, version=lambda: NOW, anchored=lambda at=anchored: at, importance_cap=cap
+            algo,
+            version=lambda: NOW,
+            old_logp_version=lambda at=old_logp_version: at,
+            importance_cap=cap,
         )
         loss, metrics = objective(stats_of(logp), rows, Counts(16, 3, 8))
         want = plain(logp, rows, algo, here=here, cap=cap, rollouts=8)
@@ -86,14 +89,14 @@ def test_loss_and_gradient_are_those_of_the_plain_formula(here, cap):
 def check_metrics(metrics, logp, rows, here, cap):
     with torch.no_grad():
         m = rows.mask
-        anchor = logp if here else torch.where(rows.version == NOW, logp, rows.anchor)
-        drift = torch.where(rows.version == NOW, 0.0, anchor - rows.behaviour)[m]
+        old_logp = logp if here else torch.where(rows.version == NOW, logp, rows.old_logp)
+        drift = torch.where(rows.version == NOW, 0.0, old_logp - rows.behavior_logp)[m]
         want = {
             "staleness": (NOW - rows.version[m]).double(),
-            "log_ratio_behaviour": (logp - rows.behaviour)[m].abs(),
+            "log_ratio_behavior": (logp - rows.behavior_logp)[m].abs(),
             "is_weight": torch.ones(len(drift)) if cap is None else drift.exp().clamp(max=cap),
             "is_clipped": (drift.exp() > (cap or math.inf)).double(),
-            "log_ratio_abs": (logp - anchor)[m].abs(),
+            "log_ratio_abs": (logp - old_logp)[m].abs(),
         }
     for name, values in want.items():
         total, n = metrics[f"policy/{name}"]
@@ -107,29 +110,34 @@ def test_rounding_of_the_engine_is_not_taken_for_a_moved_policy():
     logp = -torch.rand(n, generator=g).double()
     rows = SimpleNamespace(
         offsets=torch.tensor([0, n]), mask=torch.ones(n, dtype=torch.bool), version=torch.zeros(n, dtype=torch.int64),
-        behaviour=logp + 0.02 * torch.randn(n, generator=g), anchor=logp.clone(), advantage=torch.ones(n), weight=torch.ones(1),
+        behavior_logp=logp + 0.02 * torch.randn(n, generator=g), old_logp=logp.clone(), advantage=torch.ones(n), weight=torch.ones(1),
     )  # fmt: skip
 
-    def run(behaviour_only, version, anchored):
+    def run(behavior_only, version, old_logp_version):
         part = SimpleNamespace(**vars(rows))
-        part.anchor = rows.behaviour if behaviour_only else rows.anchor
-        objective = make_objective(algo, version=lambda: version, anchored=lambda: anchored)
+        part.old_logp = rows.behavior_logp if behavior_only else rows.old_logp
+        objective = make_objective(
+            algo, version=lambda: version, old_logp_version=lambda: old_logp_version
+        )
         x = logp.clone().requires_grad_()
         loss, metrics = objective(stats_of(x), part, Counts(n, 1, 1))
         means = {k: float(s) / float(c) for k, (s, c) in metrics.items()}
         return means, torch.autograd.grad(loss, x)[0] * n
 
-    for version, anchored in ((1, 1), (1, 0)):  # without looking at the anchors, and by them
-        means, gradient = run(False, version, anchored)
+    for version, old_logp_version in (
+        (1, 1),
+        (1, 0),
+    ):  # without looking at the old log-probs, and by them
+        means, gradient = run(False, version, old_logp_version)
         assert means["policy/log_ratio_abs"] == 0 and means["policy/future_scale"] == 1.5
-        weight = torch.exp(logp - rows.behaviour)
+        weight = torch.exp(logp - rows.behavior_logp)
         torch.testing.assert_close(gradient, -1.5 * weight, rtol=1e-12, atol=0)
     means, _ = run(True, 1, None)  # the engine's log-probs: Ω reads noise
     assert means["policy/log_ratio_abs"] > 0.01 and means["policy/future_scale"] > 1.51
     assert importance_weight(torch.tensor([-50.0, 0.0, 50.0]), 2.0).tolist() == pytest.approx([math.exp(-20), 1, 2])  # fmt: skip
 
 
-# -- every token its own anchor ------------------------------------------------------------------------------------
+# -- every token its own old log-prob ------------------------------------------------------------------------------------
 
 
 def signature(ids):
@@ -138,9 +146,9 @@ def signature(ids):
 
 
 class PathLearner(FixedLearner):
-    """The anchor of a token is the signature of the path that it ends."""
+    """The old log-prob of a token is the signature of the path that it ends."""
 
-    def anchors(self, batches):
+    def old_logprobs(self, batches):
         return [torch.tensor(edge_signatures(b), dtype=torch.float32) for b in batches]
 
 
@@ -154,16 +162,16 @@ def edge_signatures(batch):
     return out
 
 
-def anchored_trees():
-    """Trees with branches, whose anchors were set when there were only roots, as a step does it."""
+def trees_with_old_logp():
+    """Trees with branches, whose old log-probs were set when there were only roots, as a step does it."""
     trainer = make_trainer(learner=PathLearner())
     result = run_steps(trainer, [1], 1)[0]
     return trainer, [t for t, k in zip(result.trees, result.minibatch) if k == 1]
 
 
 @pytest.mark.filterwarnings("ignore:task:UserWarning")  # rows over a budget of 40 tokens
-def test_every_packed_row_gets_the_anchors_of_its_own_tokens():
-    _, trees = anchored_trees()
+def test_every_packed_row_gets_the_old_logp_of_its_own_tokens():
+    _, trees = trees_with_old_logp()
     assert sum(len(t.branches) for t in trees) > 4
     rng = np.random.default_rng(0)
     for budget in (10_000, 90, 40):  # whole trees, cut between roots, single rows
@@ -177,8 +185,8 @@ def test_every_packed_row_gets_the_anchors_of_its_own_tokens():
                 leaves = rng.permutation(len(tree.leaves))[: rng.integers(0, len(tree.leaves) + 1)]
                 rows.append([credit_of(tree, int(leaf), rng) for leaf in leaves])
             for batch in pack(some, rows, token_budget=budget, keep_all=True):
-                expect = expected_anchors(batch, some)
-                assert batch.anchor.tolist() == np.float32(expect).tolist()
+                expect = expected_old_logp(batch, some)
+                assert batch.old_logp.tolist() == np.float32(expect).tolist()
 
 
 def credit_of(tree, leaf, rng):
@@ -186,7 +194,7 @@ def credit_of(tree, leaf, rng):
     return Credit(leaf, rng.normal(size=len(view)), view.mask)
 
 
-def expected_anchors(batch, trees):
+def expected_old_logp(batch, trees):
     """Root tokens: the signature; tokens that a branch drew: what the engine recorded; tool results: 0."""
     out = []
     for i, leaf in batch.rows:
@@ -198,44 +206,48 @@ def expected_anchors(batch, trees):
     return out
 
 
-def test_anchors_are_computed_before_the_first_update_for_later_minibatches_only():
+def test_old_logp_are_computed_before_the_first_update_for_later_minibatches_only():
     learner, asked = PathLearner(), []
     trainer = make_trainer(learner=learner)
-    compute = learner.anchors
+    compute = learner.old_logprobs
 
-    def anchors(batches):
+    def old_logprobs(batches):
         asked.append((trainer.version, sum(len(b.rows) for b in batches)))
         return compute(batches)
 
-    learner.anchors = anchors
+    learner.old_logprobs = old_logprobs
     result = run_steps(trainer, [1], 1)[0]
-    assert asked == [(0, 2 * trainer.algo.roots)] and trainer.version == 2 and trainer.anchored == 0
+    assert (
+        asked == [(0, 2 * trainer.algo.roots)]
+        and trainer.version == 2
+        and trainer.old_logp_version == 0
+    )
     for tree, k in zip(result.trees, result.minibatch, strict=True):
-        have = {n.anchor is not None for n in tree.nodes if n.sampled and len(n.path) == 1}
+        have = {n.old_logp is not None for n in tree.nodes if n.sampled and len(n.path) == 1}
         assert have == {k == 1}
-        assert all(n.anchor is None for n in tree.nodes if not n.sampled or len(n.path) > 1)
+        assert all(n.old_logp is None for n in tree.nodes if not n.sampled or len(n.path) > 1)
 
 
 def test_the_engines_log_probs_can_be_asked_for():
     learner = PathLearner()
-    learner.anchors = None  # never called
+    learner.old_logprobs = None  # never called
     trainer = make_trainer(learner=learner, old_logprobs="engine")
     run_steps(trainer, [1], 1)
-    assert trainer.anchored is None
+    assert trainer.old_logp_version is None
     for batches in learner.batches:
-        assert all(torch.equal(b.anchor, b.behaviour) for b in batches)
+        assert all(torch.equal(b.old_logp, b.behavior_logp) for b in batches)
 
 
-def test_saved_trees_carry_their_anchors_and_can_be_learned_from_again():
-    """`learn` on trees of a file does what the step did, and finds the same anchors."""
+def test_saved_trees_carry_their_old_logp_and_can_be_learned_from_again():
+    """`learn` on trees of a file does what the step did, and finds the same old log-probs."""
     trainer = make_trainer(learner=PathLearner())
     result = run_steps(trainer, [1], 1)[0]
     again = make_trainer(learner=PathLearner())
     trees = [tree_from_json(tree_to_json(t)) for t in result.trees]
-    saved = [[n.anchor for n in t.nodes] for t in trees]
+    saved = [[n.old_logp for n in t.nodes] for t in trees]
     parts = [[t for t, k in zip(trees, result.minibatch) if k == j] for j in range(2)]
     metrics, answers = again.learn(parts)
-    assert [[n.anchor for n in t.nodes] for t in trees] == saved
+    assert [[n.old_logp for n in t.nodes] for t in trees] == saved
     assert len(answers) == 2 and again.version == 2
     same = {k for k in metrics if not k.startswith("time/")}
     assert {"policy/is_weight", "learn/rows", "policy/version"} <= same
@@ -244,7 +256,7 @@ def test_saved_trees_carry_their_anchors_and_can_be_learned_from_again():
 
 def test_rows_without_any_tree_still_take_part_in_the_collective():
     called = []
-    learner = SimpleNamespace(anchors=lambda batches: called.append(batches) or [])
-    set_anchors([], learner, 100)
+    learner = SimpleNamespace(old_logprobs=lambda batches: called.append(batches) or [])
+    set_old_logp([], learner, 100)
     assert called == [[]]
     assert assign([], ALGORITHMS["appo"]).credits == []

@@ -172,14 +172,14 @@ def check_not_finite(model: Path, ranks: Ranks) -> None:
             assert learner.train_minibatch([], Counts(0, 0, 0), objective)["learner/empty"]
 
 
-def check_anchors(model: Path, ranks: Ranks) -> None:
+def check_old_logp(model: Path, ranks: Ranks) -> None:
     """Ranks with different numbers of batches, and with none, score under stage 3."""
     with start(model, Case(3)) as learner:
         for step in range(3):
             batches, _ = deal(step, ranks.rank, ranks.world)
-            found = learner.anchors(batches)
-            for batch, anchor in zip(batches, found, strict=True):
-                assert anchor.shape == batch.mask.shape and bool((anchor[batch.mask] < 0).all())
+            found = learner.old_logprobs(batches)
+            for batch, old_logp in zip(batches, found, strict=True):
+                assert old_logp.shape == batch.mask.shape and bool((old_logp[batch.mask] < 0).all())
 
 
 def check_push(model: Path, ranks: Ranks) -> None:
@@ -290,7 +290,7 @@ def main(model: Path, folder: Path) -> None:
             with start(model, Case(2), kind=faulty_learner(fault)) as learner:
                 seen["faulty " + fault] = train(learner, range(STEPS))
         check_not_finite(model, ranks)
-        check_anchors(model, ranks)
+        check_old_logp(model, ranks)
         check_push(model, ranks)
         check_one_layer_at_a_time(model, ranks)
         check_missing_shard(model, folder, ranks)

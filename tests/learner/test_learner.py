@@ -104,7 +104,9 @@ def test_tree_equals_independent_sequences_in_float64(
     path = write_model(tmp_path, family)
     trees, credits = forest()
     (batch,) = pack(trees, credits, token_budget=1000)
-    batch = replace(batch, advantage=batch.advantage.double(), behaviour=batch.behaviour.double())
+    batch = replace(
+        batch, advantage=batch.advantage.double(), behavior_logp=batch.behavior_logp.double()
+    )
     for cs in credits:
         for c in cs:
             c.advantage = c.advantage.astype(np.float32).astype(np.float64)
@@ -176,7 +178,7 @@ def test_logprobs_are_those_of_the_plain_model(full: Learner) -> None:
         assert np.allclose(mine, expected, atol=1e-5)
 
 
-def test_anchors_are_what_training_sees_and_leave_no_trace(full: Learner) -> None:
+def test_old_logp_are_what_training_sees_and_leave_no_trace(full: Learner) -> None:
     trees, credits = forest()
     batches = pack(trees, credits, token_budget=40)
     seen: list[Tensor] = []
@@ -185,18 +187,18 @@ def test_anchors_are_what_training_sees_and_leave_no_trace(full: Learner) -> Non
         seen.append(stats.logp.detach().clone())
         return objective(stats, batch, counts)
 
-    anchors = full.anchors(batches)
+    old_logprobs = full.old_logprobs(batches)
     assert all(p.grad is None for p in full.lm.parameters())
     full.accumulate(batches, counts_of(credits), looking, len(batches))
     for group in full.engine.optimizer.param_groups:
         group["lr"] = 0.0
     full.engine.step()
-    assert len(anchors) == len(batches) == len(seen) > 1
-    for anchor, logp, batch in zip(anchors, seen, batches, strict=True):
-        assert anchor.dtype == torch.float32 and anchor.shape == batch.mask.shape
-        assert torch.equal(anchor, logp)
-        assert not anchor[~batch.mask].any()
-        assert bool((anchor[batch.mask] < 0).all())
+    assert len(old_logprobs) == len(batches) == len(seen) > 1
+    for old_logp, logp, batch in zip(old_logprobs, seen, batches, strict=True):
+        assert old_logp.dtype == torch.float32 and old_logp.shape == batch.mask.shape
+        assert torch.equal(old_logp, logp)
+        assert not old_logp[~batch.mask].any()
+        assert bool((old_logp[batch.mask] < 0).all())
 
 
 # -- the optimiser step
@@ -283,9 +285,9 @@ def infinite_loss(stats, batch: PackedBatch, counts: Counts):
     [
         (nan_reward, objective, "advantage"),
         (
-            lambda b: replace(b, behaviour=b.behaviour - float("inf")),
+            lambda b: replace(b, behavior_logp=b.behavior_logp - float("inf")),
             objective,
-            "behaviour log-prob",
+            "behavior log-prob",
         ),
         (lambda b: b, infinite_loss, "loss"),
         (lambda b: b, bad_gradient, "gradient"),

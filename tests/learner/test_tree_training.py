@@ -51,12 +51,12 @@ LOSSES = {
     "grpo, mean of rollouts, no dual clip": Loss(replace(GRPO, aggregate="rollout-mean", dual_clip=None)),
     "grpo, future weight": Loss(replace(GRPO, future_weight=0.5, half_life=4.0, clip_high=0.28)),
     "grpo, entropy bonus, temperature": Loss(GRPO, entropy_coef=0.1, temperature=0.7),
-    "appo, anchors": Loss(APPO, anchors="old"),
-    "appo, anchors of the version under training": Loss(APPO, anchors="now"),
-    "grpo, anchors, no importance weight": Loss(GRPO, anchors="old", importance_cap=None),
+    "appo, old log-probs": Loss(APPO, old_logprobs="old"),
+    "appo, old log-probs of the version under training": Loss(APPO, old_logprobs="now"),
+    "grpo, old log-probs, no importance weight": Loss(GRPO, old_logprobs="old", importance_cap=None),
 }  # fmt: skip
 ALL = Loss(
-    replace(APPO, train_branches=True, dual_clip=3.0), entropy_coef=0.05, temperature=1.3, anchors="old"
+    replace(APPO, train_branches=True, dual_clip=3.0), entropy_coef=0.05, temperature=1.3, old_logprobs="old"
 )  # fmt: skip
 FAMILIES = ["llama", "llama-tied-mqa", "qwen2", "qwen2-untied-mha", "qwen3", "qwen3-untied"]
 WHOLE = 10_000
@@ -104,7 +104,7 @@ def objective_of(loss: Loss) -> Objective:
         loss.algo,
         entropy_coef=loss.entropy_coef,
         version=lambda: NOW,
-        anchored=lambda: {"none": None, "old": NOW - 1, "now": NOW}[loss.anchors],
+        old_logp_version=lambda: {"none": None, "old": NOW - 1, "now": NOW}[loss.old_logprobs],
         importance_cap=loss.importance_cap,
     )
 
@@ -158,7 +158,7 @@ def test_trees_are_what_they_should_be(models) -> None:
     share = {name: float(a) / float(n) for name, (a, n) in metrics.items()}
     assert 0.1 < share["policy/clip_fraction"] < 0.9
     assert 1.5 < share["policy/future_scale"] < 1.6
-    d, old = stats.logp.detach() - stream.behaviour, stream.version == NOW - 2
+    d, old = stats.logp.detach() - stream.behavior_logp, stream.version == NOW - 2
     assert ((stream.advantage < 0) & (d > np.log(3)) & old & stream.mask).any()  # dual clip
 
 
@@ -253,8 +253,8 @@ STREAM_FAULTS: dict[str, Callable[[PackedBatch], PackedBatch]] = {
     # One token early would not show: the last token of a path predicts nothing.
     "subtrees end a token late": lambda s: replace(s, subtree_end=(s.subtree_end + 1).clamp(max=s.unique_tokens)),
     "positions are indices": lambda s: replace(s, position_ids=torch.arange(s.unique_tokens)),
-    "behaviour of another row": lambda s: of_another_row(s, "behaviour"),
-    "anchors of another row": lambda s: of_another_row(s, "anchor"),
+    "behavior of another row": lambda s: of_another_row(s, "behavior_logp"),
+    "old log-probs of another row": lambda s: of_another_row(s, "old_logp"),
     "versions of another row": lambda s: of_another_row(s, "version"),
     "advantages of another row": lambda s: of_another_row(s, "advantage"),
     "inherited tokens counted twice": branches_trained_on_what_they_inherit,

@@ -50,7 +50,7 @@ def test_the_docstring_example() -> None:
     assert b.source.tolist() == [1, 2, 1, 2]
     assert b.target.tolist() == [7, 8, 7, 9]
     assert b.offsets.tolist() == [0, 2, 4]
-    assert b.behaviour.tolist() == [-7.0, -8.0, -7.0, -9.0]
+    assert b.behavior_logp.tolist() == [-7.0, -8.0, -7.0, -9.0]
     assert (b.unique_tokens, b.total_tokens) == (5, 8)
     assert b.token_ids.dtype == b.position_ids.dtype == b.source.dtype == torch.int64
     assert b.subtree_end.dtype == torch.int32
@@ -100,7 +100,7 @@ def test_tool_tokens_are_edges_without_loss() -> None:
     (b,) = pack([tree], [[credit(tree, 0)]], token_budget=100)
     assert b.target.tolist() == [7, 1, 2, 8]
     assert b.mask.tolist() == [True, False, False, True]
-    assert b.behaviour.tolist() == [-7.0, 0.0, 0.0, -8.0]
+    assert b.behavior_logp.tolist() == [-7.0, 0.0, 0.0, -8.0]
 
 
 def test_trees_share_a_stream_and_do_not_see_each_other() -> None:
@@ -188,9 +188,9 @@ def test_padding_changes_no_gradient(tmp_path) -> None:
 
 def test_a_stream_survives_the_way_to_another_rank() -> None:
     tree = forked()
-    tree.nodes[1].anchor = [-1.0, -2.0]
+    tree.nodes[1].old_logp = [-1.0, -2.0]
     (b,) = pack([tree], [[credit(tree, 0), credit(tree, 1)]], token_budget=100)
-    assert b.anchor.tolist() == [-1.0, -2.0, -1.0, -9.0]  # the branch's own token has none
+    assert b.old_logp.tolist() == [-1.0, -2.0, -1.0, -9.0]  # the branch's own token has none
     back = pickle.loads(pickle.dumps(b))
     for name, value in vars(b).items():
         other = getattr(back, name)

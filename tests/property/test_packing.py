@@ -32,9 +32,9 @@ def trees(draw: st.DrawFn) -> RolloutTree:
         ]
         role = draw(st.sampled_from(["model", "model", "tool"]))
         logp = [-0.5 - i for i in range(len(tokens))] if role == "model" else None
-        anchor = logp and draw(st.sampled_from([None, [x - 9 for x in logp]]))
+        old_logp = logp and draw(st.sampled_from([None, [x - 9 for x in logp]]))
         version = draw(st.integers(0, 3))
-        nodes.append(Node(parent, role, fork_at, tokens, logp, logp, version, anchor=anchor))
+        nodes.append(Node(parent, role, fork_at, tokens, logp, logp, version, old_logp=old_logp))
         root_of[len(nodes) - 1] = roots if parent == 0 else root_of[parent]
         roots += parent == 0
     ends = draw(st.sets(st.integers(1, len(nodes) - 1), min_size=1))
@@ -68,8 +68,8 @@ def check_rows(batch: PackedBatch, forest: list[RolloutTree], credit_of: dict) -
         assert b - a == len(view)
         assert batch.target[a:b].tolist() == view.response_ids.tolist()
         assert batch.mask[a:b].tolist() == list(credit.loss_mask)
-        assert torch.equal(batch.behaviour[a:b], torch.from_numpy(view.logprobs))
-        assert torch.equal(batch.anchor[a:b], torch.from_numpy(view.anchor))
+        assert torch.equal(batch.behavior_logp[a:b], torch.from_numpy(view.logprobs))
+        assert torch.equal(batch.old_logp[a:b], torch.from_numpy(view.old_logp))
         assert batch.version[a:b].tolist() == view.version.tolist()
         assert np.allclose(batch.advantage[a:b], credit.advantage, rtol=1e-6)
         assert float(batch.weight[r]) == credit.weight

@@ -61,8 +61,8 @@ def nan_gradient(stats: Any, batch: PackedBatch, counts: Counts) -> tuple[torch.
 
 CASES: dict[str, tuple[Callable[[PackedBatch], PackedBatch], Any, str]] = {
     "advantage": (first_edge("advantage", float("nan")), loss_fn, "rank 1, micro-batch 0: advantage"),
-    "log-ratio": (first_edge("behaviour", -float("inf")), loss_fn, "rank 1, micro-batch 0: behaviour"),
-    "anchor": (first_edge("anchor", float("inf")), loss_fn, "rank 1, micro-batch 0: anchor"),
+    "log-ratio": (first_edge("behavior_logp", -float("inf")), loss_fn, "rank 1, micro-batch 0: behavior"),
+    "old_logp": (first_edge("old_logp", float("inf")), loss_fn, "rank 1, micro-batch 0: old log-prob"),
     "logit": (lambda b: b, nan_logit, "rank 1, micro-batch 0: loss"),
     "gradient": (lambda b: b, nan_gradient, "gradient norm"),
 }  # fmt: skip

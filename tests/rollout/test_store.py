@@ -189,10 +189,10 @@ def test_float32_statistics_of_an_engine_come_back_to_the_last_bit():
     for values in ([float(x) for x in drawn], list(drawn), drawn.tolist()):
         tree = make_tree()
         tree.nodes[1] = Node(
-            0, "model", 3, [7] * len(drawn), values, values, 4, (0,), anchor=values
+            0, "model", 3, [7] * len(drawn), values, values, 4, (0,), old_logp=values
         )
         back = through_file(tree).nodes[1]
-        for column in (back.logprobs, back.entropy, back.anchor):
+        for column in (back.logprobs, back.entropy, back.old_logp):
             np.testing.assert_array_equal(
                 np.asarray(column, np.float32).view(np.uint32), drawn.view(np.uint32)
             )

@@ -82,7 +82,7 @@ def counts_of(credits: list[list[Credit]]) -> Counts:
 def objective(stats, batch: PackedBatch, counts: Counts):
     """A nonlinear loss with everything in it: ratio, advantage, row weight, entropy."""
     row = torch.repeat_interleave(torch.arange(len(batch.rows)), batch.offsets.diff())
-    ratio = (stats.logp - batch.behaviour).exp()
+    ratio = (stats.logp - batch.behavior_logp).exp()
     loss = (-ratio * batch.advantage - 0.1 * stats.entropy) * batch.weight[row]
     return loss[batch.mask].sum() / counts.tokens, {
         "entropy": (stats.entropy.sum(), batch.mask.sum())

@@ -50,15 +50,15 @@ class FixedLearner:
     def __init__(self, during=lambda: None):
         self.during, self.batches = during, []
 
-    def anchors(self, batches):
-        return [torch.where(b.mask, b.behaviour + 0.01, 0.0) for b in batches]
+    def old_logprobs(self, batches):
+        return [torch.where(b.mask, b.behavior_logp + 0.01, 0.0) for b in batches]
 
     def train_minibatch(self, batches, counts, objective):
         self.during()
         self.batches.append(batches)
         sums = {}
         for b in batches:
-            logp = torch.where(b.mask, b.behaviour + 0.02, 0.0).requires_grad_()
+            logp = torch.where(b.mask, b.behavior_logp + 0.02, 0.0).requires_grad_()
             _, metrics = objective(LogProbEntropy(logp, torch.ones_like(logp), logp), b, counts)
             for name, (s, n) in metrics.items():
                 have = sums.get(name, (0.0, 0.0))
@@ -94,7 +94,7 @@ def make_trainer(*, engine=None, learner=None, **settings):
         objective=make_objective(
             ALGORITHMS["appo"],
             version=lambda: trainer.version,
-            anchored=lambda: trainer.anchored,
+            old_logp_version=lambda: trainer.old_logp_version,
         ),
         grade=grade,
         push=lambda version: engine.load_weights([], version) or {"push/tensors": 1.0},

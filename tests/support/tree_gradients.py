@@ -29,16 +29,16 @@ DRIFTS = (
     0.0,
     0.4,
     1.5,
-)  # anchor less behaviour, where there are anchors; the last is beyond the cap
+)  # old log-prob less behavior, where there are old log-probs; the last is beyond the cap
 
 
 class Loss(NamedTuple):
-    """What a mini-batch is trained with. anchors: of an earlier version; "now": of the version under training."""
+    """What a mini-batch is trained with. old log-probs: of an earlier version; "now": of the version under training."""
 
     algo: Algorithm
     entropy_coef: float = 0.0
     temperature: float = 1.0
-    anchors: Literal["none", "old", "now"] = "none"
+    old_logprobs: Literal["none", "old", "now"] = "none"
     importance_cap: float | None = 2.0
 
 
@@ -113,8 +113,8 @@ def _branch(tree: RolloutTree, rng: np.random.Generator, parent: int, where: str
 def drawn_by(
     lm: nn.Module, trees: Sequence[RolloutTree], rng: np.random.Generator, loss: Loss
 ) -> None:
-    """Give sampled tokens an anchor, the model's log-prob less one of RATIOS, and a behaviour off it by one of DRIFTS; without
-    anchors it is the behaviour that is off by RATIOS. Tokens of the version NOW have any."""
+    """Give sampled tokens an old log-prob, the model's log-prob less one of RATIOS, and a behavior off it by one of DRIFTS; without
+    old log-probs it is the behavior that is off by RATIOS. Tokens of the version NOW have any."""
     for tree in trees:
         for i, node in enumerate(tree.nodes):
             if not node.sampled:
@@ -122,11 +122,11 @@ def drawn_by(
             ids = torch.tensor(tree.path_ids(i))
             logits = lm(ids[None], use_cache=False).logits[0, :-1].double() / loss.temperature
             logp = logits.log_softmax(-1).gather(1, ids[1:, None])[-len(node.token_ids) :, 0]
-            anchor = logp.numpy() - rng.choice(RATIOS, len(logp))
-            node.logprobs, node.anchor = anchor.tolist(), None
-            if loss.anchors != "none":
-                node.logprobs = (anchor - rng.choice(DRIFTS, len(logp))).tolist()
-                node.anchor = anchor.tolist()
+            old_logp = logp.numpy() - rng.choice(RATIOS, len(logp))
+            node.logprobs, node.old_logp = old_logp.tolist(), None
+            if loss.old_logprobs != "none":
+                node.logprobs = (old_logp - rng.choice(DRIFTS, len(logp))).tolist()
+                node.old_logp = old_logp.tolist()
 
 
 def in_float64(lm: nn.Module) -> nn.Module:
@@ -180,13 +180,13 @@ def row_loss(logits: Tensor, view: Trajectory, credit: Credit, loss: Loss) -> Te
     logp = every.gather(1, torch.from_numpy(view.response_ids)[:, None])[:, 0]
     mask = torch.from_numpy(np.asarray(credit.loss_mask))
     fresh = torch.from_numpy(view.version) == NOW
-    behaviour, anchor = (torch.from_numpy(x).double() for x in (view.logprobs, view.anchor))
-    anchor = torch.where(fresh | (loss.anchors == "now"), logp.detach(), anchor)
+    behavior_logp, old_logp = (torch.from_numpy(x).double() for x in (view.logprobs, view.old_logp))
+    old_logp = torch.where(fresh | (loss.old_logprobs == "now"), logp.detach(), old_logp)
     advantage = torch.from_numpy(credit.advantage.astype(np.float32)).double()
     if loss.importance_cap is not None:
-        importance = (anchor - behaviour).exp().clamp(max=loss.importance_cap)
+        importance = (old_logp - behavior_logp).exp().clamp(max=loss.importance_cap)
         advantage *= torch.where(fresh, 1.0, importance)
-    d = torch.where(mask, logp - anchor, 0.0)
+    d = torch.where(mask, logp - old_logp, 0.0)
     ahead, scale, (low, high) = 0.0, [], algo.future_clip
     for now in reversed(d.tolist()):
         ahead = now + algo.gamma * ahead

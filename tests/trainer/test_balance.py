@@ -76,9 +76,9 @@ def test_streams_move_to_where_there_is_room_and_know_where_they_come_from() -> 
     again = over_ranks(parts, Costs(token=1.0, pair=0.0))
     assert shares == [[(b.rank, int(b.token_ids[0])) for b in share] for share, _ in again]
     for share, _ in done:
-        for b in share:  # rows, anchors and all travel with the stream
+        for b in share:  # rows, old log-probs and all travel with the stream
             assert b.rows == [(0, 0)]
-            assert torch.equal(b.anchor, b.behaviour)
+            assert torch.equal(b.old_logp, b.behavior_logp)
 
 
 def test_one_rank_keeps_what_it_has_and_none_has_nothing() -> None:

@@ -33,8 +33,8 @@ class NoLearner:
     def train_minibatch(self, *_: Any) -> dict[str, float]:
         return {"learner/empty": 0.0, "learner/nonfinite": 0.0, "learner/micro_batches": 0.0}
 
-    def anchors(self, batches: Sequence[Any]) -> list[Any]:
-        return [batch.behaviour for batch in batches]
+    def old_logprobs(self, batches: Sequence[Any]) -> list[Any]:
+        return [batch.behavior_logp for batch in batches]
 
 
 class Steps:

@@ -1,9 +1,9 @@
 """The fused policy loss: discounted future, ratio, clipped surrogate, its gradient and the metric sums, in float64.
 
-With a future term: the first two launches of K5 over logp - behaviour, then one that finishes the scan of its block and
+With a future term: the first two launches of K5 over logp - old_logp, then one that finishes the scan of its block and
 does the rest of the work on the values it holds. Without: that launch alone. Sums leave as one row per block and are
 added in a second step, so there are no atomics and the bits depend on N only.
-Reads 13 bytes a token (float32 logp, behaviour, advantage, mask) and 9 more for the first launch of the scan, writes the
+Reads 13 bytes a token (float32 logp, old_logp, advantage, mask) and 9 more for the first launch of the scan, writes the
 gradient and the future factor, 8.
 """
 # mypy: disable-error-code="no-untyped-def"
@@ -57,14 +57,14 @@ def surrogate(d, advantage, clip_low, clip_high, dual_clip):
 
 @triton.jit(do_not_specialize=["N", "segments", "steps", "blocks"])
 def policy_loss_kernel(
-    logp_ptr, behaviour_ptr, advantage_ptr, mask_ptr, offsets_ptr, weight_ptr, state_ptr, future_ptr, gradient_ptr,
+    logp_ptr, old_logp_ptr, advantage_ptr, mask_ptr, offsets_ptr, weight_ptr, state_ptr, future_ptr, gradient_ptr,
     sums_ptr, N, segments, steps, blocks, gamma: tl.float64, future_low: tl.float64, future_high: tl.float64,
     future_weight: tl.float64, clip_low: tl.float64, clip_high: tl.float64, dual_clip: tl.float64, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """gradient[N], sums[6, blocks] float64; with state[blocks] (see K5) also future[N]. weight[B] float64."""
     at = reversed_positions(N, BLOCK)
     inside = at >= 0
-    d, keep = load_difference(logp_ptr, behaviour_ptr, mask_ptr, at)
+    d, keep = load_difference(logp_ptr, old_logp_ptr, mask_ptr, at)
     segment = segment_of(offsets_ptr, tl.maximum(at, 0), segments, steps)
     weight = tl.load(weight_ptr + segment)
     zero = tl.zeros_like(d)
@@ -92,7 +92,7 @@ def policy_loss_kernel(
 
 def policy_loss(
     logp: Tensor,
-    behaviour: Tensor,
+    old_logp: Tensor,
     advantage: Tensor,
     mask: Tensor,
     offsets: Tensor,
@@ -114,9 +114,9 @@ def policy_loss(
     with launch.on(logp.device):
         state = None
         if rules.gamma is not None:
-            state = carries(logp, behaviour, mask, cuts, rules.gamma)
+            state = carries(logp, old_logp, mask, cuts, rules.gamma)
         policy_loss_kernel[(blocks,)](
-            logp, behaviour, advantage, mask, cuts, weight.contiguous(), state, future if with_future else None,
+            logp, old_logp, advantage, mask, cuts, weight.contiguous(), state, future if with_future else None,
             gradient, sums, n, segments, segments.bit_length(), blocks, rules.gamma or 0.0, *rules[1:], size,
             num_warps=WARPS,
         )  # fmt: skip
@@ -129,7 +129,7 @@ def traffic(n: int, future: bool = True) -> tuple[int, int]:
 
 
 def aot_cases(arch: str) -> list[AotCase]:
-    pointers = dict.fromkeys(("logp_ptr", "behaviour_ptr", "advantage_ptr"), "*fp32")
+    pointers = dict.fromkeys(("logp_ptr", "old_logp_ptr", "advantage_ptr"), "*fp32")
     pointers |= {"mask_ptr": "*u8", "offsets_ptr": "*i64", "weight_ptr": "*fp64"}
     pointers |= {
         "state_ptr": "*fp64",

@@ -19,20 +19,20 @@ HAS_NATIVE = native.load()[0] is not None
 each_backend = pytest.mark.parametrize("backend", packed_backends())
 
 
-def run(backend, logp, behaviour, advantage, mask, offsets, weight=None, **rules):
+def run(backend, logp, old_logp, advantage, mask, offsets, weight=None, **rules):
     """(PolicyLoss, gradient of logp), on the CPU."""
-    inputs = on(backend, logp.detach(), behaviour, advantage, mask, offsets, weight)
+    inputs = on(backend, logp.detach(), old_logp, advantage, mask, offsets, weight)
     inputs[0].requires_grad_()
     out = policy_loss(*inputs, **rules, backend=backend)
     (gradient,) = torch.autograd.grad(out.loss, inputs[0])
     return PolicyLoss(*(t.detach().cpu() for t in out)), gradient.cpu()
 
 
-def composed(logp, behaviour, advantage, mask, offsets, weight, *, gamma=None, future_clip=(1.0, 1.2),
+def composed(logp, old_logp, advantage, mask, offsets, weight, *, gamma=None, future_clip=(1.0, 1.2),
              future_weight=0.0, clip_low=0.2, clip_high=0.28, dual_clip=None):  # fmt: skip
     """(loss, gradient) from the definitions one by one."""
     leaf = logp.detach().clone().requires_grad_()
-    d = losses.log_ratio_of(leaf, behaviour, mask)
+    d = losses.log_ratio_of(leaf, old_logp, mask)
     scale = torch.ones_like(d)
     if gamma is not None:
         future = losses.future_scale(d, mask, offsets, gamma=gamma, clip=future_clip)
@@ -48,11 +48,11 @@ def problem(lengths, seed=0, dtype=torch.float64, spread=0.5):
     g = torch.Generator().manual_seed(seed)
     n = sum(lengths)
     logp = -torch.rand(n, generator=g, dtype=dtype) * 3
-    behaviour = logp + spread * torch.randn(n, generator=g, dtype=dtype)
+    old_logp = logp + spread * torch.randn(n, generator=g, dtype=dtype)
     advantage = torch.randn(n, generator=g, dtype=dtype)
     mask = torch.rand(n, generator=g) > 0.2
     weight = torch.rand(len(lengths), generator=g, dtype=torch.float64)
-    return logp, behaviour, advantage, mask, packed_offsets(lengths), weight
+    return logp, old_logp, advantage, mask, packed_offsets(lengths), weight
 
 
 RULES = {
@@ -79,8 +79,8 @@ def test_equals_the_composition(lengths, rules, backend):
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision_inputs_are_rounded_once(dtype, backend):
-    logp, behaviour, advantage, mask, offsets, weight = problem([40, 70], seed=1)
-    narrow = [x.to(dtype) for x in (logp, behaviour, advantage)]
+    logp, old_logp, advantage, mask, offsets, weight = problem([40, 70], seed=1)
+    narrow = [x.to(dtype) for x in (logp, old_logp, advantage)]
     out, gradient = run(backend, *narrow, mask, offsets, weight, **RULES["both"])
     wide = [x.double() for x in narrow]
     want, exact = run("torch", *wide, mask, offsets, weight, **RULES["both"])
@@ -177,16 +177,16 @@ def test_golden_rows_without_trained_tokens_and_scaling(backend):
 
 @each_backend
 def test_metrics(backend):
-    logp, behaviour, advantage, mask, offsets, _ = problem([50, 60], seed=2)
-    out, _ = run(backend, logp, behaviour, advantage, mask, offsets, **RULES["appo"])
-    d, a = (logp - behaviour)[mask], advantage[mask]
+    logp, old_logp, advantage, mask, offsets, _ = problem([50, 60], seed=2)
+    out, _ = run(backend, logp, old_logp, advantage, mask, offsets, **RULES["appo"])
+    d, a = (logp - old_logp)[mask], advantage[mask]
     ratio = d.exp()
     clipped = ((a > 0) & (ratio > 1.28)) | ((a < 0) & (ratio < 0.8))
     want = [mask.sum(), clipped.sum(), (ratio - 1 - d).sum(), d.abs().sum(), (1 + 0.5 * out.future[mask]).sum()]  # fmt: skip
     got = [out.tokens, out.clipped, out.kl, out.log_ratio_abs, out.scale]
     torch.testing.assert_close(torch.stack(got), torch.stack([w.double() for w in want]))
     assert out.clipped > 0
-    plain, _ = run(backend, logp, behaviour, advantage, mask, offsets)
+    plain, _ = run(backend, logp, old_logp, advantage, mask, offsets)
     assert plain.scale == plain.tokens and plain.future.shape == (0,)
 
 
@@ -194,10 +194,10 @@ def test_metrics(backend):
 def test_hostile_values_behind_the_mask_change_nothing(backend):
     inputs = problem([30, 40], seed=3)
     want, exact = run(backend, *inputs, **RULES["both"])
-    logp, behaviour, advantage, mask, offsets, weight = inputs
-    for x, bad in ((logp, math.nan), (behaviour, -math.inf), (advantage, math.nan)):
+    logp, old_logp, advantage, mask, offsets, weight = inputs
+    for x, bad in ((logp, math.nan), (old_logp, -math.inf), (advantage, math.nan)):
         x[~mask] = bad
-    out, gradient = run(backend, logp, behaviour, advantage, mask, offsets, weight, **RULES["both"])
+    out, gradient = run(backend, logp, old_logp, advantage, mask, offsets, weight, **RULES["both"])
     assert torch.equal(gradient, exact)
     for a, b in zip(out, want):
         assert torch.equal(a, b)
@@ -205,13 +205,13 @@ def test_hostile_values_behind_the_mask_change_nothing(backend):
 
 @each_backend
 def test_nan_shows_in_the_loss_and_in_its_own_gradient(backend):
-    logp, behaviour, advantage, _, offsets, weight = problem([4, 4], seed=4)
+    logp, old_logp, advantage, _, offsets, weight = problem([4, 4], seed=4)
     logp[1] = math.nan
-    out, gradient = run(backend, logp, behaviour, advantage, torch.ones(8), offsets, weight)
+    out, gradient = run(backend, logp, old_logp, advantage, torch.ones(8), offsets, weight)
     assert out.loss.isnan()
     assert gradient.isnan().tolist() == [i == 1 for i in range(8)]
     rules = dict(gamma=0.5, future_weight=1.0)
-    _, gradient = run(backend, logp, behaviour, advantage, torch.ones(8), offsets, weight, **rules)
+    _, gradient = run(backend, logp, old_logp, advantage, torch.ones(8), offsets, weight, **rules)
     assert gradient[:2].isnan().all() and gradient[4:].isfinite().all()
 
 
@@ -270,9 +270,9 @@ def test_same_bits_for_any_thread_count_and_beside_other_rows():
 @each_backend
 def test_upstream_and_other_inputs(backend):
     """The gradient follows the upstream factor; integer offsets and masks, strided vectors; nothing but logp has one."""
-    logp, behaviour, advantage, mask, offsets, weight = problem([20, 30], seed=6, dtype=torch.float32)  # fmt: skip
-    _, want = run(backend, logp, behaviour, advantage, mask, offsets, weight)
-    wide = torch.stack([logp, behaviour, advantage], dim=1)
+    logp, old_logp, advantage, mask, offsets, weight = problem([20, 30], seed=6, dtype=torch.float32)  # fmt: skip
+    _, want = run(backend, logp, old_logp, advantage, mask, offsets, weight)
+    wide = torch.stack([logp, old_logp, advantage], dim=1)
     leaf, *rest = on(backend, *wide.unbind(1))
     leaf = leaf.detach().requires_grad_()
     rest[1] = rest[1].detach().requires_grad_()

@@ -33,10 +33,10 @@ class BranchPoint:
 
 @dataclass(frozen=True)
 class BranchPlan:
-    """points ordered by root, then rank · flat[N]: Ω said nothing for this root · shortfall: slots left empty."""
+    """points ordered by root, then rank · omega_uninformative[N]: Ω said nothing for this root · shortfall: slots left empty."""
 
     points: list[BranchPoint]
-    flat: list[bool]
+    omega_uninformative: list[bool]
     shortfall: int
 
 
@@ -87,8 +87,8 @@ def plan_branches(
             by = RULES[int(rule[root, slot])]
             value = float(scores.score[i]) if by == "strict" else z_h
             points.append(BranchPoint(root, i - base, value, by, z_h, z_o))
-    flat = [bool(f) for f in scores.flat]
-    return BranchPlan(points, flat, algo.branches * len(lengths) - len(points))
+    uninformative = [bool(f) for f in scores.omega_uninformative]
+    return BranchPlan(points, uninformative, algo.branches * len(lengths) - len(points))
 
 
 def _random(

@@ -17,7 +17,7 @@ from appo.errors import ConfigError
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One resolved algorithm. `branches` is per root; 0 means flat rollouts."""
+    """One resolved algorithm. `branches` is per root; 0 means independent rollouts."""
 
     name: str
     roots: int = 16
@@ -46,12 +46,12 @@ class Algorithm:
         return 2.0 ** (-1.0 / self.half_life)
 
     @property
-    def flat(self) -> bool:
-        return self.branches == 0
+    def has_branches(self) -> bool:
+        return self.branches > 0
 
     def describe(self) -> str:
         """The batch arithmetic in words."""
-        if self.flat:
+        if not self.has_branches:
             return f"{self.roots} independent rollouts per prompt"
         return f"{self.roots} roots × (1 + {self.branches} branches) = {self.rollouts} rollouts per prompt"
 
@@ -74,7 +74,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 def resolve(cfg: AlgoConfig) -> Algorithm:
     """The preset `cfg.name` with the user's values laid over it.
 
-    Raises ConfigError for an unknown name, N(B+1) ≠ M, branches on a flat algorithm, and values out of range.
+    Raises ConfigError for an unknown name, N(B+1) ≠ M, branches on an algorithm without, and values out of range.
     """
     if cfg.name not in ALGORITHMS:
         near = difflib.get_close_matches(cfg.name, ALGORITHMS, 1, 0.4)
@@ -106,10 +106,10 @@ def resolve(cfg: AlgoConfig) -> Algorithm:
 def _arithmetic(cfg: AlgoConfig, preset: Algorithm) -> tuple[int, int]:
     """N and B from whichever of M, N, B were given."""
     m, n, b = cfg.rollouts, cfg.roots, cfg.branches
-    if preset.flat:
+    if not preset.has_branches:
         if b:
             raise ConfigError(
-                f"algo.branches={b}: {preset.name} samples flat rollouts; remove it or use algo=appo"
+                f"algo.branches={b}: {preset.name} samples independent rollouts; remove it or use algo=appo"
             )
         if n is not None and m is not None and n != m:
             raise ConfigError(
@@ -142,9 +142,9 @@ def _arithmetic(cfg: AlgoConfig, preset: Algorithm) -> tuple[int, int]:
 def _refuse_idle_keys(a: Algorithm, given: set[str]) -> None:
     """A key that changes nothing would be believed in: say so instead."""
     idle = set()
-    if a.flat:
+    if not a.has_branches:
         idle |= {"branch_by", "resample", "score_clip", "train_branches"}
-    if a.flat and not a.future_weight:
+    if not a.has_branches and not a.future_weight:
         idle |= {"half_life"}
     if a.branch_by != "score":
         idle |= {"score_clip"}

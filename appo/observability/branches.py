@@ -1,6 +1,6 @@
 """Where trees branched, and whether the Branching Score had anything to say: a log of every branch point of a run.
 
-One line of branches.jsonl is one prompt of one mini-batch. `flat` says that Ω was constant on a root, which it is by
+One line of branches.jsonl is one prompt of one mini-batch. `omega_uninformative` says that Ω was constant on a root, which it is by
 construction in the first mini-batch of a step (the weights have not moved since the roots were drawn); the shares per
 mini-batch in `branch_table` show when it begins to carry information.
 """
@@ -34,23 +34,27 @@ class BranchLog:
         minibatch: int,
         prompt_id: str,
         rows: Sequence[dict[str, Any]],
-        flat: Sequence[bool] | None = None,
+        omega_uninformative: Sequence[bool] | None = None,
         shortfall: int = 0,
     ) -> None:
         """One prompt and its branch points.
 
         rows: root · position (response position that the score chose), response_length (of the root) · token (text of
-        the root's token there) · rule, score, z_entropy, z_omega · flat (Ω constant on this root) · root_reward,
+        the root's token there) · rule, score, z_entropy, z_omega · omega_uninformative (Ω constant on this root) · root_reward,
         branch_reward (None if ungraded); further keys are kept.
-        flat: for each root, whether Ω was constant; None: taken from the rows, so a root without a branch is unknown.
+        omega_uninformative: for each root, whether Ω was constant; None: taken from the rows, so a root without a branch is unknown.
         shortfall: branch slots that stayed empty.
         """
-        if flat is None:
-            by_root = {int(r["root"]): bool(r["flat"]) for r in rows if r.get("flat") is not None}
-            flat = [by_root[i] for i in sorted(by_root)]
+        if omega_uninformative is None:
+            by_root = {
+                int(r["root"]): bool(r["omega_uninformative"])
+                for r in rows
+                if r.get("omega_uninformative") is not None
+            }
+            omega_uninformative = [by_root[i] for i in sorted(by_root)]
         record = {
             "step": step, "minibatch": minibatch, "prompt_id": prompt_id,
-            "flat": [bool(f) for f in flat], "shortfall": shortfall, "rows": list(rows),
+            "omega_uninformative": [bool(f) for f in omega_uninformative], "shortfall": shortfall, "rows": list(rows),
         }  # fmt: skip
         append_lines(self.path, [dump_record(record)])
 
@@ -59,23 +63,23 @@ def branch_table(run_dir: Path | str) -> dict[str, Any]:
     """Summary of a run's branch points. Shares are in [0, 1], None where nothing was counted.
 
     prompts, points, shortfall
-    by_minibatch  {index: {prompts, roots, points, flat_prompts (all roots of a prompt flat), flat_roots,
+    by_minibatch  {index: {prompts, roots, points, uninformative_prompts (Ω uninformative on all roots of a prompt), uninformative_roots,
                   strict (share of points that the score chose)}}
     rules         {rule: share} · positions[5]: share of points per fifth of the root's response
-    tokens        [{token, count, z_entropy, z_omega}], most frequent first; means, z_omega where Ω is not flat
+    tokens        [{token, count, z_entropy, z_omega}], most frequent first; means, z_omega where Ω is informative
     reward        {better, same, worse, points}: branches against their root
     examples      rows with step, minibatch and prompt_id, spread evenly over the run
     """
     prompts = 0
     shortfall = 0
     rows: list[dict[str, Any]] = []
-    flats: dict[int, list[list[bool]]] = defaultdict(list)
+    silent: dict[int, list[list[bool]]] = defaultdict(list)
     rules: dict[int, list[str]] = defaultdict(list)
     for line in map(in_todays_words, read_lines(Path(run_dir) / BRANCHES)):
         prompts += 1
         shortfall += line.get("shortfall", 0)
         k = int(line["minibatch"])
-        flats[k].append(line.get("flat") or [])
+        silent[k].append(line.get("omega_uninformative") or [])
         rules[k] += [r["rule"] for r in line["rows"]]
         rows += [{**r, **{key: line[key] for key in ("step", "minibatch", "prompt_id")}}
                  for r in line["rows"]]  # fmt: skip
@@ -83,7 +87,7 @@ def branch_table(run_dir: Path | str) -> dict[str, Any]:
         "prompts": prompts,
         "points": len(rows),
         "shortfall": shortfall,
-        "by_minibatch": {k: _minibatch(flats[k], rules[k]) for k in sorted(flats)},
+        "by_minibatch": {k: _minibatch(silent[k], rules[k]) for k in sorted(silent)},
         "rules": {r: n / len(rows) for r, n in Counter(r["rule"] for r in rows).most_common()},
         "positions": _quintiles(rows),
         "tokens": _tokens(rows),
@@ -92,16 +96,16 @@ def branch_table(run_dir: Path | str) -> dict[str, Any]:
     }
 
 
-def _minibatch(flats: Sequence[Sequence[bool]], rules: Sequence[str]) -> dict[str, Any]:
-    known = [f for f in flats if f]
+def _minibatch(silent: Sequence[Sequence[bool]], rules: Sequence[str]) -> dict[str, Any]:
+    known = [f for f in silent if f]
     roots = [x for f in known for x in f]
     return {
-        "prompts": len(flats),
+        "prompts": len(silent),
         "roots": len(roots),
         "points": len(rules),
         "strict": _mean(r == "strict" for r in rules),
-        "flat_prompts": _mean(all(f) for f in known),
-        "flat_roots": _mean(roots),
+        "uninformative_prompts": _mean(all(f) for f in known),
+        "uninformative_roots": _mean(roots),
     }
 
 
@@ -125,8 +129,8 @@ def _tokens(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "token": token,
             "count": len(g),
             "z_entropy": _mean(r["z_entropy"] for r in g),
-            # On a flat root z(Ω) is 0 by definition: it would only dilute the mean.
-            "z_omega": _mean(r["z_omega"] for r in g if not r.get("flat")),
+            # Where Ω is uninformative, z(Ω) is 0 by definition: it would only dilute the mean.
+            "z_omega": _mean(r["z_omega"] for r in g if not r.get("omega_uninformative")),
         }
         for token, g in most
     ]

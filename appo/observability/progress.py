@@ -279,7 +279,7 @@ def _train_parts(record: Mapping[str, Any]) -> list[Part]:
     if unique is not None and total is not None:
         factor = f" ({total / unique:.1f}x)" if unique else ""
         out.append(("tokens", f"{unique:,.0f}/{total:,.0f}{factor}"))
-    add("flat", "branch/omega_flat")
+    add("uninformative", "branch/omega_uninformative")
     for label, key in (("ungraded", "group/ungraded_leaves"), ("non-finite", "learner/nonfinite")):
         value = _get(record, key)
         if value:

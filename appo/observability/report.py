@@ -174,10 +174,10 @@ def _steps(steps: Records) -> str:
         rows.append([
             str(r["step"]), _num(_value(r, "reward/mean"), 3), _num(_value(r, "reward/std"), 3),
             _num(_value(r, "tool/use")), _num(_value(r, "policy/entropy", "rollout/entropy")),
-            _num(_value(r, "branch/omega_flat")), _count(unique), _count(total),
+            _num(_value(r, "branch/omega_uninformative")), _count(unique), _count(total),
             f"{total / unique:.2f}" if unique and total else "–", _num(_value(r, "time/step"), 1),
         ])  # fmt: skip
-    header = ["step", "reward", "std", "tool use", "entropy", "Ω flat", "unique tokens", "total tokens",
+    header = ["step", "reward", "std", "tool use", "entropy", "Ω uninformative", "unique tokens", "total tokens",
               "sharing", "seconds"]  # fmt: skip
     table = md_table(header, rows)
     if len(rows) < len(steps):
@@ -195,14 +195,14 @@ def _thinned(records: Records, n: int) -> Records:
 
 
 def branch_section(t: Mapping[str, Any]) -> str:
-    """Markdown of `branch_table`: was Ω flat, and where do the points fall."""
+    """Markdown of `branch_table`: was Ω informative, and where do the points fall."""
     if not t["prompts"]:
-        return "No branches (a flat algorithm, or no step yet)."
-    flat = md_table(
-        ["mini-batch", "prompts", "roots", "Ω flat, prompts", "Ω flat, roots", "branch points", "by score"],
+        return "No branches (an algorithm without branches, or no step yet)."
+    informative = md_table(
+        ["mini-batch", "prompts", "roots", "Ω uninformative, prompts", "Ω uninformative, roots", "branch points", "by score"],
         [
-            [str(k + 1), _count(m["prompts"]), _count(m["roots"]), _num(m["flat_prompts"], 3),
-             _num(m["flat_roots"], 3), _count(m["points"]), _num(m["strict"], 3)]
+            [str(k + 1), _count(m["prompts"]), _count(m["roots"]), _num(m["uninformative_prompts"], 3),
+             _num(m["uninformative_roots"], 3), _count(m["points"]), _num(m["strict"], 3)]
             for k, m in t["by_minibatch"].items()
         ],
     )  # fmt: skip
@@ -210,7 +210,7 @@ def branch_section(t: Mapping[str, Any]) -> str:
         "Share of prompts (all of their roots) and of roots on which Ω was constant, by mini-batch of the step. In the "
         "first one the weights are those that drew the roots, so Ω is constant by definition. By score: share of points "
         "that the Branching Score chose; the others went to the highest entropy (or were drawn at random).",
-        flat,
+        informative,
     ]
     if not t["points"]:
         return "\n\n".join([*parts, "No branch point was chosen."])
@@ -228,7 +228,7 @@ def branch_section(t: Mapping[str, Any]) -> str:
         parts.append("Where they fall, by position in the root's response:")
         parts.append(md_table(fifths, [[f"{x:.3f}" for x in t["positions"]]], text_columns=0))
     parts.append(
-        "Tokens re-drawn most often, with mean z-scores (z(Ω) over roots where Ω is not flat):"
+        "Tokens re-drawn most often, with mean z-scores (z(Ω) over roots where Ω is informative):"
     )
     parts.append(
         md_table(
@@ -250,7 +250,7 @@ def _examples(rows: Sequence[Mapping[str, Any]]) -> str:
             [md_code(str(r["prompt_id"]), 24), md_code(r["token"], 24), str(r["rule"]), str(r["step"]),
              str(r["minibatch"] + 1), str(r["root"]), f"{r['position']} of {r.get('response_length', '–')}",
              _signed(r.get("z_entropy")),
-             "flat" if r.get("flat") else _signed(r.get("z_omega")), _signed(r.get("score")),
+             "none" if r.get("omega_uninformative") else _signed(r.get("z_omega")), _signed(r.get("score")),
              _num(r.get("root_reward")), _num(r.get("branch_reward"))]
             for r in rows
         ],

@@ -63,7 +63,7 @@ class Records:
         ):
             rows = branch_rows(tree, found, self.text) if found is not None else []
             saved = self.save_trees == "all" or i < self.save_trees
-            plan = (found.flat, found.shortfall) if found is not None else None
+            plan = (found.omega_uninformative, found.shortfall) if found is not None else None
             mine.append((i, k, tree.task.task_id, rows, plan, tree if saved else None))
         gathered = self.ranks.gather(mine, "trees and branch points of the step")
         if gathered is not None:
@@ -95,7 +95,7 @@ def branch_rows(tree: RolloutTree, found: BranchPlan, text: Any) -> list[dict[st
             {
                 "root": point.root, "position": point.position, "response_length": len(view),
                 "token": text([int(view.response_ids[point.position])]), "rule": point.rule, "score": point.score,
-                "z_entropy": point.z_entropy, "z_omega": point.z_omega, "flat": found.flat[point.root],
+                "z_entropy": point.z_entropy, "z_omega": point.z_omega, "omega_uninformative": found.omega_uninformative[point.root],
                 "root_reward": rewards[point.root], "branch_reward": next(branch_rewards),
             }
         )  # fmt: skip

@@ -97,7 +97,7 @@ def _check_engine(cfg: Config, algo: Algorithm) -> None:
             "rollout.engine is vllm, which is not installed: pip install 'appo[vllm]' (on a CPU see docs/vllm.md), or use "
             "rollout.engine=native"
         )
-    needs = not algo.flat and algo.branch_by != "random"
+    needs = algo.has_branches and algo.branch_by != "random"
     if needs and cfg.rollout.statistics == "top":
         raise ConfigError(
             f"rollout.statistics is top: entropies are approximate, and {algo.name} chooses branch points by them; use "

@@ -41,26 +41,26 @@ class Change(NamedTuple):
         return f"{self.key}: {self.old!r} -> {self.new!r}"
 
 
-def flat(cfg: Config) -> dict[str, Any]:
+def flatten(cfg: Config) -> dict[str, Any]:
     """{"learner.lr": 1e-6, …}: every key of a configuration with its value, fit for JSON. Part of a checkpoint."""
     return dict(_leaves("", dataclasses.asdict(cfg)))
 
 
 def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Keys whose values differ, in the order of `now`. A key that the checkpoint is too old to know had its default."""
-    defaults = flat(Config())
+    defaults = flatten(Config())
     keys = [*now, *(k for k in saved if k not in now)]
     pairs = ((k, saved.get(k, defaults.get(k)), now.get(k)) for k in keys)
     return [Change(k, old, new) for k, old, new in pairs if old != new]
 
 
 def check_config(saved: Mapping[str, Any], cfg: Config, run: str) -> list[str]:
-    """Refuse a configuration that does not continue the run whose checkpoint holds `saved` (made by `flat`).
+    """Refuse a configuration that does not continue the run whose checkpoint holds `saved` (made by `flatten`).
 
     run: the run folder, for the message. Returns notes about differences that are accepted. Raises CheckpointError
     that lists the others with old and new values.
     """
-    differences = [c for c in changed(saved, flat(cfg)) if not _within(c.key, NOT_SHOWN)]
+    differences = [c for c in changed(saved, flatten(cfg)) if not _within(c.key, NOT_SHOWN)]
     planned = (
         cfg.learner.schedule != "constant"
     )  # then the learning rate depends on the number of steps

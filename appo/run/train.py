@@ -219,7 +219,7 @@ class TrainingRun:
             "step": self.done,
             "version": self.trainer.version,
             "data": self.cursor.state_dict(),
-            "config": resume.flat(self.cfg),
+            "config": resume.flatten(self.cfg),
         }
 
     def _checkpoint(self) -> None:
@@ -302,7 +302,7 @@ def sample_trees(cfg: Config, prompts: int, console: Console) -> tuple[list[Roll
                 for t, i in zip(tasks, session.prompts(tasks), strict=True)
             ]
             rollouts.run(on_progress=lambda left: bar.update(len(tasks) * p.algo.roots - left))
-            if p.algo.flat:
+            if not p.algo.has_branches:
                 for g in tree_rollouts:
                     rollouts.release(g)
             else:

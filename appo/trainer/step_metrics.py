@@ -152,9 +152,9 @@ def count_trees(sums: MetricSums, trees: Sequence[RolloutTree]) -> None:
 def count_branches(sums: MetricSums, plans: Sequence[BranchPlan], by_score: bool) -> None:
     """How branch slots were filled and, where they are chosen `by_score`, how often Ω said nothing."""
     points = [point for plan in plans for point in plan.points]
-    flat = [f for plan in plans for f in plan.flat]
+    silent = [f for plan in plans for f in plan.omega_uninformative]
     if by_score:
-        sums.ratio("branch/omega_flat", sum(flat), len(flat))
+        sums.ratio("branch/omega_uninformative", sum(silent), len(silent))
     sums.ratio("branch/strict", sum(p.rule == "strict" for p in points), len(points))
     sums.total("branch/points", len(points))
     sums.total("branch/shortfall", sum(p.shortfall for p in plans))

@@ -99,7 +99,7 @@ class Trainer:
     )
 
     def __post_init__(self) -> None:
-        compares = not self.algo.flat and self.algo.branch_by == "score"
+        compares = self.algo.has_branches and self.algo.branch_by == "score"
         self._score_reference = self.score_references and compares
         share = None
         if self.staleness and self.threads:
@@ -199,7 +199,7 @@ class Trainer:
             first = {id(g) for g in parts[0].tree_rollouts}
 
             def branch_early(tree_rollout: Any) -> None:
-                if id(tree_rollout) in first and not self.algo.flat:
+                if id(tree_rollout) in first and self.algo.has_branches:
                     plans[id(tree_rollout)] = self.sampler.grow_branches([tree_rollout], self.algo)[
                         0
                     ]
@@ -217,7 +217,7 @@ class Trainer:
     ) -> list[RolloutTree]:
         """Branches of this mini-batch with the weights as they are now; → its finished trees."""
         waiting = [g for g in part.tree_rollouts if id(g) not in plans]
-        if self.algo.flat:
+        if not self.algo.has_branches:
             for g in waiting:
                 self.sampler.release(g)
         elif waiting:
@@ -274,7 +274,7 @@ class Trainer:
 
     def _metrics(self, result: StepResult, log: StepMetrics, waited: float) -> dict[str, float]:
         count_trees(log.sums, result.trees)
-        if not self.algo.flat:
+        if self.algo.has_branches:
             plans = [p for p in result.plans if p is not None]
             count_branches(log.sums, plans, self.algo.branch_by == "score")
         log.sums.most("time/tool_wait", self.sampler.tool_wait_s - waited)

@@ -108,7 +108,7 @@ def cases_of(recipe: str, tool_s: float, repeats: int) -> list[Case]:
         both("waiting for roots", "s", "time/rollout"),
         both("learning", "s", "time/learn"),
         both("hidden", "of drawing", "hidden"),
-        both("flat", "of roots", "branch/omega_flat"),
+        both("flat", "of roots", "branch/omega_uninformative"),
         both("drawn", "tokens", "tokens/generated"),
     ]
     cases[1].variants["staleness 0"] = middle(0, "time/rollout")

@@ -30,14 +30,14 @@ class BranchScores(NamedTuple):
     omega     exp of the future value, clipped to 1 ± clip
     z_entropy, z_omega   standardised over the mask tokens of the segment
     score     z_entropy · z_omega
-    flat[B]   True where omega carries no information in that segment
+    omega_uninformative[B]   True where omega carries no information in that segment
     """
 
     omega: Tensor
     z_entropy: Tensor
     z_omega: Tensor
     score: Tensor
-    flat: Tensor
+    omega_uninformative: Tensor
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def branch_scores(
     entropy[N] nats, log_ratio[N] current minus reference log-prob, mask[N], offsets[B+1]; see `future_value`.
     z uses the population standard deviation + 1e-6 over mask tokens, two passes in float64.
     variant "paper": a vector whose deviation is rounding (≤ 1e-8 · max(1, max|x|)) is standardised to exactly 0;
-    "released": the bare formula. `flat` is reported in both.
+    "released": the bare formula. `omega_uninformative` is reported in both.
     backend "auto" | "torch" | "cpu" | "triton"; see `packed`. "triton" trusts offsets on the GPU.
     Raises ValueError for shapes, devices, offsets or numbers that do not fit.
     """

@@ -99,7 +99,7 @@ def arrays(n=12, roots=2, seed=0):
 def test_unmoved_weights_rank_by_entropy_and_say_so():
     entropy, ratio, ones = arrays()
     plan = plan_branches(entropy, [0 * r for r in ratio], ones, ones, APPO, seed=0)
-    assert plan.flat == [True, True] and {p.rule for p in plan.points} == {"entropy"}
+    assert plan.omega_uninformative == [True, True] and {p.rule for p in plan.points} == {"entropy"}
     for root in range(2):
         got = [p.position for p in plan.points if p.root == root]
         above = np.flatnonzero(entropy[root] > entropy[root].mean())
@@ -109,7 +109,7 @@ def test_unmoved_weights_rank_by_entropy_and_say_so():
 def test_strict_points_are_positive_in_both_and_come_first():
     entropy, ratio, ones = arrays(40)
     plan = plan_branches(entropy, ratio, ones, ones, APPO, seed=0)
-    assert not any(plan.flat) and plan.shortfall == 0
+    assert not any(plan.omega_uninformative) and plan.shortfall == 0
     for p in plan.points:
         assert p.z_entropy > 0 and (p.rule != "strict" or (p.z_omega > 0 and p.score > 0))
 

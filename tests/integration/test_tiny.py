@@ -51,13 +51,13 @@ def test_learns_to_use_the_tool(algo, tmp_path):
     if algo == "appo":
         # Half of the mini-batches are drawn from unmoved weights: there Omega is flat by definition, and only there.
         assert all(
-            0.45 <= s["branch/omega_flat"] <= 0.75
+            0.45 <= s["branch/omega_uninformative"] <= 0.75
             for s in steps
             if not (s["learner/nonfinite"] or s["learner/empty"])
         )
         assert "branch" in (tmp_path / "run" / "report.md").read_text().lower()
     else:
-        assert all("branch/omega_flat" not in s for s in steps)
+        assert all("branch/omega_uninformative" not in s for s in steps)
 
 
 SHORT = ("deterministic=true", "prompts_per_step=4", "eval.questions=16", "save_every=1", "algo.roots=2", "algo.branches=1",

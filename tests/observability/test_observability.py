@@ -30,7 +30,7 @@ from appo.types import Finish, Leaf, Node, RolloutTree, Task, ToolCall
 
 STEP = {
     "step": 3, "kind": "step", "reward/mean": 0.41, "reward/std": 0.49, "tool/use": 0.72, "policy/entropy": 0.63,
-    "tokens/unique": 3101, "tokens/total": 6220, "branch/omega_flat": 0.5, "time/rollout": 20.1,
+    "tokens/unique": 3101, "tokens/total": 6220, "branch/omega_uninformative": 0.5, "time/rollout": 20.1,
     "time/score": 0.9, "time/branch": 9.0, "time/reward": 1.2, "time/learn": 15.0, "time/push": 2.0, "time/step": 48.2,
 }  # fmt: skip
 EVAL = {"step": 0, "kind": "eval", "eval/accuracy": 5 / 128, "eval/tool_use": 0.25, "eval/questions": 128.0,
@@ -201,7 +201,7 @@ def test_step_line_says_it_all():
     c.step(STEP)
     c.step(EVAL)
     assert out.getvalue().splitlines() == [
-        "step 3/5  reward 0.41  tools 0.72  entropy 0.63  tokens 3,101/6,220 (2.0x)  flat 0.50  "
+        "step 3/5  reward 0.41  tools 0.72  entropy 0.63  tokens 3,101/6,220 (2.0x)  uninformative 0.50  "
         "48 s (rollout 20 score 1 branch 9 reward 1 learn 15 push 2)",
         "eval 0/5  accuracy 0.04 (5 of 128, 95 % 0.02–0.09)  tools 0.25  44 s",
     ]
@@ -446,7 +446,7 @@ def test_a_tree_of_one_ungraded_root_renders():
 
 def row(root, position, flat, **kw):
     return {"root": root, "position": position, "response_length": 10, "token": " so", "rule": "strict", "score": 1.0,
-            "z_entropy": 2.0, "z_omega": 0.5, "flat": flat, "root_reward": 0.0, "branch_reward": 1.0} | kw  # fmt: skip
+            "z_entropy": 2.0, "z_omega": 0.5, "omega_uninformative": flat, "root_reward": 0.0, "branch_reward": 1.0} | kw  # fmt: skip
 
 
 def test_branch_table_counts(tmp_path):
@@ -468,7 +468,7 @@ def test_branch_table_counts(tmp_path):
         1,
         "c",
         [row(0, 9, False, branch_reward=0.0, z_omega=math.nan)],
-        flat=[False, True, True],
+        omega_uninformative=[False, True, True],
         shortfall=2,
     )
     log.write(1, 1, "d", [])
@@ -480,8 +480,8 @@ def test_branch_table_counts(tmp_path):
             "roots": 2,
             "points": 2,
             "strict": 0.0,
-            "flat_prompts": 1.0,
-            "flat_roots": 1.0,
+            "uninformative_prompts": 1.0,
+            "uninformative_roots": 1.0,
         },
         # d had no branch point, so nothing is known of it: 0 of the other two, 3 of their 5 roots.
         1: {
@@ -489,8 +489,8 @@ def test_branch_table_counts(tmp_path):
             "roots": 5,
             "points": 3,
             "strict": 1.0,
-            "flat_prompts": 0.0,
-            "flat_roots": 0.6,
+            "uninformative_prompts": 0.0,
+            "uninformative_roots": 0.6,
         },
     }
     assert t["rules"] == {"strict": 0.6, "entropy": 0.4}
@@ -505,7 +505,7 @@ def test_branch_log_resumes(tmp_path):
     for s in (1, 2, 3):
         log.write(s, 0, "p", [row(0, 1, True)])
     BranchLog(tmp_path, resume_after=1).write(2, 0, "p", [row(0, 1, False)])
-    assert branch_table(tmp_path)["by_minibatch"][0]["flat_roots"] == 0.5
+    assert branch_table(tmp_path)["by_minibatch"][0]["uninformative_roots"] == 0.5
 
 
 def test_branch_table_of_nothing(tmp_path):

@@ -139,7 +139,7 @@ def test_branches_inherit_exactly_the_prefix(resample, version):
         assert len(leaf.tool_calls) == 1 and leaf.finish is Finish.ANSWER
         drawn = view.version[split:][view.mask[split:]]
         assert (drawn == (version or 0)).all()
-    assert all(plan.flat) == (version is None)
+    assert all(plan.omega_uninformative) == (version is None)
     assert (engine.scored > 0) == (version is not None)
 
 
@@ -224,8 +224,8 @@ def test_omega_compares_two_scoring_passes_when_roots_were_remembered():
         engine.load_weights([], 1)
         return r.grow_branches([g], algo)[0]
 
-    assert not any(plan(remember=False).flat)  # rounding passes for information
-    assert all(plan(remember=True).flat)
+    assert not any(plan(remember=False).omega_uninformative)  # rounding passes for information
+    assert all(plan(remember=True).omega_uninformative)
 
 
 def test_a_character_split_by_a_fork_is_read_whole():

@@ -69,7 +69,7 @@ def test_unknown_recipe_suggests_a_name():
 def test_switching_the_algorithm_keeps_the_rollouts_of_the_recipe():
     appo = resolve(load_config("quickstart").algo)
     grpo = resolve(load_config("quickstart", ["algo=grpo"]).algo)
-    assert appo.rollouts == grpo.rollouts and grpo.flat and grpo.roots == grpo.rollouts
+    assert appo.rollouts == grpo.rollouts and not grpo.has_branches and grpo.roots == grpo.rollouts
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_batch_arithmetic(given, roots, branches):
     ("given", "words"),
     [
         (["algo.name=gropo"], "did you mean 'grpo'"),
-        (["algo=grpo", "algo.branches=2"], "flat rollouts"),
+        (["algo=grpo", "algo.branches=2"], "independent rollouts"),
         (["algo.variant=released"], "no training preset"),
         (["algo.dual_clip=0.5"], "greater than 1"),
         (["algo=appo", "algo.roots=1", "algo.branches=7", "algo.rollouts=8"], "at least 2 roots"),

@@ -10,12 +10,12 @@ import pytest
 
 from appo.config import Config, load_config
 from appo.errors import CheckpointError
-from appo.run.resume import FREE, NOT_SHOWN, ROUNDING, changed, check_config, flat
+from appo.run.resume import FREE, NOT_SHOWN, ROUNDING, changed, check_config, flatten
 
 
 def saved(*overrides: str) -> dict[str, Any]:
     """The configuration as a checkpoint gives it back."""
-    state: dict[str, Any] = json.loads(json.dumps(flat(load_config("quickstart", overrides))))
+    state: dict[str, Any] = json.loads(json.dumps(flatten(load_config("quickstart", overrides))))
     return state
 
 
@@ -25,7 +25,7 @@ def test_the_same_configuration_is_no_change() -> None:
 
 
 def saved_of(cfg: Config) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads(json.dumps(flat(cfg)))
+    state: dict[str, Any] = json.loads(json.dumps(flatten(cfg)))
     return state
 
 
@@ -101,7 +101,7 @@ def test_checkpoints_of_other_versions(edit: Callable[[dict], object], accepted:
 
 
 def test_every_name_in_the_lists_is_a_key() -> None:
-    keys = flat(Config())
+    keys = flatten(Config())
     for name in (*FREE, *ROUNDING, *NOT_SHOWN):
         if name == "learner.offload" and name not in keys:
             continue

@@ -69,7 +69,7 @@ def test_roots_are_as_old_as_said_and_branches_are_new(staleness):
                 own = view.version[leaf.split or 0 :]
                 want = drawn if leaf.is_root else now
                 assert set(own[own >= 0].tolist()) <= {want}, (number, k, leaf)
-        flat = result.metrics["branch/omega_flat"]
+        flat = result.metrics["branch/omega_uninformative"]
         moved = staleness and number > 1  # else mini-batch 0 is trained by the weights that drew it
         assert flat < 0.2 if moved else flat >= 1 / MINIBATCHES
         ages = [max(0, min(staleness * MINIBATCHES, (number - 1) * MINIBATCHES + k)) if staleness else k
@@ -279,7 +279,7 @@ def test_metrics_of_two_ranks_are_those_of_one():
     trees = [leaf.reward for t in result.trees for leaf in t.leaves]
     mean = sum(trees) / len(trees)
     assert alone["reward/std"] == pytest.approx((mean - mean**2) ** 0.5)  # rewards are 0 and 1
-    assert {"reward/mean", "tool/use", "tokens/unique", "branch/omega_flat"} <= set(alone)
+    assert {"reward/mean", "tool/use", "tokens/unique", "branch/omega_uninformative"} <= set(alone)
 
 
 def test_what_the_learner_says_is_over_all_ranks_already():

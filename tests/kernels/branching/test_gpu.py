@@ -39,7 +39,7 @@ def test_without_triton_the_error_says_what_to_install(monkeypatch):
 
 @needs_triton
 def test_cpu_tensor_outside_the_interpreter(monkeypatch):
-    monkeypatch.setattr(packed.gpu("launch"), "interpreted", lambda: False)
+    monkeypatch.setattr(packed.gpu("common.gpu.launch"), "interpreted", lambda: False)
     x = torch.ones(4)
     scores = BranchScores(x, x, x, x, torch.zeros(1).bool())
     for call in (
@@ -60,7 +60,7 @@ def test_selection_refuses_what_its_keys_cannot_hold():
     eligible, offsets = on("triton", x, OFFSETS)
     with pytest.raises(ValueError, match="k=65"):
         select_branch_points(scores, eligible, offsets, None, 65, backend="triton")
-    wide = BranchScores(*(t.double() for t in scores[:4]), scores.flat)
+    wide = BranchScores(*(t.double() for t in scores[:4]), scores.omega_uninformative)
     with pytest.raises(TypeError, match="torch.float64"):
         select_branch_points(wide, eligible, offsets, None, 1, backend="triton")
 
@@ -145,7 +145,7 @@ class TestOnDevice:
         want = branch_scores(
             entropy, log_ratio, mask, offsets, gamma=0.97, clip=0.2, backend="torch"
         )
-        assert torch.equal(got.flat, want.flat)
+        assert torch.equal(got.omega_uninformative, want.omega_uninformative)
         torch.testing.assert_close(got[:4], want[:4], rtol=1e-6, atol=1e-6)
         pooled = torch.arange(offsets.shape[0] - 1, device="cuda") % 7
         for groups in (None, pooled):

@@ -46,7 +46,7 @@ def score(backend, entropy, log_ratio, mask, offsets, **kwargs):
 def select(backend, scores, eligible, offsets, groups, k, variant="paper"):
     """As select_branch_points; Triton ranks float32 scores."""
     if backend == "triton":
-        scores = BranchScores(*(t.float() for t in scores[:4]), scores.flat)
+        scores = BranchScores(*(t.float() for t in scores[:4]), scores.omega_uninformative)
     scores = BranchScores(*on(backend, *scores))
     eligible, offsets, groups = on(backend, eligible, offsets, groups)
     points = select_branch_points(scores, eligible, offsets, groups, k, variant, backend=backend)
@@ -121,7 +121,7 @@ def test_golden_released_selection(name, backend):
 @each_backend
 def test_paper_fills_with_entropy_when_omega_is_flat(backend):
     scores, points, offsets, v = run(backend, "C3", "paper")
-    assert scores.flat.tolist() == [True]
+    assert scores.omega_uninformative.tolist() == [True]
     assert as_pairs(points.index[0], offsets) == v["expected"]["entropy_fallback_selection"]
     assert points.rule.tolist() == [[1, 1, 1]]
 
@@ -169,7 +169,7 @@ def test_saturated_omega_is_exactly_flat(n, backend):
     assert torch.equal(scores.omega, torch.full((n,), 0.8))
     assert torch.count_nonzero(scores.z_omega) == 0
     points = select(backend, scores, mask, offsets, None, 3)
-    assert scores.flat.tolist() == [True]
+    assert scores.omega_uninformative.tolist() == [True]
     assert points.rule.tolist() == [[1, 1, 1]]
 
 
@@ -356,7 +356,7 @@ def test_other_layouts(backend):
     )  # fmt: skip
     got = score(backend, entropy, log_ratio, mask.int(), offsets.int(), gamma=0.9, clip=0.2)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
-    coarse = BranchScores(*(t.bfloat16() for t in want[:4]), want.flat)
+    coarse = BranchScores(*(t.bfloat16() for t in want[:4]), want.omega_uninformative)
     points = select(backend, coarse, mask.int(), offsets.int(), None, 3)
     assert torch.equal(points.index, select("torch", coarse, mask, offsets, None, 3).index)
 
@@ -401,7 +401,7 @@ def test_native_scores_equal_the_definition(data):
     )
     got = branch_scores(*inputs, **options, backend="cpu")
     want = branch_scores(*inputs, **options, backend="torch")
-    assert torch.equal(got.flat, want.flat)
+    assert torch.equal(got.omega_uninformative, want.omega_uninformative)
     # Ω to rounding; z is as well conditioned as its deviation is large.
     torch.testing.assert_close(got.omega, want.omega, rtol=1e-12, atol=0)
     torch.testing.assert_close(got[1:4], want[1:4], rtol=1e-9, atol=1e-8)

@@ -1,4 +1,4 @@
-"""Which rows go into which stream: trees as flat tables, cut where they exceed the token budget, bundled where they fit.
+"""Which rows go into which stream: trees as flat tables, cut where they exceed the token budget, binned where they fit.
 
 Every step is linear in nodes and rows: a row walks up only to the first node that its stream holds already.
 """
@@ -74,7 +74,7 @@ class Forest:
 
 
 @dataclass
-class Piece:
+class SubTree:
     """Rows of one tree that share a stream: the nodes they pass, and how many own tokens of each they reach."""
 
     forest: Forest
@@ -106,71 +106,71 @@ class Piece:
                 return
             n, k = f.parent[n], f.fork[n]
 
-    def absorb(self, other: Piece) -> None:
-        """Take over another piece of this tree that shares nothing with it but the prompt."""
+    def absorb(self, other: SubTree) -> None:
+        """Take over another subtree of this tree that shares nothing with it but the prompt."""
         self.size += other.size - self.forest.prompt_len(self.tree)
         self.rows += other.rows
         self.take |= other.take
 
 
-def cut(forest: Forest, tree: int, leaves: dict[int, int], budget: int) -> list[Piece]:
-    """Pieces of at most `budget` tokens: the tree as a whole, else its roots first-fit, else its rows.
+def cut(forest: Forest, tree: int, leaves: dict[int, int], budget: int) -> list[SubTree]:
+    """Subtrees of at most `budget` tokens: the tree as a whole, else its roots first-fit, else its rows.
 
     `leaves` maps the position of a row in the tree's list of credits to the number of its last node. Only a single row
-    makes a piece over the budget.
+    makes a subtree over the budget.
     """
     by_root: dict[int, list[int]] = {}
     for row, leaf in leaves.items():
         by_root.setdefault(forest.top[leaf], []).append(row)
-    whole = Piece(forest, tree)
+    whole = SubTree(forest, tree)
     for rows in by_root.values():
         for row in rows:
             whole.add(row, leaves[row])
     if whole.size <= budget:
         return [whole]
 
-    pieces: list[Piece] = []
+    subtrees: list[SubTree] = []
     prompt = forest.prompt_len(tree)
     for rows in by_root.values():
-        root = Piece(forest, tree)
+        root = SubTree(forest, tree)
         for row in rows:
             root.add(row, leaves[row])
-        home = next((p for p in pieces if p.size + root.size - prompt <= budget), None)
+        home = next((p for p in subtrees if p.size + root.size - prompt <= budget), None)
         if home is not None:
             home.absorb(root)
         elif root.size <= budget:
-            pieces.append(root)
+            subtrees.append(root)
         else:
             for row in rows:
-                _add(pieces, Piece(forest, tree), row, leaves[row], budget)
-    return pieces
+                _add(subtrees, SubTree(forest, tree), row, leaves[row], budget)
+    return subtrees
 
 
-def _add(pieces: list[Piece], empty: Piece, row: int, leaf: int, budget: int) -> None:
-    """Put a row into the first piece with room, else into one of its own.
+def _add(subtrees: list[SubTree], empty: SubTree, row: int, leaf: int, budget: int) -> None:
+    """Put a row into the first subtree with space, else into one of its own.
 
-    First-fit, not next-fit: then no two pieces of a tree have room for each other, which `bundle` relies on.
+    First-fit, not next-fit: then no two subtrees of a tree have space for each other, which `fill_bins` relies on.
     """
-    home = next((p for p in pieces if p.size + p.cost(leaf) <= budget), None)
+    home = next((p for p in subtrees if p.size + p.cost(leaf) <= budget), None)
     if home is None:
         home = empty
-        pieces.append(home)
+        subtrees.append(home)
     home.add(row, leaf)
 
 
-def bundle(pieces: Sequence[Piece], budget: int) -> list[list[Piece]]:
-    """Streams of pieces by first-fit decreasing; a piece over the budget has one to itself.
+def fill_bins(subtrees: Sequence[SubTree], budget: int) -> list[list[SubTree]]:
+    """Streams of subtrees by first-fit decreasing; a subtree over the budget has one to itself.
 
-    Two pieces of one tree never meet: `cut` would have joined them. Streams, and pieces in a stream, keep the order
-    in which the pieces came.
+    Two subtrees of one tree never meet: `cut` would have joined them. Streams, and subtrees in a stream, keep the order
+    in which the subtrees came.
     """
-    room = np.full(len(pieces), budget, np.int64)
+    space = np.full(len(subtrees), budget, np.int64)
     streams: list[list[int]] = []
-    for at in sorted(range(len(pieces)), key=lambda at: (-pieces[at].size, at)):
-        size = pieces[at].size
-        to = int(np.argmax(room >= size)) if size <= budget else len(streams)
+    for at in sorted(range(len(subtrees)), key=lambda at: (-subtrees[at].size, at)):
+        size = subtrees[at].size
+        to = int(np.argmax(space >= size)) if size <= budget else len(streams)
         if to == len(streams):
             streams.append([])
         streams[to].append(at)
-        room[to] -= size
-    return [[pieces[at] for at in sorted(s)] for s in sorted(map(sorted, streams))]
+        space[to] -= size
+    return [[subtrees[at] for at in sorted(s)] for s in sorted(map(sorted, streams))]

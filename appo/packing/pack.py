@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from appo.errors import DataError
-from appo.packing.forest import Forest, Piece, bundle, cut
-from appo.packing.placement import Stream, place, ranges, response_spans
+from appo.packing.forest import Forest, SubTree, cut, fill_bins
+from appo.packing.placement import StreamArrays, lay_out, ranges, response_spans
 from appo.types import Counts, Credit, RolloutTree
 
 __all__ = [
@@ -128,7 +128,7 @@ def pack(
 
     `credits[i]` are the rows of tree i; rows for which `trains` is False are left out, unless `keep_all` (a loss with
     a term that does not depend on the advantage, such as an entropy bonus). A tree over the budget is cut between
-    root rollouts (its prompt is repeated), a root over the budget between rows; what comes of it is bundled into few
+    root rollouts (its prompt is repeated), a root over the budget between rows; what comes of it is binned into few
     streams (`appo.packing.forest`). A single row over the budget gets a stream of its own and, once per process, a
     warning.
 
@@ -136,18 +136,18 @@ def pack(
     not sampled).
     """
     forest = Forest(trees)
-    pieces: list[Piece] = []
+    subtrees: list[SubTree] = []
     for i, rows in enumerate(credits):
         for c in rows:
             _check(forest, i, c)
         kept = [True] * len(rows) if keep_all else _trained(rows)
         leaves = {r: forest.leaf(i, c.leaf) for r, c in enumerate(rows) if kept[r]}
         if leaves:
-            pieces += cut(forest, i, leaves, token_budget)
-    over = [p for p in pieces if p.size > token_budget]
+            subtrees += cut(forest, i, leaves, token_budget)
+    over = [p for p in subtrees if p.size > token_budget]
     if over:
         _warn_once(trees, credits, over[0], token_budget)
-    return [_lay_out(s, credits) for s in bundle(pieces, token_budget)]
+    return [_packed_batch(s, credits) for s in fill_bins(subtrees, token_budget)]
 
 
 def _check(forest: Forest, tree: int, credit: Credit) -> None:
@@ -183,27 +183,27 @@ def _trained(rows: Sequence[Credit]) -> list[bool]:
 def _warn_once(
     trees: Sequence[RolloutTree],
     credits: Sequence[Sequence[Credit]],
-    piece: Piece,
+    subtree: SubTree,
     budget: int,
 ) -> None:
     if _over_budget_told.is_set():
         return
     _over_budget_told.set()
-    row = _row_name(trees[piece.tree], credits[piece.tree][piece.rows[0]])
+    row = _row_name(trees[subtree.tree], credits[subtree.tree][subtree.rows[0]])
     warnings.warn(
-        f"{row}: {piece.size:,} tokens, more than learner.token_budget ({budget:,}). The row is trained in a "
+        f"{row}: {subtree.size:,} tokens, more than learner.token_budget ({budget:,}). The row is trained in a "
         "micro-batch of its own, which needs more memory than the others; raise learner.token_budget or lower "
         "rollout.max_new_tokens. Further rows like it are counted in pack/over_budget.",
         stacklevel=3,
     )
 
 
-def _lay_out(pieces: Sequence[Piece], credits: Sequence[Sequence[Credit]]) -> PackedBatch:
+def _packed_batch(subtrees: Sequence[SubTree], credits: Sequence[Sequence[Credit]]) -> PackedBatch:
     """One stream."""
-    forest = pieces[0].forest
-    rows = [(p.tree, credits[p.tree][r]) for p in pieces for r in p.rows]
-    layout = place(pieces)
-    stream = Stream(layout)
+    forest = subtrees[0].forest
+    rows = [(p.tree, credits[p.tree][r]) for p in subtrees for r in p.rows]
+    layout = lay_out(subtrees)
+    stream = StreamArrays(layout)
     tokens = stream.tokens()
     behavior_logp = stream.gather("d", [n.logprobs for n in layout.nodes]).astype(np.float32)
     old_logp = behavior_logp

@@ -1,4 +1,4 @@
-"""The pieces of one stream as arrays: where every node goes, what every token sees, which token predicts which.
+"""The subtrees of one stream as arrays: where every node goes, what every token sees, which token predicts which.
 
 A node's own tokens stay together; the nodes forked from it follow, latest fork first. Then a fork at k lies in the
 subtree of exactly the own tokens before k, and own token j ends where the last fork with fork_at > j ends.
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from appo.packing.forest import Piece
+from appo.packing.forest import SubTree
 from appo.types import Node
 
 
 @dataclass
-class Layout:
+class StreamLayout:
     """Nodes of a stream in order of their number, parents first. Lists and arrays have one entry per node.
 
     take: own tokens laid out · start: stream index of the first · size: tokens of the subtree · parent: position of
@@ -36,15 +36,15 @@ class Layout:
     at: dict[int, int]
 
 
-def place(pieces: Sequence[Piece]) -> Layout:
-    """Depth-first layout of the pieces, one after the other."""
-    forest = pieces[0].forest
-    numbers = [n for p in pieces for n in sorted(p.take)]
+def lay_out(subtrees: Sequence[SubTree]) -> StreamLayout:
+    """Depth-first layout of the subtrees, one after the other."""
+    forest = subtrees[0].forest
+    numbers = [n for p in subtrees for n in sorted(p.take)]
     at = {n: j for j, n in enumerate(numbers)}
     assert len(at) == len(numbers), (
-        "two pieces of one tree in a stream: rows would get each other's tokens"
+        "two subtrees of one tree in a stream: rows would get each other's tokens"
     )
-    take = [k for p in pieces for _, k in sorted(p.take.items())]
+    take = [k for p in subtrees for _, k in sorted(p.take.items())]
     parent = [at.get(forest.parent[n], -1) for n in numbers]
     fork = [forest.fork[n] for n in numbers]
 
@@ -64,7 +64,7 @@ def place(pieces: Sequence[Piece]) -> Layout:
             if fork[j] == take[p] and start[j] == start[p] + take[p]:
                 head[j] = head[p]
         free[j] = start[j] + take[j]
-    return Layout(
+    return StreamLayout(
         nodes=[forest.nodes[n] for n in numbers],
         take=take,
         start=start,
@@ -88,10 +88,10 @@ class Tokens:
     version: np.ndarray
 
 
-class Stream:
+class StreamArrays:
     """A layout with its nodes in stream order, for arrays per token."""
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: StreamLayout):
         self.layout = layout
         self.order = np.argsort(np.array(layout.start), kind="stable")
         self.take = np.array(layout.take)[self.order]
@@ -116,12 +116,12 @@ class Stream:
         return Tokens(
             ids=self.gather("q", [n.token_ids for n in lay.nodes]),
             position=np.arange(len(shift)) + shift,
-            subtree_end=self._tout(),
+            subtree_end=self._subtree_end(),
             sampled=self.spread(sampled),
             version=self.spread(version),
         )
 
-    def _tout(self) -> np.ndarray:
+    def _subtree_end(self) -> np.ndarray:
         """End of every token's subtree: own tokens up to a fork see its end, those after the last fork their node's."""
         lay, nodes = self.layout, len(self.order)
         rank = np.empty(nodes, np.int64)
@@ -140,7 +140,9 @@ class Stream:
         return np.repeat(ends[runs], length).astype(np.int32)
 
 
-def response_spans(layout: Layout, leaves: Sequence[int], prompts: Sequence[int]) -> np.ndarray:
+def response_spans(
+    layout: StreamLayout, leaves: Sequence[int], prompts: Sequence[int]
+) -> np.ndarray:
     """Stretches of the stream that make up the responses of rows ending in nodes `leaves`. int64[S, 2]
 
     Columns: first stream index, length; row by row from the first response token to the last. `prompts[r]` is the

@@ -45,14 +45,14 @@ def node(role: str, parent: int, fork_at: int, tokens: int, rng: np.random.Gener
 
 
 def grow(
-    nodes: list[Node], parent: int, fork_at: int, room: int, turn: tuple[int, int], rng: Any
+    nodes: list[Node], parent: int, fork_at: int, space: int, turn: tuple[int, int], rng: Any
 ) -> int:
-    """Append turns until `room` tokens are used; → the last node."""
+    """Append turns until `space` tokens are used; → the last node."""
     role = "model"
-    while room > 0:
-        tokens = min(room, turn[0] if role == "model" else turn[1])
+    while space > 0:
+        tokens = min(space, turn[0] if role == "model" else turn[1])
         nodes.append(node(role, parent, fork_at, tokens, rng))
-        parent, fork_at, room = len(nodes) - 1, tokens, room - tokens
+        parent, fork_at, space = len(nodes) - 1, tokens, space - tokens
         role = "tool" if role == "model" and turn[1] else "model"
     return parent
 
@@ -74,8 +74,8 @@ def tree(
         at -= nodes[at].role == "tool"  # branches leave tokens that the policy drew
         used = sum(len(n.token_ids) for n in nodes[first : at + 1])
         fork_at = int(rng.integers(len(nodes[at].token_ids)))
-        room = length - used + len(nodes[at].token_ids) - fork_at
-        leaves.append(Leaf(grow(nodes, at, fork_at, room, (model, tool), rng), root, branch=b))
+        space = length - used + len(nodes[at].token_ids) - fork_at
+        leaves.append(Leaf(grow(nodes, at, fork_at, space, (model, tool), rng), root, branch=b))
     return RolloutTree(Task("bench", [], None), nodes, leaves)
 
 

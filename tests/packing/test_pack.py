@@ -59,7 +59,7 @@ def test_the_docstring_example() -> None:
 
 @pytest.mark.parametrize("forks", [[(10, 10), (12, 80), (5, 10)], [(20, 0), (10, 80), (5, 10)]])
 def test_rows_of_a_root_over_the_budget_keep_their_own_tokens(forks: list[tuple[int, int]]) -> None:
-    """Small rows around a long one: no stream may hold two pieces of the tree, where one would hide the other's tokens."""
+    """Small rows around a long one: no stream may hold two subtrees of the tree, where one would hide the other's tokens."""
     nodes = [Node(None, "prompt", 0, [5, 6, 7, 8]), model(0, 4, list(range(10, 30)))]
     nodes += [model(1, at, list(range(30, 30 + size))) for at, size in forks]
     tree = tree_of(nodes, [(2 + i, 0) for i in range(len(forks))])
@@ -149,7 +149,7 @@ def test_a_root_over_the_budget_is_cut_where_its_rows_no_longer_fit() -> None:
     assert [b.rows for b in packed] == [[(0, 0), (0, 1)], [(0, 2)]]
 
 
-def test_trees_are_bundled_into_few_streams_in_their_own_order() -> None:
+def test_trees_are_binned_into_few_streams_in_their_own_order() -> None:
     """6 + 4, 6 + 4, 5 of ten tokens each; taking them as they come would need four streams."""
     sizes = [6, 5, 6, 4, 4]
     trees = [

@@ -113,9 +113,9 @@ def test_budget_is_kept_and_nothing_is_stored_twice(case: tuple) -> None:
         )
     tables = Forest(forest)
     for i, rows in enumerate(credits):
-        pieces = cut(tables, i, {r: tables.leaf(i, c.leaf) for r, c in enumerate(rows)}, budget)
-        assert sorted(r for p in pieces for r in p.rows) == list(range(len(rows)))
-        for p in pieces:  # an overestimate would cost streams and break no budget
+        subtrees = cut(tables, i, {r: tables.leaf(i, c.leaf) for r, c in enumerate(rows)}, budget)
+        assert sorted(r for p in subtrees for r in p.rows) == list(range(len(rows)))
+        for p in subtrees:  # an overestimate would cost streams and break no budget
             assert p.size == sum(p.take.values())
     whole = pack(forest, credits, token_budget=10**6)
     assert len(whole) <= 1

@@ -28,7 +28,7 @@ CHECKED = ("advantage", "behavior log-prob", "old log-prob", "log-prob", "log-ra
 
 
 @torch.no_grad()
-def unfit(loss: Tensor, stats: Stats, batch: PackedBatch) -> Tensor:
+def non_finite_counts(loss: Tensor, stats: Stats, batch: PackedBatch) -> Tensor:
     """How many values of each CHECKED kind are not finite in a micro-batch: int64[6], on its device, without a wait."""
     ratio = stats.logp - batch.old_logp
     per_edge = [batch.advantage, batch.behavior_logp, batch.old_logp, stats.logp, ratio]  # each [E]
@@ -37,7 +37,7 @@ def unfit(loss: Tensor, stats: Stats, batch: PackedBatch) -> Tensor:
 
 
 def why_not_finite(counts: Sequence[Tensor]) -> str | None:
-    """The first thing that was not finite, in words, from `unfit` of every micro-batch; None if all is well."""
+    """The first thing that was not finite, in words, from `non_finite_counts` of every micro-batch; None if all is well."""
     rows = torch.stack(list(counts)).tolist() if counts else []
     for i, row in enumerate(rows):
         for name, bad in zip(CHECKED, row):
@@ -46,8 +46,8 @@ def why_not_finite(counts: Sequence[Tensor]) -> str | None:
     return None
 
 
-def poison(loss: Tensor, stats: Stats, counts: Tensor) -> Tensor:
-    """`loss` if all `unfit` counts are 0, else one whose gradient is NaN wherever there is one: the optimiser then
+def nan_unless_finite(loss: Tensor, stats: Stats, counts: Tensor) -> Tensor:
+    """`loss` if all `non_finite_counts` counts are 0, else one whose gradient is NaN wherever there is one: the optimiser then
     refuses the step on every rank alike.
 
     The log-probs are added because a clipped loss may pass no gradient on; the loss stays in so that the backward

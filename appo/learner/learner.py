@@ -25,8 +25,14 @@ from appo.errors import CheckpointError
 from appo.kernels import LogProbEntropy
 from appo.learner import zero
 from appo.learner.export import export
-from appo.learner.guards import NonFiniteGuard, default_dump_dir, poison, unfit, why_not_finite
-from appo.learner.lora import MergeGain, adapter_tensors, add_lora, merged_tensors
+from appo.learner.guards import (
+    NonFiniteGuard,
+    default_dump_dir,
+    nan_unless_finite,
+    non_finite_counts,
+    why_not_finite,
+)
+from appo.learner.lora import CastRetention, adapter_tensors, add_lora, merged_tensors
 from appo.learner.policy import Policy, load_model
 from appo.learner.settings import LearnerSettings
 from appo.learner.shards import load_shards, save_shard
@@ -170,8 +176,8 @@ class Learner:
                 loss = loss * 0.0
             else:
                 losses.append(loss.detach().double())
-                wrong.append(unfit(loss, stats, batch))
-                loss = poison(loss, stats, wrong[-1])
+                wrong.append(non_finite_counts(loss, stats, batch))
+                loss = nan_unless_finite(loss, stats, wrong[-1])
                 for name, pair in metrics.items():
                     a, b = sums.get(name, (0.0, 0.0))
                     sums[name] = [a + _alone(pair[0]), b + _alone(pair[1])]
@@ -256,7 +262,7 @@ class Learner:
         return {n: g.detach().float().clone() for n, g in found if g is not None}
 
     def named_weights(
-        self, gain: MergeGain | None = None, *, adapters: bool = False
+        self, retention: CastRetention | None = None, *, adapters: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
         """What changed, for an engine that started from the same folder: (Hugging Face name, tensor).
 
@@ -265,7 +271,7 @@ class Learner:
         """
         if adapters and self.cfg.mode == "lora":
             return adapter_tensors(self.lm, gather=self._gather())
-        return merged_tensors(self.lm, gather=self._gather(), gain=gain)
+        return merged_tensors(self.lm, gather=self._gather(), retention=retention)
 
     def _gather(self) -> Any:
         return zero.gathered if self.cfg.zero_stage == 3 else None

@@ -83,7 +83,7 @@ class _Adapted(LoraLinear):
 
 
 @dataclass
-class MergeGain:
+class CastRetention:
     """How much of the adapters survives the cast to the weight dtype: <merged - W, delta> / <delta, delta>.
 
     1 when all of it arrives, 0 when rounding swallowed it.
@@ -102,7 +102,7 @@ def merged_tensors(
     *,
     changed_only: bool = True,
     gather: Gather | None = None,
-    gain: MergeGain | None = None,
+    retention: CastRetention | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) of the model with its adapters merged, one at a time.
 
@@ -123,7 +123,7 @@ def merged_tensors(
         if name.startswith(inside) and owner in adapted:
             module = adapted[owner]
             with gather(list(module.parameters())) if gather else nullcontext():
-                yield owner + ".weight", _merge(module, gain)
+                yield owner + ".weight", _merge(module, retention)
         else:
             with gather([p]) if gather else nullcontext():
                 yield (
@@ -146,7 +146,7 @@ def adapter_tensors(lm: nn.Module, *, gather: Gather | None = None) -> Iterator[
 
 
 @torch.no_grad()
-def _merge(module: LoraLinear, gain: MergeGain | None) -> Tensor:
+def _merge(module: LoraLinear, retention: CastRetention | None) -> Tensor:
     """W + scaling · B A, computed in float32 and cast to W's dtype. [out, in]"""
     base = module.base_layer.weight
     delta = torch.zeros_like(base, dtype=torch.float32)
@@ -155,9 +155,9 @@ def _merge(module: LoraLinear, gain: MergeGain | None) -> Tensor:
         delta.addmm_(b, a, alpha=module.scaling[adapter])
     exact = base.float() + delta
     merged = dithered_bfloat16(exact) if base.dtype == torch.bfloat16 else exact.to(base.dtype)
-    if gain is not None:
-        gain.along += float(((merged.float() - base.float()) * delta).sum(dtype=torch.float64))
-        gain.delta += float(delta.square().sum(dtype=torch.float64))
+    if retention is not None:
+        retention.along += float(((merged.float() - base.float()) * delta).sum(dtype=torch.float64))
+        retention.delta += float(delta.square().sum(dtype=torch.float64))
     return merged
 
 

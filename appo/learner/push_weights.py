@@ -17,7 +17,7 @@ from torch import Tensor
 
 from appo.dist.ranks import Ranks
 from appo.errors import LearnerError
-from appo.learner.lora import MergeGain
+from appo.learner.lora import CastRetention
 
 # dtype → (what is compared, limit). Measured on SmolLM2-135M against the native engine: float32 3e-5 at most, and
 # 8e-2 when one of 70 adapted tensors is skipped. bfloat16 rounds each engine's sums differently: 0.03 … 0.06 on average
@@ -46,7 +46,7 @@ class Source(Protocol):
     ranks: Ranks
 
     def named_weights(
-        self, gain: MergeGain | None = None, *, adapters: bool = False
+        self, retention: CastRetention | None = None, *, adapters: bool = False
     ) -> Iterator[tuple[str, Tensor]]: ...
 
     def logprobs(
@@ -54,7 +54,7 @@ class Source(Protocol):
     ) -> list[np.ndarray]: ...
 
 
-class Tap:
+class ChecksumStream:
     """Passes (name, tensor) pairs on and keeps what went by: names, bytes, a checksum.
 
     The checksum is a CRC-32 over, tensor by tensor, its name, its bytes added up as 64-bit integers, and SAMPLES of those
@@ -92,7 +92,7 @@ def _digest(tensor: Tensor) -> bytes:
         raw = raw.clone()
     whole = raw.numel() // 8 * 8
     words = raw[:whole].view(torch.int64)
-    sample = words[:: max(1, words.numel() // Tap.SAMPLES)]
+    sample = words[:: max(1, words.numel() // ChecksumStream.SAMPLES)]
     head = torch.cat([words.sum()[None], sample]).cpu().numpy().tobytes()  # the sum wraps around
     return head + raw[whole:].cpu().numpy().tobytes()
 
@@ -114,18 +114,18 @@ def push(
     Raises LearnerError, on all ranks alike, when on one of them weights were left over, the engine reports another version
     or disagrees with the learner, and when ranks did not send the same weights.
     """
-    gain = MergeGain()
+    retention = CastRetention()
     # An engine that applies adapters gets them exactly; any other gets merged weights.
     applied = bool(getattr(engine, "accepts_adapters", False))
-    tap = Tap(learner.named_weights(gain, adapters=applied))
+    stream = ChecksumStream(learner.named_weights(retention, adapters=applied))
     problem: str | Exception | None
     try:
-        engine.load_weights(tap, version)
-        problem = _not_taken(tap, engine, version)
+        engine.load_weights(stream, version)
+        problem = _not_taken(stream, engine, version)
     except Exception as error:
         problem = error
-    tap.skip_rest()
-    _agree(learner.ranks, problem, tap.crc)
+    stream.skip_rest()
+    _agree(learner.ranks, problem, stream.crc)
     try:
         theirs = _engine_logprobs(engine, probe_ids, learner.cfg.temperature)
     except Exception as error:
@@ -138,24 +138,24 @@ def push(
         problem = _disagreement(worst, mean, learner.cfg.dtype, tolerance, version, len(probe_ids))
     _agree(learner.ranks, problem, 0)
     return {
-        "push/tensors": float(len(tap.names)),
-        "push/bytes": float(tap.bytes),
-        "push/crc32": float(tap.crc),
-        "push/adapter_gain": gain.value,
+        "push/tensors": float(len(stream.names)),
+        "push/bytes": float(stream.bytes),
+        "push/crc32": float(stream.crc),
+        "push/adapter_gain": retention.value,
         "push/probe_max": worst,
         "push/probe_mean": mean,
     }
 
 
-def _not_taken(tap: Tap, engine: Engine, version: int) -> str | None:
+def _not_taken(stream: ChecksumStream, engine: Engine, version: int) -> str | None:
     """What the engine did not take of what it was given, or None."""
     begin = f"push of policy version {version}: "
-    if not tap.drained:
-        return f"{begin}the engine stopped reading after {len(tap.names)} tensors; load_weights must take all of them"
+    if not stream.drained:
+        return f"{begin}the engine stopped reading after {len(stream.names)} tensors; load_weights must take all of them"
     # In bfloat16 one missing tensor hides in the noise of the probe, so an engine that can tell is asked by name.
-    missing = tap.names - getattr(engine, "loaded", tap.names)
+    missing = stream.names - getattr(engine, "loaded", stream.names)
     if missing:
-        return f"{begin}{len(missing)} of {len(tap.names)} tensors did not arrive in the engine, for example {min(missing)!r}"
+        return f"{begin}{len(missing)} of {len(stream.names)} tensors did not arrive in the engine, for example {min(missing)!r}"
     if engine.policy_version != version:
         return f"{begin}the engine reports version {engine.policy_version} afterwards"
     return None

@@ -1,8 +1,8 @@
 """What a checkpoint holds of the learner: float32 masters and Adam moments, each rank its own part.
 
-DeepSpeed cuts parameters into pieces that depend on the stage and on the number of ranks, and its checkpoints load only
-into the same cut. Here every rank writes the pieces it owns under the name of the parameter and their place in it
-(`Piece`), without talking to anyone, and a reader takes what it needs from whichever files have it. So one path serves
+DeepSpeed cuts parameters into slices that depend on the stage and on the number of ranks, and its checkpoints load only
+into the same cut. Here every rank writes the slices it owns under the name of the parameter and their place in it
+(`MasterSlice`), without talking to anyone, and a reader takes what it needs from whichever files have it. So one path serves
 every stage and any number of ranks, and it is exact: masters and moments are copied bit by bit, and the weights the
 model computes with are the masters rounded, as after every step. Frozen weights are not written: the base model has them.
 
@@ -29,10 +29,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 @dataclass
-class Piece:
+class MasterSlice:
     """Elements start … start+numel-1 of a flattened parameter that this rank keeps the master copy of.
 
-    `flat` is the tensor that the optimiser steps (float32, often many parameters end to end); the piece begins at `at`.
+    `flat` is the tensor that the optimiser steps (float32, often many parameters end to end); the part begins at `at`.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Piece:
     at: int
 
     def view(self, of: Tensor) -> Tensor:
-        """The piece in `of`, a tensor laid out like `flat`: the master itself or a moment."""
+        """The part in `of`, a tensor laid out like `flat`: the master itself or a moment."""
         return of.detach().view(-1).narrow(0, self.at, self.numel)
 
 
-def pieces(engine: Any, lm: nn.Module) -> Iterator[Piece]:
-    """The pieces of this rank, in the order of the model's parameters. At stage 0 each rank has all of everything."""
+def master_slices(engine: Any, lm: nn.Module) -> Iterator[MasterSlice]:
+    """The slices of this rank, in the order of the model's parameters. At stage 0 each rank has all of everything."""
     zero = engine.optimizer
     for name, p in lm.named_parameters():
         if not p.requires_grad:
@@ -56,29 +56,29 @@ def pieces(engine: Any, lm: nn.Module) -> Iterator[Piece]:
             group, at, size = zero.grad_position[zero.get_param_id(p)]
             start = min(size * engine.global_rank, p.ds_numel)
             if numel := min(size, p.ds_numel - start):
-                yield Piece(name, start, numel, zero.fp32_partitioned_groups_flat[group], at)
+                yield MasterSlice(name, start, numel, zero.fp32_partitioned_groups_flat[group], at)
         elif hasattr(p, "_hp_mapping"):  # stages 1 and 2: a cut through all parameters end to end
             if (part := p._hp_mapping) is not None:
                 (flat,) = zero.param_groups[part.param_group_index]["params"]
                 own, in_flat = part.lp_fragment_address, part.hp_fragment_address
-                yield Piece(name, own.start, own.numel, flat, in_flat.start)
+                yield MasterSlice(name, own.start, own.numel, flat, in_flat.start)
         else:
-            yield Piece(name, 0, p.numel(), p, 0)
+            yield MasterSlice(name, 0, p.numel(), p, 0)
 
 
 def save_shard(path: Path, engine: Any, lm: nn.Module, rank: int) -> None:
-    """Write this rank's pieces and random states. At stage 0 rank 0 writes the pieces for all."""
+    """Write this rank's slices and random states. At stage 0 rank 0 writes the slices for all."""
     state, step = _adam(engine), 0
     tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("master", *MOMENTS)}
     places = {}
     if rank == 0 or engine.zero_optimization_stage() > 0:
-        for piece in pieces(engine, lm):
-            places[piece.name] = (piece.start, piece.numel)
-            tensors["master"][piece.name] = piece.view(piece.flat)
-            if moments := state.get(piece.flat):
+        for part in master_slices(engine, lm):
+            places[part.name] = (part.start, part.numel)
+            tensors["master"][part.name] = part.view(part.flat)
+            if moments := state.get(part.flat):
                 step = int(moments["step"])
                 for kind in MOMENTS:
-                    tensors[kind][piece.name] = piece.view(moments[kind])
+                    tensors[kind][part.name] = part.view(moments[kind])
     (path / FOLDER).mkdir(exist_ok=True)
     torch.save(
         {"step": step, "places": places, "rng": _random_states(), **tensors}, _file(path, rank)
@@ -98,14 +98,14 @@ def load_shards(path: Path, engine: Any, lm: nn.Module, rank: int, saved_ranks: 
             + (f" (as are {len(missing) - 1} more)" if missing[1:] else "")
             + "; copy the whole folder, or resume from an older checkpoint"
         )
-    wanted = {piece.name: piece for piece in pieces(engine, lm)}
-    left = {name: piece.numel for name, piece in wanted.items()}
+    wanted = {part.name: part for part in master_slices(engine, lm)}
+    left = {name: part.numel for name, part in wanted.items()}
     order = sorted(range(saved_ranks), key=lambda r: r != rank)  # with the same cut, ours is enough
     for r in order:
         if any(left.values()):
             shard = _read(_file(path, r))
-            for name, piece in wanted.items():
-                left[name] -= _take(shard, piece, _adam(engine))
+            for name, part in wanted.items():
+                left[name] -= _take(shard, part, _adam(engine))
     if any(left.values()):
         name = next(n for n, k in left.items() if k)
         raise CheckpointError(
@@ -115,25 +115,23 @@ def load_shards(path: Path, engine: Any, lm: nn.Module, rank: int, saved_ranks: 
     _restore_random_states(path, rank, saved_ranks)
 
 
-def _take(shard: dict[str, Any], piece: Piece, state: Any) -> int:
-    """Copy what `shard` has of `piece`; returns the number of elements."""
-    start, numel = shard["places"].get(piece.name, (0, 0))
-    low, high = max(start, piece.start), min(start + numel, piece.start + piece.numel)
+def _take(shard: dict[str, Any], part: MasterSlice, state: Any) -> int:
+    """Copy what `shard` has of `part`; returns the number of elements."""
+    start, numel = shard["places"].get(part.name, (0, 0))
+    low, high = max(start, part.start), min(start + numel, part.start + part.numel)
     if low >= high:
         return 0
-    here, there = slice(low - piece.start, high - piece.start), slice(low - start, high - start)
-    piece.view(piece.flat)[here].copy_(shard["master"][piece.name][there])
+    here, there = slice(low - part.start, high - part.start), slice(low - start, high - start)
+    part.view(part.flat)[here].copy_(shard["master"][part.name][there])
     if not shard["step"]:
-        state.pop(piece.flat, None)  # saved before the first step: Adam had not begun
+        state.pop(part.flat, None)  # saved before the first step: Adam had not begun
         return high - low
-    moments = state[piece.flat]
-    moments["step"] = torch.tensor(
-        float(shard["step"]), device=piece.flat.device
-    )  # for fused AdamW
+    moments = state[part.flat]
+    moments["step"] = torch.tensor(float(shard["step"]), device=part.flat.device)  # for fused AdamW
     for kind in MOMENTS:
         if kind not in moments:
-            moments[kind] = torch.zeros_like(piece.flat, requires_grad=False)
-        piece.view(moments[kind])[here].copy_(shard[kind][piece.name][there])
+            moments[kind] = torch.zeros_like(part.flat, requires_grad=False)
+        part.view(moments[kind])[here].copy_(shard[kind][part.name][there])
     return high - low
 
 

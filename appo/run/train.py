@@ -46,10 +46,10 @@ def train(cfg: Config, console: Console | None = None, ranks: Ranks | None = Non
         with agree_or_raise(ranks, console):
             session = stack.enter_context(Session(p, console, ranks))
             session.check_prompts()
-        run = TrainingRun(session)
+        training = TrainingRun(session)
         if ranks.main and not p.resume:  # from here on the folder is a run that can be resumed
             (p.output / "config.yaml").write_text(dump(cfg))
-        run.go()
+        training.run()
     return p.output
 
 
@@ -73,14 +73,14 @@ class TrainingRun:
 
     # -- the run -------------------------------------------------------------------------------------------------
 
-    def go(self) -> None:
+    def run(self) -> None:
         """From the newest checkpoint (if resumed) to the last step, then the report."""
         out, say = self.plan.output, self.console.warn if self.ranks.main else lambda text: None
-        self.dog = Watchdog(
+        self.watchdog = Watchdog(
             out, self.ranks.rank, self.cfg.watchdog_s, self.session.describe, world=self.ranks.world
         )
-        self.learner.on_micro_batch = lambda i, n: self.dog.beat("learn", f"micro-batch {i + 1} of {n}")  # fmt: skip
-        with self.dog, StopRequest(say) as self.stop:
+        self.learner.on_micro_batch = lambda i, n: self.watchdog.beat("learn", f"micro-batch {i + 1} of {n}")  # fmt: skip
+        with self.watchdog, StopRequest(say) as self.stop:
             together = False
             try:
                 self._begin()
@@ -138,7 +138,7 @@ class TrainingRun:
         with self.console.phase(name, total) as bar:
 
             def on_phase(phase: str, done: int, left: int) -> None:
-                self.dog.beat(f"{name}: {phase}", f"{done} done, {left} left")
+                self.watchdog.beat(f"{name}: {phase}", f"{done} done, {left} left")
                 bar.update(done or total, phase=phase)
 
             self.trainer.on_phase = on_phase
@@ -152,7 +152,7 @@ class TrainingRun:
             # These are the prompts of the step whose roots are drawn now; the last steps' were drawn before.
             drawn = number + cfg.staleness <= cfg.steps
             result = self.trainer.step(number, *(self._batch() if drawn else ([], [])))
-        self.dog.beat(f"step {number}: records")
+        self.watchdog.beat(f"step {number}: records")
         self.records.step(number, result)
         self.done = number
         record = {"step": number, "kind": "step"} | result.metrics
@@ -173,8 +173,8 @@ class TrainingRun:
     def _evaluate(self, step: int) -> None:
         if self.cfg.eval.questions:
             name = f"evaluation after step {step}"
-            self.dog.beat(name)
-            on_progress = lambda left: self.dog.beat(name, f"{left} left")  # noqa: E731
+            self.watchdog.beat(name)
+            on_progress = lambda left: self.watchdog.beat(name, f"{left} left")  # noqa: E731
             self._write(self.session.evaluate(step, on_progress))
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -211,7 +211,7 @@ class TrainingRun:
     def _push(self, version: int) -> dict[str, float]:
         from appo.learner.push_weights import push
 
-        self.dog.beat("push", f"policy version {version}")
+        self.watchdog.beat("push", f"policy version {version}")
         return push(self.learner, self.session.engine, version, self._probe)
 
     def _state(self) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class TrainingRun:
             self.learner.save(folder)
             self.trainer.save_roots(folder)
 
-        self.dog.beat("checkpoint", f"step {self.done}")
+        self.watchdog.beat("checkpoint", f"step {self.done}")
         save_checkpoint(
             self.plan.output, self.done, write, self._state(),
             keep_last=self.cfg.keep_last, ranks=self.ranks,

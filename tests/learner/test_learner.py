@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 
 from appo.errors import ConfigError, LearnerError, ModelError
 from appo.learner.learner import Learner, LearnerSettings
-from appo.learner.lora import MergeGain, dithered_bfloat16
+from appo.learner.lora import CastRetention, dithered_bfloat16
 from appo.learner.policy import Policy, load_model
-from appo.learner.push_weights import Tap, push
+from appo.learner.push_weights import ChecksumStream, push
 from appo.learner.zero import learning_rate
 from appo.packing.pack import PackedBatch, pack
 from appo.types import Counts
@@ -409,9 +409,9 @@ def test_a_small_adapter_survives_the_merge_into_bfloat16(model_dir: Path) -> No
         learner.train_minibatch(
             pack(trees, credits, token_budget=1000), counts_of(credits), objective
         )
-        gain, nearest = MergeGain(), MergeGain()
-        first = {n: t.clone() for n, t in learner.named_weights(gain)}
-        assert gain.value == pytest.approx(1.0, abs=0.3)
+        retention, nearest = CastRetention(), CastRetention()
+        first = {n: t.clone() for n, t in learner.named_weights(retention)}
+        assert retention.value == pytest.approx(1.0, abs=0.3)
         assert all(torch.equal(t, first[n]) for n, t in learner.named_weights())
         for name, module in learner.lm.named_modules():
             if name + ".weight" in first and hasattr(module, "lora_A"):
@@ -479,9 +479,9 @@ def test_a_push_arrives_and_a_skipped_tensor_stops_the_run(lora: Learner) -> Non
 @pytest.mark.parametrize("shape", [(1,), (3,), (7, 5), (64, 33), (513,)])
 def test_the_checksum_of_a_push_sees_every_byte(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     def checksum(name: str, tensor: Tensor) -> int:
-        tap = Tap([(name, tensor)])
-        assert [n for n, _ in tap] == [name]
-        return tap.crc
+        stream = ChecksumStream([(name, tensor)])
+        assert [n for n, _ in stream] == [name]
+        return stream.crc
 
     whole = torch.randn(torch.Size(shape).numel() + 1, dtype=dtype)
     part = whole[1:].view(shape)  # begins in the middle of a word

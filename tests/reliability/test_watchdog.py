@@ -60,9 +60,9 @@ def test_a_main_thread_stuck_in_c_is_explained(tmp_path: Path) -> None:
         child.send_signal(19)  # SIGSTOP
         print(child.pid, file=sys.stderr)
         threading.Thread(target=stuck_here, args=(60,), name="grader-7", daemon=True).start()
-        dog = Watchdog(sys.argv[1], 0, 1.0, lambda: {"collective": "barrier of step 3"}, world=4)
-        with dog:
-            dog.beat("rollout", "12 of 64")
+        watchdog = Watchdog(sys.argv[1], 0, 1.0, lambda: {"collective": "barrier of step 3"}, world=4)
+        with watchdog:
+            watchdog.beat("rollout", "12 of 64")
             stuck_here(60)
         """,
     )
@@ -88,8 +88,8 @@ def test_a_call_that_keeps_the_interpreter_lock_is_explained_by_the_c_watchdog(
         """
         def holds_the_lock():
             ctypes.PyDLL(None).sleep(60)
-        dog = Watchdog(sys.argv[1], 0, 1.0)
-        with dog:
+        watchdog = Watchdog(sys.argv[1], 0, 1.0)
+        with watchdog:
             time.sleep(0.5)  # it has begun to watch
             holds_the_lock()
         """,
@@ -127,11 +127,11 @@ def test_a_description_that_fails_is_no_reason_to_stay(tmp_path: Path) -> None:
 def test_a_process_that_was_itself_stopped_goes_on(tmp_path: Path) -> None:
     """Ctrl-Z or a suspended job for longer than the limit is no stall."""
     code = """
-        with Watchdog(sys.argv[1], 0, 2.0) as dog:
+        with Watchdog(sys.argv[1], 0, 2.0) as watchdog:
             print("ready", flush=True)
             for _ in range(20):
                 time.sleep(0.1)
-                dog.beat("rollout")
+                watchdog.beat("rollout")
         print("done")
         """
     with subprocess.Popen(
@@ -149,9 +149,9 @@ def test_a_process_that_was_itself_stopped_goes_on(tmp_path: Path) -> None:
 
 def test_beats_keep_it_quiet_and_the_heartbeat_tells_the_phase(tmp_path: Path) -> None:
     left: list[int] = []
-    with Watchdog(tmp_path, 2, 0.5, leave=left.append) as dog:
+    with Watchdog(tmp_path, 2, 0.5, leave=left.append) as watchdog:
         for i in range(12):
-            dog.beat("learn", f"micro-batch {i}")
+            watchdog.beat("learn", f"micro-batch {i}")
             time.sleep(0.1)
         beat = json.loads((tmp_path / "heartbeat" / "rank_2.json").read_text())
     assert not left and not list(tmp_path.glob("stall-*"))
@@ -179,8 +179,8 @@ def test_a_rank_that_waits_for_one_that_moves_stays(tmp_path: Path) -> None:
 
 def test_zero_switches_it_off(tmp_path: Path) -> None:
     left: list[int] = []
-    with Watchdog(tmp_path, 0, 0.0, leave=left.append) as dog:
-        dog.beat("learn")
+    with Watchdog(tmp_path, 0, 0.0, leave=left.append) as watchdog:
+        watchdog.beat("learn")
         time.sleep(0.3)
     assert not left and not list(tmp_path.iterdir())
 
@@ -189,10 +189,10 @@ def test_zero_switches_it_off(tmp_path: Path) -> None:
 def test_it_ends_once_and_not_early(tmp_path: Path, timeout_s: float) -> None:
     left: list[float] = []
     began = time.monotonic()
-    dog = Watchdog(tmp_path, 0, timeout_s, leave=lambda code: left.append(time.monotonic()))
-    dog.start()
+    watchdog = Watchdog(tmp_path, 0, timeout_s, leave=lambda code: left.append(time.monotonic()))
+    watchdog.start()
     while not left and time.monotonic() < began + 20:
         time.sleep(0.02)
-    dog.stop()
+    watchdog.stop()
     (when,) = left
     assert when - began >= timeout_s

@@ -14,7 +14,7 @@ from appo.algo.presets import resolve
 from appo.config import AlgoConfig
 from appo.learner import Learner, LearnerSettings
 from appo.learner import learner as backend
-from appo.learner.push_weights import Tap
+from appo.learner.push_weights import ChecksumStream
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))  # the checkout, for `bench`
 
@@ -37,7 +37,7 @@ def make(settings: dict[str, Any]):
         for _ in learner.named_weights():
             pass
         _, walk = clock()
-        for _ in Tap(learner.named_weights()):
+        for _ in ChecksumStream(learner.named_weights()):
             pass
         return {"cpu": clock()[1] - walk}
 
@@ -69,7 +69,7 @@ class Guards:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        for name in ("unfit", "poison", "why_not_finite"):
+        for name in ("non_finite_counts", "nan_unless_finite", "why_not_finite"):
             setattr(backend, name, self._timed(getattr(backend, name)))
 
     def _timed(self, function: Any) -> Any:

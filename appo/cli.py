@@ -97,7 +97,7 @@ def _console(plain: bool, rank: int = 0) -> Any:
         else:
             usual(message, category, filename, *rest)
 
-    warnings.showwarning = show
+    warnings.showwarning = show  # type: ignore[assignment]  # file and line go to `rest` untouched
     return console
 
 

@@ -33,7 +33,7 @@ def run_doctor(console: Any) -> bool:
     ]
     rows += [("cores", f"{usable_cores()} usable ({_cpu()})"), ("memory", _memory())]
     rows += [
-        (name, version)
+        (name, version or "missing")
         for name in PACKAGES
         if (version := _version(name)) is not None or name != "triton"
     ]

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
 
-from appo.learner.lora import Gather, merged_tensors
+from appo.learner.lora import Gather, HFModel, merged_tensors
 
 COMPANIONS = (
     "tokenizer*",
@@ -25,7 +24,7 @@ COMPANIONS = (
 
 def export(
     path: Path,
-    lm: nn.Module,
+    lm: HFModel,
     adapters: PeftModel | None,
     model_dir: Path,
     *,
@@ -52,4 +51,4 @@ def export(
         trained = [p for p in lm.parameters() if p.requires_grad]
         with gather(trained) if gather else nullcontext():
             if writes:
-                adapters.save_pretrained(path / "adapter")
+                adapters.save_pretrained(str(path / "adapter"))

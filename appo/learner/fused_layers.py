@@ -9,7 +9,8 @@ forward runs; float64, for tests, takes the definitions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from appo._kernels.fused_layers.op import choose, rms_norm, rotary, swiglu
 
-Forward = Callable[..., object]
+Forward = Callable[..., Any]
+# A module of transformers: its attributes are set at run time, no checker sees them.
+HFModule = Any
 
 
 def fuse(lm: nn.Module) -> nn.Module:
@@ -26,7 +29,7 @@ def fuse(lm: nn.Module) -> nn.Module:
     for module in lm.modules():
         make = _kind(module)
         if make is not None:
-            module.__class__ = _fused(type(module), make)
+            module.__class__ = _fused(cast(Hashable, type(module)), make)
     return lm
 
 
@@ -36,11 +39,11 @@ def runs_here(x: Tensor) -> bool:
 
 
 @functools.cache
-def _fused(cls: type, make: Callable[[type], Forward]) -> type:
+def _fused(cls: Any, make: Callable[[HFModule], Forward]) -> type:
     return type(f"Fused{cls.__name__}", (cls,), {"forward": make(cls)})
 
 
-def _kind(module: nn.Module) -> Callable[[type], Forward] | None:
+def _kind(module: nn.Module) -> Callable[[HFModule], Forward] | None:
     name = type(module).__name__
     if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         return _norm
@@ -53,8 +56,8 @@ def _kind(module: nn.Module) -> Callable[[type], Forward] | None:
     return None
 
 
-def _norm(original: type) -> Forward:
-    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+def _norm(original: HFModule) -> Forward:
+    def forward(self: HFModule, hidden_states: Tensor) -> Any:
         if not runs_here(hidden_states):
             return original.forward(self, hidden_states)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -62,8 +65,8 @@ def _norm(original: type) -> Forward:
     return forward
 
 
-def _mlp(original: type) -> Forward:
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
+def _mlp(original: HFModule) -> Forward:
+    def forward(self: HFModule, x: Tensor) -> Any:
         if not runs_here(x):
             return original.forward(self, x)
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -71,15 +74,15 @@ def _mlp(original: type) -> Forward:
     return forward
 
 
-def _attention(original: type) -> Forward:
+def _attention(original: HFModule) -> Forward:
     def forward(
-        self: nn.Module,
+        self: HFModule,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: object = None,
         **kwargs: object,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Any:
         """One stream, hidden_states[1, T, H], without a cache: what the learner runs."""
         if not runs_here(hidden_states):
             return original.forward(

@@ -20,8 +20,11 @@ from appo.packing.pack import PackedBatch
 class Stats(Protocol):
     """Per-edge statistics of the current policy."""
 
-    logp: Tensor
-    entropy: Tensor
+    @property
+    def logp(self) -> Tensor: ...
+
+    @property
+    def entropy(self) -> Tensor: ...
 
 
 CHECKED = ("advantage", "behavior log-prob", "old log-prob", "log-prob", "log-ratio", "loss")

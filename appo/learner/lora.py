@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,10 +22,12 @@ from appo.errors import ConfigError
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
+# A model of transformers or a layer of peft: their attributes are set at run time, no checker sees them.
+HFModel = Any
 
 
 def add_lora(
-    lm: nn.Module,
+    lm: HFModel,
     *,
     r: int,
     alpha: float,
@@ -55,7 +58,7 @@ def add_lora(
         )
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft multiplies with it, a float does
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -78,8 +81,10 @@ class _Adapted(LoraLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         (adapter,) = self.active_adapters  # we add one
-        low = self.lora_A[adapter](x) * self.scaling[adapter]
-        return self.base_layer(x) + self.lora_B[adapter](low)
+        layer: HFModel = self
+        low = layer.lora_A[adapter](x) * layer.scaling[adapter]
+        out: Tensor = layer.base_layer(x) + layer.lora_B[adapter](low)
+        return out
 
 
 @dataclass
@@ -135,9 +140,9 @@ def merged_tensors(
 def adapter_tensors(lm: nn.Module, *, gather: Gather | None = None) -> Iterator[tuple[str, Tensor]]:
     """`<module>.lora_A` [r, in] and `<module>.lora_B` [out, r] with the scaling folded in, for an engine that applies
     adapters itself: nothing is rounded into the weights. Names are those of the Hugging Face modules."""
-    for name, module in lm.named_modules():
-        if not isinstance(module, LoraLinear):
-            continue
+    adapted: list[tuple[str, HFModel]]
+    adapted = [(n, m) for n, m in lm.named_modules() if isinstance(m, LoraLinear)]
+    for name, module in adapted:
         (adapter,) = module.active_adapters  # we add one
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         with gather([a, b]) if gather else nullcontext():
@@ -146,9 +151,9 @@ def adapter_tensors(lm: nn.Module, *, gather: Gather | None = None) -> Iterator[
 
 
 @torch.no_grad()
-def _merge(module: LoraLinear, retention: CastRetention | None) -> Tensor:
+def _merge(module: HFModel, retention: CastRetention | None) -> Tensor:
     """W + scaling · B A, computed in float32 and cast to W's dtype. [out, in]"""
-    base = module.base_layer.weight
+    base: Tensor = module.base_layer.weight
     delta = torch.zeros_like(base, dtype=torch.float32)
     for adapter in module.active_adapters:
         a, b = module.lora_A[adapter].weight.float(), module.lora_B[adapter].weight.float()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ def load_model(model_dir: Path | str, dtype: torch.dtype) -> nn.Module:
     config.attention_dropout = 0.0  # a ratio of log-probs needs the same function twice
     for module in lm.modules():
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  # nn.Module knows tensors only
     return fuse(lm)
 
 
@@ -86,10 +87,10 @@ class Policy(nn.Module):
     """A causal LM that answers with statistics of the packed edges; head_backend as in `linear_logprob_entropy`."""
 
     def __init__(
-        self, lm: nn.Module, *, gradient_checkpointing: bool = False, head_backend: str = "auto"
+        self, lm: Any, *, gradient_checkpointing: bool = False, head_backend: str = "auto"
     ):
         super().__init__()
-        self.lm = lm
+        self.lm: Any = lm  # a model of transformers: its attributes are set at run time
         self.head_backend = head_backend
         if gradient_checkpointing:
             with warnings.catch_warnings():

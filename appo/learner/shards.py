@@ -54,8 +54,9 @@ def master_slices(engine: Any, lm: nn.Module) -> Iterator[MasterSlice]:
             continue
         if hasattr(p, "ds_id"):  # stage 3: equal parts, the last one padded
             group, at, size = zero.grad_position[zero.get_param_id(p)]
-            start = min(size * engine.global_rank, p.ds_numel)
-            if numel := min(size, p.ds_numel - start):
+            whole: int = p.ds_numel  # type: ignore[attr-defined]  # set by DeepSpeed
+            start = min(size * engine.global_rank, whole)
+            if numel := min(size, whole - start):
                 yield MasterSlice(name, start, numel, zero.fp32_partitioned_groups_flat[group], at)
         elif hasattr(p, "_hp_mapping"):  # stages 1 and 2: a cut through all parameters end to end
             if (part := p._hp_mapping) is not None:
@@ -169,7 +170,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _random_states() -> dict[str, Any]:
     """States of torch's, numpy's and Python's generators in types that `weights_only` reads."""
-    name, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()  # a tuple whose second entry is the array
+    name, keys, *rest = state
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),

@@ -137,7 +137,12 @@ def start_engine(model: nn.Module, s: ZeroSettings) -> Any:
     deepspeed = import_deepspeed()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        params, lr=s.lr, betas=tuple(s.betas), eps=s.eps, weight_decay=s.weight_decay, fused=True
+        params,
+        lr=s.lr,
+        betas=(s.betas[0], s.betas[1]),
+        eps=s.eps,
+        weight_decay=s.weight_decay,
+        fused=True,
     )  # fused: one pass over memory, a tenth of the time on a CPU
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter(

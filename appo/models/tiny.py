@@ -118,8 +118,9 @@ def new_model(seed: int, vocab: int) -> Any:
 
     torch.manual_seed(seed)
     eos, pad = CONTROL.index("<|im_end|>"), CONTROL.index("<|endoftext|>")
+    shape: dict[str, Any] = dict(SHAPE)
     config = Qwen3Config(
-        **SHAPE, vocab_size=vocab, eos_token_id=eos, pad_token_id=pad, bos_token_id=None
+        **shape, vocab_size=vocab, eos_token_id=eos, pad_token_id=pad, bos_token_id=None
     )
     return Qwen3ForCausalLM(config).float()
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -191,4 +192,4 @@ class Watchdog:
         ) as error:  # written by others and read in a moment when anything may be broken
             described = {"more": f"cannot be described: {type(error).__name__}: {error}"}
         for title, text in described.items():
-            yield stall.section(title, lambda text=text: text)
+            yield stall.section(title, partial(str, text))

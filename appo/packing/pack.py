@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,9 +89,10 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
-        )
+        moved: dict[str, Any] = {
+            k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)
+        }
+        return replace(self, **moved)
 
     def padded(self, multiple: int) -> PackedBatch:
         """The same batch with its stream filled up to a multiple of so many tokens, for kernels compiled by length.
@@ -238,6 +240,7 @@ def _packed_batch(subtrees: Sequence[SubTree], credits: Sequence[Sequence[Credit
         "advantage": np.concatenate([c.advantage for _, c in rows]).astype(np.float32),
         "old_logp": old_logp[at],
     }
+    vectors: dict[str, Any] = {name: torch.from_numpy(values) for name, values in edges.items()}
     return PackedBatch(
         token_ids=torch.from_numpy(tokens.ids),
         position_ids=torch.from_numpy(tokens.position),
@@ -246,7 +249,7 @@ def _packed_batch(subtrees: Sequence[SubTree], credits: Sequence[Sequence[Credit
         weight=torch.tensor([c.weight for _, c in rows], dtype=torch.float32),
         rows=[(i, c.leaf) for i, c in rows],
         total_tokens=sum(prompt_len) + len(at),
-        **{name: torch.from_numpy(values) for name, values in edges.items()},
+        **vectors,
     )
 
 

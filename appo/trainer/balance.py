@@ -53,7 +53,7 @@ def balance(
         return list(batches), {"pack/imbalance": 1.0}
     all_costs = ranks.all_gather([costs.of(b) for b in batches], "costs of streams")
     owners = assign_owners(all_costs)
-    share = []
+    share: list[Any] = []
     out: list[list[Any]] = [[] for _ in range(ranks.world)]
     for i, (batch, to) in enumerate(zip(batches, owners[ranks.rank], strict=True)):
         item = (-all_costs[ranks.rank][i], ranks.rank, i, replace(batch, rank=ranks.rank))

@@ -303,7 +303,7 @@ def engine_weights(folder):
 
 
 def test_a_cpu_without_bfloat16_support_falls_back_to_plain_linears(tmp_path, monkeypatch):
-    from appo.rollout.native.model.model import model
+    from appo.rollout.native.model import model
 
     class Ops:
         _reorder_linear_weight = _linear_pointwise = staticmethod(lambda *a: pytest.fail("packed"))

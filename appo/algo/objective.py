@@ -22,7 +22,7 @@ class TokenStats(Protocol):
     entropy: Tensor
 
 
-class Rows(Protocol):
+class LossRows(Protocol):
     """What the loss needs of a packed batch; E edges, R rows."""
 
     offsets: Tensor  # [R+1]
@@ -37,7 +37,7 @@ class Rows(Protocol):
 Metrics = dict[
     str, tuple[Tensor, Tensor]
 ]  # name → (sum, count), scalars on the device: micro-batches add up
-Objective = Callable[[TokenStats, Rows, Counts], tuple[Tensor, Metrics]]
+Objective = Callable[[TokenStats, LossRows, Counts], tuple[Tensor, Metrics]]
 
 
 def make_objective(
@@ -60,7 +60,7 @@ def make_objective(
     sampling: min(exp(old_logp - behavior_logp), importance_cap), 1 for tokens of the version under training; None: always 1.
     """
 
-    def objective(stats: TokenStats, rows: Rows, counts: Counts) -> tuple[Tensor, Metrics]:
+    def objective(stats: TokenStats, rows: LossRows, counts: Counts) -> tuple[Tensor, Metrics]:
         now, current = version(), stats.logp.detach()
         fresh = rows.version == now
         old_logp = (
@@ -105,7 +105,7 @@ def importance_weight(drift: Tensor, cap: float | None) -> Tensor:
 
 
 @torch.no_grad()
-def _row_weight(rows: Rows, algo: Algorithm, counts: Counts) -> Tensor:
+def _row_weight(rows: LossRows, algo: Algorithm, counts: Counts) -> Tensor:
     """The denominators of `losses.aggregate` as one factor per row. float64[R]"""
     weight = rows.weight.double()
     if algo.aggregate == "token-mean":

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from appo.errors import AppoError, RankError
 from appo.dist.ranks import LOOK_S, Ranks
 from appo.observability.progress import Console
-from appo.dist.signals import Stopped
+from appo.dist.signals import RunStopped
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def mark_reported(error: AppoError, exit_code: int | None = None) -> AppoError:
 
 def show(error: AppoError, console: Console) -> None:
     """Print an error; a run that ends because it was asked to is none."""
-    if isinstance(error, Stopped):
+    if isinstance(error, RunStopped):
         console.warn(str(error))
     else:
         console.error(type(error).__name__, str(error))

@@ -23,7 +23,7 @@ STDERR, SHOW_CURSOR = 2, "\x1b[?25h"  # a live display may have hidden it
 SAME_S = 0.5  # a launcher that forwards what the terminal has sent as well is not a second wish
 
 
-class Stopped(AppoError):
+class RunStopped(AppoError):
     """A run ended early because it was asked to; `exit_code` is 128 + the signal's number, as in a shell."""
 
     def __init__(self, message: str, signum: int):

@@ -17,7 +17,7 @@ from appo.errors import LearnerError
 from appo.packing.pack import PackedBatch
 
 
-class Stats(Protocol):
+class TokenStats(Protocol):
     """Per-edge statistics of the current policy."""
 
     @property
@@ -31,7 +31,7 @@ CHECKED = ("advantage", "behavior log-prob", "old log-prob", "log-prob", "log-ra
 
 
 @torch.no_grad()
-def non_finite_counts(loss: Tensor, stats: Stats, batch: PackedBatch) -> Tensor:
+def non_finite_counts(loss: Tensor, stats: TokenStats, batch: PackedBatch) -> Tensor:
     """How many values of each CHECKED kind are not finite in a micro-batch: int64[6], on its device, without a wait."""
     ratio = stats.logp - batch.old_logp
     per_edge = [batch.advantage, batch.behavior_logp, batch.old_logp, stats.logp, ratio]  # each [E]
@@ -49,7 +49,7 @@ def why_not_finite(counts: Sequence[Tensor]) -> str | None:
     return None
 
 
-def nan_unless_finite(loss: Tensor, stats: Stats, counts: Tensor) -> Tensor:
+def nan_unless_finite(loss: Tensor, stats: TokenStats, counts: Tensor) -> Tensor:
     """`loss` if all `non_finite_counts` counts are 0, else one whose gradient is NaN wherever there is one: the optimiser then
     refuses the step on every rank alike.
 

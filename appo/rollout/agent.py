@@ -21,7 +21,7 @@ from appo.tools.base import ToolResult
 from appo.types import Finish, Leaf, Node, RolloutTree, ToolCall
 
 
-class State(Enum):
+class RolloutState(Enum):
     SAMPLING = "sampling"
     TOOL = "tool"
     DONE = "done"
@@ -46,7 +46,7 @@ class ActiveRollout:
     seq: int
     seed: int
     sampled: int = 0  # tokens the policy drew, inherited ones included
-    state: State = State.SAMPLING
+    state: RolloutState = RolloutState.SAMPLING
     closed: list[TagEvent] = field(
         default_factory=list
     )  # blocks closed by the tokens sampled since `resume`
@@ -84,7 +84,7 @@ class Agent:
             stop_token_ids=self.text.eos_ids,
             stop=closes_block,
         )
-        rollout.state = State.SAMPLING
+        rollout.state = RolloutState.SAMPLING
         try:
             self.engine.submit(rollout.seq, params, rollout.seed)
         except PoolTooSmallError:
@@ -121,7 +121,7 @@ class Agent:
         while rollout.queue:
             call = rollout.queue.pop(0)
             if len(rollout.record.tool_calls) < self.settings.max_tool_calls:
-                rollout.state = State.TOOL
+                rollout.state = RolloutState.TOOL
                 return call
             if not self._append_result(rollout, budget_text(), policy_error=True):
                 return None
@@ -173,6 +173,6 @@ class Agent:
         return node
 
     def _finish(self, rollout: ActiveRollout, why: Finish) -> None:
-        rollout.state = State.DONE
+        rollout.state = RolloutState.DONE
         rollout.queue.clear()
         rollout.record.finish = why

@@ -15,7 +15,7 @@ import numpy as np
 from appo.algo.branching import BranchPlan, BranchPoint, eligible_positions, plan_branches
 from appo.algo.presets import Algorithm
 from appo.errors import EngineError
-from appo.rollout.agent import ActiveRollout, Agent, AgentSettings, State
+from appo.rollout.agent import ActiveRollout, Agent, AgentSettings, RolloutState
 from appo.rollout.engine import RolloutEngine
 from appo.rollout.seeds import derive_seed
 from appo.rollout.tags import TagEvent, TokenText
@@ -75,7 +75,7 @@ class Rollouts:
 
     def _submit(self, rollout: ActiveRollout, prefix: Sequence[int] = ()) -> None:
         self.agent.resume(rollout, prefix)
-        if rollout.state is not State.DONE:
+        if rollout.state is not RolloutState.DONE:
             self._active[rollout.seq] = rollout
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ class Rollouts:
         if call is not None:
             self._calls[rollout.seq] = call
             self.pool.submit(rollout.seq, call.tag, call.argument)
-        elif rollout.state is State.DONE:
+        elif rollout.state is RolloutState.DONE:
             self._active.pop(rollout.seq, None)
             tree_rollout = self._root_of.pop(rollout.seq, None)
             if tree_rollout is not None and tree_rollout.roots_done:

@@ -12,7 +12,7 @@ import numpy as np
 from appo.errors import DataError
 from appo.observability.codec import decode, encode, tree_from_json, tree_to_json
 from appo.observability.renamed import ROOTS, in_todays_words
-from appo.rollout.agent import ActiveRollout, State
+from appo.rollout.agent import ActiveRollout, RolloutState
 from appo.rollout.engine import RolloutEngine
 from appo.types import RolloutTree
 
@@ -32,7 +32,7 @@ class TreeRollout:
 
     @property
     def roots_done(self) -> bool:
-        return all(rollout.state is State.DONE for rollout in self.roots)
+        return all(rollout.state is RolloutState.DONE for rollout in self.roots)
 
 
 def tree_rollout_to_json(g: TreeRollout) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def tree_rollout_from_json(
             engine.append(seq, view.response_ids.tolist())
         seed = seed_of(g, tree.nodes[tree.leaves[leaf].node].path)
         rollout = ActiveRollout(
-            tree, leaf, seq, seed, sampled=int(view.mask.sum()), state=State.DONE
+            tree, leaf, seq, seed, sampled=int(view.mask.sum()), state=RolloutState.DONE
         )
         g.roots.append(rollout)
     reference = in_todays_words(data, ROOTS)["reference_logp"]

@@ -26,7 +26,7 @@ ENGINE_WORK = (
 )  # fmt: skip
 
 
-class Records:
+class RunLog:
     """The three logs in `folder`. `resume_after`: step of the checkpoint the run goes on from; later lines are cut off.
 
     text: ids → readable text · save_trees: how many trees of a step are kept

@@ -16,7 +16,7 @@ from appo.config import Config, dump
 from appo.data.tasks import Cursor
 from appo.dist.failures import agree_or_raise, exit_reason, fail_together
 from appo.dist.ranks import Ranks
-from appo.dist.signals import Stopped, StopRequest
+from appo.dist.signals import RunStopped, StopRequest
 from appo.errors import AppoError
 from appo.observability.learner import NoSignal
 from appo.observability.lines import replace_file
@@ -24,7 +24,7 @@ from appo.observability.metrics import read_metrics
 from appo.observability.progress import Console
 from appo.observability.watchdog import Watchdog
 from appo.run import resume
-from appo.run.log import Records, engine_work
+from appo.run.log import RunLog, engine_work
 from appo.run.plan import plan, tasks_of
 from appo.run.session import Session, make_learner, make_trainer
 from appo.run.startup_card import card_rows, card_warnings
@@ -86,7 +86,7 @@ class TrainingRun:
                 self._begin()
                 self._steps()
                 together = True
-            except Stopped:
+            except RunStopped:
                 together = True
                 raise
             except BrokenPipeError:  # nobody reads what we print
@@ -114,7 +114,7 @@ class TrainingRun:
         if self.plan.resume:
             self._restore()
         self.console.steps = self.cfg.steps
-        self.records = Records(
+        self.records = RunLog(
             self.plan.output, self.done if self.plan.resume else None,
             text=self.session.text.text, ranks=self.ranks, save_trees=self.cfg.save_trees,
         )  # fmt: skip
@@ -191,7 +191,7 @@ class TrainingRun:
             out = self.plan.output
             if self.saved != self.done:
                 self._checkpoint()
-            raise Stopped(
+            raise RunStopped(
                 f"stopped after step {self.done}; go on with: appo train {out}/config.yaml resume={out}",
                 signum,
             )

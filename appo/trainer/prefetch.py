@@ -73,7 +73,7 @@ def shard_prompts(
 class RootPrefetcher:
     """Draws roots, now or beside the learner, and keeps those that wait for their step.
 
-    sampler   see `appo.trainer.trainer.Sampler`
+    sampler   see `appo.trainer.trainer.TreeSampler`
     count     roots per prompt
     score_reference  whether roots that wait for an update are scored with the weights that drew them (`Rollouts.score_reference`)
     threads   (learner, sampler) while both run; None leaves torch's numbers alone

@@ -27,7 +27,7 @@ from appo.trainer.step_metrics import StepMetrics, count_branches, count_packing
 from appo.types import RolloutTree, Task
 
 
-class Sampler(Protocol):
+class TreeSampler(Protocol):
     """What the trainer needs of rollouts (implemented by `appo.rollout.sampler.Rollouts`)."""
 
     tool_wait_s: float
@@ -76,7 +76,7 @@ class Trainer:
     """
 
     algo: Algorithm
-    sampler: Sampler
+    sampler: TreeSampler
     learner: Any  # appo.learner.learner.Learner
     objective: Objective
     grade: Callable[

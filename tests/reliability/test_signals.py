@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from appo.dist.signals import SAME_S, Stopped, StopRequest
+from appo.dist.signals import SAME_S, RunStopped, StopRequest
 
 SCRIPT = """
 import ctypes, sys, time
@@ -84,5 +84,5 @@ def test_afterwards_signals_mean_what_they_meant_before() -> None:
 
 
 def test_the_exit_code_is_that_of_a_shell() -> None:
-    assert Stopped("…", signal.SIGINT).exit_code == 130
-    assert Stopped("…", signal.SIGTERM).exit_code == 143
+    assert RunStopped("…", signal.SIGINT).exit_code == 130
+    assert RunStopped("…", signal.SIGTERM).exit_code == 143

@@ -136,7 +136,7 @@ def configuration() -> str:
         "A recipe is a YAML file with any subset of these keys, and `key=value` on the command line\n"
         "wins. A default of `null` in `algo` means: what the preset of the algorithm says\n"
         "([algorithms](algorithms.md)).",
-        "```bash\nappo train tiny algo.rollouts=8 learner.lr=1e-4 --dry-run\n```",
+        "```bash\nappo train tiny algo=grpo learner.lr=1e-4 --dry-run\n```",
         "An unknown key or a wrong type is an error that names the place and the nearest spelling. The\n"
         "resolved configuration of a run is written to its `config.yaml`.",
     ]
@@ -167,7 +167,8 @@ def metrics() -> str:
         "these keys. Counts are sums over mini-batches and ranks. A share or a mean is a ratio of two\n"
         "such sums, and a time is that of the slowest rank. Names of older runs are read as those of\n"
         "today.",
-        "```python\nimport appo\n\nfor record in appo.read_metrics(run):\n"
+        "```python\nimport appo\n\n"
+        'for record in appo.read_metrics("RUN"):  # the run folder\n'
         '    print(record["step"], record.get("reward/mean"))\n```',
     ]
     for name, title in GROUPS.items():

@@ -1,6 +1,6 @@
 """Every shipped GPU kernel compiled for GPUs that are not here: registers, spills, shared memory, tensor-core use.
 
-    python bench/gpu/aot_report.py [--quick] [--arch sm_90] [--only NAME] [--json FILE] [--markdown docs/kernels.md]
+    python bench/gpu/aot_report.py [--quick] [--arch sm_90] [--only NAME] [--json FILE] [--markdown docs/kernels/index.md]
 
 Collects `aot_cases(arch)` of the modules of kernels/gpu; --quick takes the first case of each kernel, which is its default
 configuration. TRITON_CACHE_DIR keeps what was compiled. Exit code 0: every budget holds. 1: a kernel spills, wants more
@@ -169,8 +169,8 @@ def has_marks(page: Path) -> bool:
 
 def markdown(rows: Sequence[Any], version: str) -> str:
     lines = [
-        f"`python bench/gpu/aot_report.py --markdown docs/kernels.md`, Triton {version}. Compiled, not run; registers per",
-        "thread, sizes in bytes, instruction counts static.",
+        f"`python bench/gpu/aot_report.py --markdown docs/kernels/index.md`, Triton {version}.",
+        "Compiled, not run; registers per thread, sizes in bytes, instruction counts static.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---|---|" + "---:|" * (len(COLUMNS) - 2),

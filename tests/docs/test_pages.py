@@ -79,7 +79,9 @@ def braces(place):
 
 def any_file(place):
     """Whether a path or a pattern names something; a dot at the end is the sentence's."""
-    return any(ROOT.glob(place.rstrip("/."))) if "*" in place else (ROOT / place.rstrip(".")).exists()
+    return (
+        any(ROOT.glob(place.rstrip("/."))) if "*" in place else (ROOT / place.rstrip(".")).exists()
+    )
 
 
 def test_generated_pages_are_current():

@@ -45,7 +45,9 @@ def test_a_report_without_durations_says_what_to_do(tmp_path):
 
 
 def test_a_test_that_has_gone_is_found(tmp_path):
-    (tmp_path / "test_b.py").write_text("class TestD:\n    def test_e(self): ...\ndef test_c(): ...\n")
+    (tmp_path / "test_b.py").write_text(
+        "class TestD:\n    def test_e(self): ...\ndef test_c(): ...\n"
+    )
     there = {"test_b.py::test_c[1 x]": 1.0, "test_b.py::TestD::test_e": 1.0}
     gone = {"test_b.py::test_e": 1.0, "test_x.py::test_c": 1.0, "test_b.py::TestD::test_f[0]": 1.0}
     assert durations.missing(there | gone, tmp_path) == list(gone)

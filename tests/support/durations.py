@@ -89,7 +89,9 @@ def _defined(root: Path, parts: list[str]) -> bool:
         return False
     body: list[ast.stmt] = ast.parse((root / parts[0]).read_text()).body
     for name in parts[1:]:
-        named = [n for n in body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == name]
+        named = [
+            n for n in body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == name
+        ]
         if not named:
             return False
         body = named[0].body

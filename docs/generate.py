@@ -53,7 +53,7 @@ def describe_fields(cls: type = Config, prefix: str = "") -> list[Field]:
     for field in dataclasses.fields(cls):
         key = prefix + field.name
         if dataclasses.is_dataclass(hints[field.name]):
-            below += describe_fields(typing.cast(type, hints[field.name]), f"{key}.")
+            below += describe_fields(typing.cast("type", hints[field.name]), f"{key}.")
         elif key not in NOT_KEYS:
             meaning = str(field.metadata.get("doc", "")) or comments.get(field.name, "")
             here.append(Field(key, type_name(hints[field.name]), default_of(field), meaning))
@@ -65,7 +65,7 @@ def sections(cls: type = Config, prefix: str = "") -> dict[str, str]:
     found = {prefix: own_words(cls)}
     for name, hint in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
-            found |= sections(typing.cast(type, hint), f"{prefix}{name}.")
+            found |= sections(typing.cast("type", hint), f"{prefix}{name}.")
     return found
 
 
@@ -85,7 +85,7 @@ def field_comments(cls: type) -> dict[str, str]:
         text = token.string.lstrip("# ").strip()
         if token.type == tokenize.COMMENT and not TOOL_COMMENT.match(text):
             comments[token.start[0]] = text
-    body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
+    body = typing.cast("ast.ClassDef", ast.parse(source).body[0]).body
     for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             lines = range(node.lineno, (node.end_lineno or node.lineno) + 2)

@@ -21,9 +21,8 @@ def test_links_and_anchors_lead_somewhere(page):
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        if not target.exists() or not target.is_relative_to(ROOT):
-            lost.append(link)
-        elif anchor and (target.suffix != ".md" or anchor not in anchors(target)):
+        there = target.exists() and target.is_relative_to(ROOT)
+        if not there or (anchor and anchor not in anchors(target)):
             lost.append(link)
     assert lost == []
 

@@ -1,7 +1,7 @@
 """What the pages tell a reader to type works: Python blocks run, commands are parsed against the program and its recipes.
 
 Python blocks of a page run one after the other in one process, in a folder that holds `RUN`, a finished run, and `model`,
-the tiny model. Commands that take minutes are not run: their files, subcommands, options and keys are looked up.
+the tiny model. Commands with --dry-run are run. Of other commands the files, subcommands, options and keys are looked up.
 """
 
 import os
@@ -37,25 +37,60 @@ def name(page):
     return str(page.relative_to(ROOT))
 
 
+DRY_RUNS = [
+    (page, line)
+    for page in PAGES
+    for block in blocks(page, "bash")
+    for line in block.text.splitlines()
+    if "--dry-run" in line
+]
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=map(name, WITH_PYTHON))
 def test_python_blocks_run(page, tmp_path):
     shutil.copytree(RUN, tmp_path / "RUN")
     (tmp_path / "model").symlink_to(ROOT / "appo" / "models" / "tiny_qwen3")
+    write_files(page, tmp_path)
     code = "\n".join(
         "\n" * 2 + f"# {name(page)}:{block.line}\n" + block.text for block in blocks(page, "python")
     )
     if change := SMALLER.get(name(page)):
         assert change[0] in code
         code = code.replace(*change)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=280,
-        env=os.environ | {"PYTHONPATH": path},
+        env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
     for expected in re.findall(r"^# (\[.*\])$", code, re.M):
         assert expected in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "line"), DRY_RUNS, ids=[f"{name(page)}: {line}" for page, line in DRY_RUNS]
+)
+def test_dry_runs_end_well(page, line, tmp_path):
+    write_files(page, tmp_path)
+    (words,) = commands(line)
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "--plain"], cwd=tmp_path, capture_output=True, text=True,
+        timeout=200, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def write_files(page, folder):
+    """A block that begins with `# name.py` is that file."""
+    for block in blocks(page, "python"):
+        if found := re.match(r"# (\w+\.py)\n", block.text):
+            (folder / found[1]).write_text(block.text)
+
+
+def environment():
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -64,8 +99,7 @@ def test_a_block_says_what_it_is(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_commands_are_commands(page, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_commands_are_commands(page, tmp_path):
     shutil.copytree(RUN, tmp_path / "RUN")
     found = [words for block in blocks(page, "bash") for words in commands(block.text)]
     found += [code.split() for code in inline_code(page) if INLINE.match(code)]

@@ -38,7 +38,7 @@ slow-marks: ## the whole suite, and from its report the list of slow tests
 types: ## mypy
 	$(PYTHON) -m mypy
 
-lint: ## ruff, its formatter, and what pre-commit checks besides
+lint: ## ruff, its formatter, and whether generated pages are current
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) docs/generate.py --check

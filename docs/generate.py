@@ -187,7 +187,7 @@ def metrics() -> str:
 
 def cell(text: str) -> str:
     """Text that may stand in a cell of a table."""
-    return text.replace("|", "\\|")
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

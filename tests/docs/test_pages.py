@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 from support.pages import NAMES, PAGES, ROOT, anchors, blocks, inline_code, links, prose
@@ -43,6 +44,20 @@ def test_lines_are_at_most_100_columns(page):
         and len(max(line.split(), key=len)) < WIDTH - 20
     ]  # fmt: skip
     assert wide == []
+
+
+@each_page
+def test_lists_and_tables_follow_a_blank_line(page):
+    """Otherwise the site shows them as running text."""
+    lines = prose(page).splitlines()
+    glued = [
+        f"{page.name}:{n}"
+        for n, (before, line) in enumerate(pairwise(lines), 2)
+        if before.strip() and (begins := re.match(r"(\||[-*] |\d+\. )", line))
+        and not before.startswith(("|", "  ") if begins[0] == "|" else ("- ", "* ", "  "))
+        and not re.match(r"\d+\. ", before)
+    ]  # fmt: skip
+    assert glued == []
 
 
 @each_page

@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 # Tests of functions: no engine is built, no learner, no sandbox, no other process.
-QUICK = tests/algo tests/data tests/docs/test_pages.py tests/observability tests/packing \
+QUICK = tests/algo $(wildcard tests/config) tests/data tests/docs/test_pages.py tests/observability tests/packing \
   tests/packaging/test_imports.py tests/packaging/test_slow_marks.py tests/property/test_protocol.py \
   tests/rollout/test_sampler.py tests/rollout/test_store.py tests/run/test_config.py \
   tests/run/test_resume.py tests/trainer/test_balance.py

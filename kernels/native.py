@@ -76,10 +76,16 @@ def _stale(info: dict[str, Any]) -> bool:
     root = Path(appo.__file__).resolve().parents[1]
     if "sources" not in info or not (root / "csrc").is_dir():
         return False
+    return _source_digest(root) != info["sources"]
+
+
+def _source_digest(root: Path) -> str:
+    """Hash of CMakeLists.txt and csrc/ of a checkout; the same as `source_digest` of setup.py."""
+    files = sorted(p.relative_to(root).as_posix() for p in (root / "csrc").rglob("*") if p.is_file())
     digest = hashlib.sha256()
-    for path in [root / "CMakeLists.txt", *sorted((root / "csrc").glob("*"))]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16] != info["sources"]
+    for path in ("CMakeLists.txt", *files):
+        digest.update(path.encode() + b"\0" + (root / path).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def backend_info() -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Where the native library comes from, and that its absence or damage is told, not swallowed."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from appo.kernels import backend_info, future_value, native
@@ -72,6 +74,28 @@ def test_library_of_another_version(fresh):
     fresh.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
     with pytest.warns(RuntimeWarning, match="its interface is version"):
         native.load()
+
+
+def test_one_digest_of_the_sources(monkeypatch, tmp_path):
+    """setup.py and the loader hash the same files; a changed or moved file changes both."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    root = tmp_path / "checkout"
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    for name in ("CMakeLists.txt", "setup.py"):
+        shutil.copy(ROOT / name, root / name)
+    built = runpy.run_path(str(root / "setup.py"))["source_digest"]
+
+    def both():
+        assert built() == native._source_digest(root)
+        return built()
+
+    seen = [both()]
+    nested = root / "csrc" / "common" / "simd" / "math.h"
+    nested.write_text(nested.read_text() + "// changed\n")
+    seen.append(both())
+    nested.rename(root / "csrc" / "common" / "math.h")
+    seen.append(both())
+    assert len(set(seen)) == 3
 
 
 TREE = """abort add base blocks_of check commit counts evict evict_path extend fork free_blocks kv layout length need

@@ -1,0 +1,39 @@
+// What lies between the matrix products of a layer in training: RMSNorm, rotary positions and SwiGLU, forward and
+// backward, each in one pass over memory. No external symbol may come from this file (see linear_logprob/linear_logprob.h).
+//
+//   python.cpp          checks what Python hands over, chooses the instruction set, shares rows among threads
+//   kernels.h    the arithmetic of a row, compiled by kernels_<isa>.cpp into a table of functions
+#pragma once
+
+#include "linear_logprob/linear_logprob.h"
+
+namespace appo {
+
+constexpr int64_t kGlueRows = 256;    // rows per unit of work; gradients of weights are summed per unit, then in order
+constexpr int64_t kGlueChunk = 2048;  // numbers per step of SwiGLU: its float copies stay in the caches
+
+// Rows that `scratch` needs room for, each of glue_width(n) floats.
+constexpr int64_t kGlueScratch = 4;
+static inline int64_t glue_width(int64_t n) { return (n + 15) / 16 * 16; }
+
+// Numbers come in and go out as `dtype`, all sums are float. `weight`, `cos` and `sin` are widened and zero up to
+// glue_width.
+struct GlueKernels {
+  void (*widen)(const char* x, int64_t n, Dtype dtype, float* out);
+  // y = x · factor · weight; returns factor = 1 / sqrt(mean x² + eps).
+  float (*norm)(const char* x, const float* weight, int64_t n, float eps, Dtype dtype, char* y, float* scratch);
+  // dx (unless null) and dweight (unless null; added to) from dy.
+  void (*norm_grad)(const char* x, const float* weight, float factor, const char* dy, int64_t n, Dtype dtype, char* dx,
+                    float* dweight, float* scratch);
+  // out = gate · sigmoid(gate) · up
+  void (*swiglu)(const char* gate, const char* up, int64_t n, Dtype dtype, char* out, float* scratch);
+  void (*swiglu_grad)(const char* gate, const char* up, const char* d_out, int64_t n, Dtype dtype, char* d_gate,
+                      char* d_up, float* scratch);
+  // One head: (x1, x2) → (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 being its halves of n numbers each.
+  void (*rotate)(const char* x, const float* cos, const float* sin, int64_t n, Dtype dtype, char* out, float* scratch);
+};
+
+const GlueKernels& glue_avx512();
+const GlueKernels& glue_avx2();
+
+}  // namespace appo

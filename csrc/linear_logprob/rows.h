@@ -1,0 +1,141 @@
+// What happens to a row of logits: cap, statistics, gradient, rounding. See kernels.h.
+#pragma once
+
+#include <cstring>
+
+#include "common/simd/math.h"
+
+namespace appo {
+namespace {
+
+// Calls body(j, count) for whole vectors and, with count < lanes, for the rest of n columns.
+template <class V, class Body>
+inline __attribute__((always_inline)) void for_vectors(int64_t n, const Body& body) {
+  int64_t j = 0;
+  for (; j + V::lanes <= n; j += V::lanes) body(j, V::lanes);
+  if (j < n) body(j, n - j);
+}
+
+template <class V>
+void cap(float* x, int64_t n, float softcap) {
+  const auto c = V::set(softcap);
+  for (int64_t j = 0; j < n; j += V::lanes) V::store(x + j, V::mul(c, tanh<V>(V::div(V::load(x + j), c))));
+}
+
+template <class V>
+void stats(const float* x, int64_t n, float scale2, float* state, char* record) {
+  const auto factor = V::set(scale2), low = V::set(kEmpty), zero = V::set(0.0f);
+  const auto raise = V::set(0x1p15f);  // 2^kKeptRaise
+  auto top = low;
+  for_vectors<V>(n, [&](int64_t j, int64_t count) {
+    auto y = V::mul(V::load(x + j), factor);
+    if (count < V::lanes) y = V::keep(y, count, low);
+    top = V::max(y, top);  // returns the second operand if one is NaN: NaN reaches s, not m
+  });
+  const auto before = V::load(state);
+  const auto m = V::max(top, before);
+  const auto shift = V::sub(before, m), weight = exp2<V>(shift);
+  const auto s0 = V::load(state + V::lanes), u0 = V::load(state + 2 * V::lanes);
+  auto s = V::mul(weight, s0), u = V::mul(weight, V::fma(shift, s0, u0));
+  for_vectors<V>(n, [&](int64_t j, int64_t count) {
+    const auto y = V::sub(V::max(low, V::mul(V::load(x + j), factor)), m);  // -inf becomes kEmpty, NaN stays
+    auto e = exp2<V>(y);
+    if (count < V::lanes) e = V::keep(e, count, zero);
+    if (record) V::store_f16(reinterpret_cast<uint16_t*>(record) + j, V::mul(e, raise));
+    s = V::add(s, e);
+    u = V::fma(e, count < V::lanes ? V::keep(y, count, zero) : y, u);
+  });
+  if (record) V::store(reinterpret_cast<float*>(record + kTile * 2), m);
+  V::store(state, m);
+  V::store(state + V::lanes, s);
+  V::store(state + 2 * V::lanes, u);
+}
+
+template <class V>
+void collapse(const float* state, float* out) {
+  const auto m = V::load(state), s = V::load(state + V::lanes), u = V::load(state + 2 * V::lanes);
+  const float top = V::largest(m);
+  const auto shift = V::sub(m, V::set(top)), weight = exp2<V>(shift);
+  out[0] = top;
+  out[1] = V::sum(V::mul(weight, s));
+  out[2] = V::sum(V::mul(weight, V::fma(shift, s, u)));
+}
+
+template <class V>
+float grad(const float* x, float* g, int64_t n, const GradRow& row, bool add) {
+  const auto factor = V::set(row.scale2), low = V::set(kEmpty), zero = V::set(0.0f);
+  const auto m = V::set(row.m), log2s = V::set(row.log2s), constant = V::set(row.constant), bent = V::set(row.bent);
+  auto dot = zero;
+  for_vectors<V>(n, [&](int64_t j, int64_t count) {
+    const auto y = V::max(low, V::mul(V::load(x + j), factor));
+    auto log2p = V::sub(V::sub(y, m), log2s);
+    auto v = V::mul(exp2<V>(log2p), V::fnma(bent, log2p, constant));
+    if (count < V::lanes) {
+      v = V::keep(v, count, zero);
+      log2p = V::keep(log2p, count, zero);
+    }
+    dot = V::fma(v, log2p, dot);
+    V::store(g + j, add ? V::add(V::load(g + j), v) : v);
+  });
+  return V::sum(dot);
+}
+
+template <class V>
+float grad_kept(const char* record, float* g, int64_t n, const GradRow& row, bool add) {
+  const auto zero = V::set(0.0f), tiny = V::set(0x1p-30f), raised = V::set(kKeptRaise);
+  const auto constant = V::set(row.constant), bent = V::set(row.bent);
+  const auto m = V::load(reinterpret_cast<const float*>(record + kTile * 2));
+  const auto shift = V::sub(V::sub(V::sub(m, V::set(row.m)), V::set(row.log2s)), raised), weight = exp2<V>(shift);
+  auto dot = zero;
+  for_vectors<V>(n, [&](int64_t j, int64_t count) {
+    const auto e = V::widen(record + j * 2, Dtype::f16);
+    const auto log2p = V::add(log2<V>(V::max(tiny, e)), shift);
+    auto v = V::mul(V::mul(e, weight), V::fnma(bent, log2p, constant));
+    if (count < V::lanes) v = V::keep(v, count, zero);
+    dot = V::fma(v, log2p, dot);
+    V::store(g + j, add ? V::add(V::load(g + j), v) : v);
+  });
+  return V::sum(dot);
+}
+
+template <class V>
+void slope(const float* capped, float* g, int64_t n, float softcap) {
+  const auto c = V::set(softcap);
+  for (int64_t j = 0; j < n; j += V::lanes) {
+    const auto t = V::div(V::load(capped + j), c), v = V::load(g + j);
+    V::store(g + j, V::mul(v, V::fnma(t, t, V::set(1.0f))));
+  }
+}
+
+template <class V, class Dot>
+void store(const float* g0, const float* g1, int64_t n, void* row0, void* row1, float* pairs) {
+  for (int64_t j = 0; j < n; j += V::lanes) {
+    if constexpr (Dot::pair == 2) {
+      uint16_t* to0 = static_cast<uint16_t*>(row0) + j;
+      uint16_t* to1 = static_cast<uint16_t*>(row1) + j;
+      V::store_bf16(to0, V::load(g0 + j));
+      V::store_bf16(to1, V::load(g1 + j));
+      if (pairs) V::store(pairs + j, V::words(to0, to1));
+    } else {
+      V::store(static_cast<float*>(row0) + j, V::load(g0 + j));
+      V::store(static_cast<float*>(row1) + j, V::load(g1 + j));
+    }
+  }
+}
+
+template <class V>
+void emit(const float* c, int64_t n, Dtype dtype, void* out) {
+  for_vectors<V>(n, [&](int64_t j, int64_t count) {
+    const auto v = V::load(c + j);
+    alignas(64) char few[V::lanes * 4];
+    char* to = static_cast<char*>(out) + j * bytes_of(dtype);
+    char* at = count < V::lanes ? few : to;
+    if (dtype == Dtype::f32) V::store(reinterpret_cast<float*>(at), v);
+    if (dtype == Dtype::bf16) V::store_bf16(reinterpret_cast<uint16_t*>(at), v);
+    if (dtype == Dtype::f16) V::store_f16(reinterpret_cast<uint16_t*>(at), v);
+    if (count < V::lanes) std::memcpy(to, few, count * bytes_of(dtype));
+  });
+}
+
+}  // namespace
+}  // namespace appo

@@ -88,13 +88,9 @@ void tree_future_value(ffi::TensorView x, ffi::TensorView mask, ffi::TensorView 
   }
 }
 
-// Raised whenever a signature changes; kernels/native.py refuses a library of another version.
-int64_t abi_version() { return 6; }
-
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(future_value, future_value);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_future_value, tree_future_value);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(abi_version, abi_version);
 
 }  // namespace appo

@@ -4,7 +4,7 @@
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 
-#include "linear_logprob/linear_logprob.h"
+#include "common/matrix.h"
 
 namespace appo {
 

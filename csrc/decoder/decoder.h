@@ -1,13 +1,15 @@
 // The linears of a decoder layer (Llama, Qwen2, Qwen3) on a CPU: what its parts share. Compiled with wide instructions
-// too: nothing here may become an external symbol (see linear_logprob/linear_logprob.h).
+// too: nothing here may become an external symbol (see common/matrix.h).
 //
-//   stack.cpp    packing and adapters, step.cpp a forward pass, head.cpp the output head: exported
-//                      functions that check what Python hands over (checks.h, stack.h)
-//   layer_packed.*     weights as panels, kept between calls, and their products
-//   layer_forward.*    the order of the work in a forward pass, layer_run.* in the two halves of a layer
-//   layer_team.*       threads
-//   kernels.h    what happens to a row, templates that kernels_<isa>.cpp compile into a table
-//   product.h    the product of few rows with a panel, likewise
+//   stack.cpp          packing and adapters, exported functions
+//   step.cpp           a forward pass, likewise
+//   head.cpp           the output head, likewise
+//   checks.h, stack.h  what these three share
+//   packed.*           weights as panels, kept between calls, and their products
+//   forward.*          the order of the work in a forward pass
+//   run.*              the order of the work in the two halves of a layer
+//   kernels.h          what happens to a row, templates that kernels_<isa>.cpp compile into a table
+//   product.h          the product of few rows with a panel, likewise
 //
 // Rounding is that of the PyTorch runner: the residual stream, norms, rotation and all sums are float32; "numbers"
 // (bfloat16 or float32, the model's dtype) are what goes into a product and what every linear, silu and product of the
@@ -16,14 +18,14 @@
 
 #include <cstdint>
 
-#include "linear_logprob/linear_logprob.h"
+#include "common/matrix.h"
 
 namespace appo {
 
 constexpr int64_t kLayerRows = 48;  // rows per unit of work: their sums stay in the caches beside a panel
 
 struct LayerKernels {
-  const LinearKernels* linear;
+  const MatrixKernels* linear;
   Dtype dtype;  // of the numbers
 
   void (*widen)(const char* numbers, int64_t n, float* out);

@@ -3,6 +3,7 @@
 #include "decoder/forward.h"
 
 #include <cstring>
+#include <utility>
 
 namespace appo {
 namespace {

@@ -3,6 +3,8 @@
 //   ids -> x[rows][hidden] -> every layer: qkv, KV into the pool, attention, o, MLP -> norm of the chosen rows
 #pragma once
 
+#include <vector>
+
 #include "decoder/run.h"
 #include "segment_attention/segment_attention.h"
 

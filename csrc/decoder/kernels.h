@@ -1,10 +1,14 @@
-// What happens to a row in a decoder layer, over a vector type V (see linear_logprob/kernels.h) with a few operations more:
+// What happens to a row in a decoder layer, over a vector type V (see common/simd/avx2.h) with a few operations more:
 // round_number (to the model's dtype and back), store_number, and for neighbouring pairs (a, b) evens = (a, a),
 // odds = (b, b), swapped = (b, a).
 #pragma once
 
+#include <cstring>
+
+#include "common/simd/math.h"
+#include "common/simd/product.h"
+#include "common/simd/rows.h"
 #include "decoder/product.h"
-#include "linear_logprob/kernels.h"
 
 namespace appo {
 namespace {
@@ -125,7 +129,7 @@ void gate(float* g, const float* u, int64_t n, void* out) {
 }
 
 template <class V>
-constexpr LayerKernels layer_kernels(const LinearKernels& linear) {
+constexpr LayerKernels layer_kernels(const MatrixKernels& linear) {
   LayerKernels k{&linear,   V::number, widen<V>, norm<V, V::number>,  norm<V, Dtype::f32>,
                  finish<V>, add<V>,    turn<V>,  gate<V>,             stream<V, Whole<V>>,
                  nullptr};

@@ -20,7 +20,7 @@ struct Floats : Avx2 {
 }  // namespace
 
 const LayerKernels& layer_avx2() {
-  static const LayerKernels table = layer_kernels<Floats>(linear_avx2());
+  static const LayerKernels table = layer_kernels<Floats>(matrix_avx2());
   return table;
 }
 

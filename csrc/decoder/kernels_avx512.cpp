@@ -15,7 +15,7 @@ struct Floats : Avx512Pairs<Avx512> {
 }  // namespace
 
 const LayerKernels& layer_avx512() {
-  static const LayerKernels table = layer_kernels<Floats>(linear_avx512());
+  static const LayerKernels table = layer_kernels<Floats>(matrix_avx512());
   return table;
 }
 

@@ -24,7 +24,7 @@ struct Bfloats : Avx512Pairs<Avx512Bf16> {
 }  // namespace
 
 const LayerKernels& layer_avx512_bf16() {
-  static const LayerKernels table = layer_kernels<Bfloats>(linear_avx512_bf16());
+  static const LayerKernels table = layer_kernels<Bfloats>(matrix_avx512_bf16());
   return table;
 }
 

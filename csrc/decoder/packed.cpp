@@ -3,6 +3,7 @@
 #include "decoder/packed.h"
 
 #include <cstring>
+#include <utility>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -13,7 +14,7 @@
 namespace appo {
 namespace {
 
-void pack_panel(const LinearKernels& k, const Matrix& w, int64_t first, int64_t count, int64_t width, float* out) {
+void pack_panel(const MatrixKernels& k, const Matrix& w, int64_t first, int64_t count, int64_t width, float* out) {
   const Scratch stage(k.lanes * width);
   k.pack_across(w, first, count, width, stage.get(), out);
 }
@@ -33,7 +34,7 @@ Scratch panel_memory(int64_t floats) {
 }
 
 void pack(Packed& to, const Matrix& w, const float* bias, int64_t threads) {
-  const LinearKernels& k = *to.k;
+  const MatrixKernels& k = *to.k;
   run_team(to.panels(), threads, [&](int64_t p, int64_t) {
     pack_panel(k, w, to.first(p), to.count(p), to.width(), to.data + p * to.panel_words());
   });
@@ -46,7 +47,7 @@ void pack(Packed& to, const Matrix& w, const float* bias, int64_t threads) {
 }
 
 void adapt(Packed& to, const Matrix& down, const Matrix& up) {
-  const LinearKernels& k = *to.k;
+  const MatrixKernels& k = *to.k;
   const int64_t rank = up.columns, width = round_up(rank, 32), down_panels = ceil_div(rank, k.panel);
   const int64_t up_words = width / k.pair * k.panel;
   Scratch new_down(down_panels * to.panel_words()), new_up(rank ? to.panels() * up_words : 0);
@@ -64,7 +65,7 @@ void adapt(Packed& to, const Matrix& down, const Matrix& up) {
 
 Lowered::Lowered(const LayerKernels& k, const Packed& w, Rows x, int64_t rows) {
   if (!w.rank) return;
-  const LinearKernels& linear = *k.linear;
+  const MatrixKernels& linear = *k.linear;
   const int64_t width = round_up(w.rank, 32), panels = ceil_div(w.rank, linear.panel), ldc = panels * linear.panel;
   stride_ = width / linear.pair;
   numbers_ = Scratch(rows * stride_);
@@ -81,7 +82,7 @@ Lowered::Lowered(const LayerKernels& k, const Packed& w, Rows x, int64_t rows) {
 
 void linear(const LayerKernels& k, const Packed& w, Rows x, const Lowered& low, int64_t row, int64_t rows, int64_t p,
             int64_t count, float* y, float* scratch) {
-  const LinearKernels& table = *k.linear;
+  const MatrixKernels& table = *k.linear;
   const int64_t panel = table.panel, ld = count * panel;
   const float* from = x.data + row * x.stride;
   const int64_t low_words = ceil_div(w.rank, table.pair), up_words = round_up(w.rank, 32) / table.pair * panel;

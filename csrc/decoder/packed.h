@@ -1,10 +1,11 @@
-// A linear whose weights are kept as panels of words (see linear_logprob/linear_logprob.h), and the low-rank adapter applied beside it.
+// A linear whose weights are kept as panels of words (see common/matrix.h), and the low-rank adapter applied beside it.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
+#include "common/scratch.h"
 #include "decoder/decoder.h"
-#include "linear_logprob/problem.h"
 
 namespace appo {
 
@@ -12,7 +13,7 @@ namespace appo {
 // rows reads the weights once, in the order of memory. With `half` > 0 panels of the rows below and from `half` on
 // alternate: a gate and the up projection it meets are neighbours.
 struct Packed {
-  const LinearKernels* k = nullptr;
+  const MatrixKernels* k = nullptr;
   int64_t in = 0, out = 0, half = 0;
   float* data = nullptr;
   std::vector<float> bias;  // [panels][panel], or empty

@@ -2,8 +2,10 @@
 
 #include "decoder/run.h"
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <vector>
 
 #include "common/team.h"
 

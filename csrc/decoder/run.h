@@ -1,6 +1,8 @@
 // The two halves of a decoder layer, without the attention between them.
 #pragma once
 
+#include <vector>
+
 #include "decoder/packed.h"
 
 namespace appo {

@@ -18,7 +18,7 @@ Stack stack_new(int64_t layers, int64_t hidden, int64_t ff, int64_t heads, int64
   stack->isa = isa;
   stack->shape = {hidden, ff, heads, kv_heads, head_dim, static_cast<float>(eps)};
   stack->layers.resize(static_cast<size_t>(layers));
-  const LinearKernels& k = *stack->k->linear;
+  const MatrixKernels& k = *stack->k->linear;
   for (LayerWeights& w : stack->layers) {
     w.qkv = linear_of(k, (heads + 2 * kv_heads) * head_dim, hidden);
     w.o = linear_of(k, hidden, heads * head_dim);

@@ -1,11 +1,11 @@
 // What lies between the matrix products of a layer in training: RMSNorm, rotary positions and SwiGLU, forward and
-// backward, each in one pass over memory. No external symbol may come from this file (see linear_logprob/linear_logprob.h).
+// backward, each in one pass over memory. No external symbol may come from this file (see common/matrix.h).
 //
-//   python.cpp          checks what Python hands over, chooses the instruction set, shares rows among threads
-//   kernels.h    the arithmetic of a row, compiled by kernels_<isa>.cpp into a table of functions
+//   python.cpp  checks what Python hands over, chooses the instruction set, shares rows among threads
+//   kernels.h   the arithmetic of a row, compiled by kernels_<isa>.cpp into a table of functions
 #pragma once
 
-#include "linear_logprob/linear_logprob.h"
+#include "common/matrix.h"
 
 namespace appo {
 

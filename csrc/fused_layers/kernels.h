@@ -1,10 +1,13 @@
-// Rows of RMSNorm, rotary positions and SwiGLU over a vector type V (common/simd/avx512.h, common/simd/avx2.h). See fused_layers.h.
+// Rows of RMSNorm, rotary positions and SwiGLU over a vector type V (common/simd). See fused_layers.h.
 //
 // A row is widened into scratch first and narrowed from there: both stay in L1, and no loop has to care for its end.
 #pragma once
 
+#include <cstring>
+
+#include "common/simd/math.h"
+#include "common/simd/rows.h"
 #include "fused_layers/fused_layers.h"
-#include "linear_logprob/kernels.h"
 
 namespace appo {
 namespace {

@@ -1,6 +1,8 @@
 // Everything that must hold between operations on a segment tree, recomputed from scratch; the twin of integrity.py.
 
 #include <string>
+#include <unordered_map>
+#include <vector>
 
 #include "kv_tree/kv_tree.h"
 

@@ -3,6 +3,7 @@
 #include "kv_tree/kv_tree.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace appo {
 

@@ -1,12 +1,12 @@
 // The segment tree over a block pool: what its parts share.
 //
-//   error.h     what is thrown
-//   blocks.h    which blocks are taken, by whom
-//   kv_tree.cpp         sequences: add, fork, extend, truncate, release, evict, new weights
-//   plan.cpp    rows of the next forward pass, commit, abort
-//   layout.cpp  the tables of these rows
-//   check.cpp   every invariant, recomputed
-//   python.cpp  exported functions
+//   error.h      what is thrown
+//   blocks.h     which blocks are taken, by whom
+//   kv_tree.cpp  sequences: add, fork, extend, truncate, release, evict, new weights
+//   plan.cpp     rows of the next forward pass, commit, abort
+//   layout.cpp   the tables of these rows
+//   check.cpp    every invariant, recomputed
+//   python.cpp   exported functions
 //
 // appo/rollout/native/segment_tree.py is the plain definition and says what each operation does; the two give the same
 // answers, tables and messages. Everything here is bookkeeping on whole numbers: no KV, and no threads: callers hold

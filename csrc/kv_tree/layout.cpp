@@ -1,6 +1,7 @@
 // The tables of one forward pass: the twin of lay_out in layout.py, which says what they mean.
 
 #include <algorithm>
+#include <vector>
 
 #include "kv_tree/kv_tree.h"
 

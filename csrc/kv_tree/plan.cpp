@@ -1,7 +1,9 @@
 // Rows of the next forward pass: see kv_tree.h and segment_tree.py.
 
 #include <algorithm>
+#include <unordered_map>
 #include <unordered_set>
+#include <vector>
 
 #include "kv_tree/kv_tree.h"
 

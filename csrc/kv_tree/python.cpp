@@ -7,7 +7,10 @@
 #include <tvm/ffi/object.h>
 #include <tvm/ffi/string.h>
 
+#include <algorithm>
 #include <cstring>
+#include <unordered_map>
+#include <vector>
 
 #include "common/checks.h"
 #include "kv_tree/kv_tree.h"

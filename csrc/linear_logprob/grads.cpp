@@ -10,9 +10,13 @@
 //
 // The float32 sums of a bf16 dh take no float32 matrix: the upper halves live in the result, the lower ones in scratch.
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <vector>
 
+#include "common/units.h"
 #include "linear_logprob/problem.h"
 
 namespace appo {

@@ -1,11 +1,12 @@
-// Float products with AVX-512, for float32 and widened 16-bit inputs.
+// Sixteen logits at a time. See kernels.h.
 
 #include "common/simd/avx512.h"
+#include "linear_logprob/kernels.h"
 
 namespace appo {
 
 const LinearKernels& linear_avx512() {
-  static constexpr LinearKernels table = kernels<Avx512, FloatDot<Avx512>>();
+  static const LinearKernels table = linear_kernels<Avx512>(matrix_avx512());
   return table;
 }
 

@@ -1,11 +1,12 @@
-// bf16 products with AVX512-BF16.
+// Sixteen logits at a time, beside bf16 products. See kernels.h.
 
 #include "common/simd/avx512_bf16.h"
+#include "linear_logprob/kernels.h"
 
 namespace appo {
 
 const LinearKernels& linear_avx512_bf16() {
-  static constexpr LinearKernels table = kernels<Avx512Bf16, Bf16Dot>();
+  static const LinearKernels table = linear_kernels<Avx512Bf16>(matrix_avx512_bf16());
   return table;
 }
 

@@ -6,6 +6,7 @@
 #include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
 
+#include <algorithm>
 #include <string>
 
 #include "common/checks.h"

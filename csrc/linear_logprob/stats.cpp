@@ -4,9 +4,13 @@
 // part are merged in the order of the parts. So its bits depend on its row of h, on w and on V, and not on the batch,
 // the row block or the number of threads.
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <vector>
 
+#include "common/units.h"
 #include "linear_logprob/problem.h"
 
 namespace appo {

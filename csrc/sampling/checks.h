@@ -1,9 +1,15 @@
 // What Python hands over for draws, checked.
 #pragma once
 
-#include <string>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/string.h>
 
-#include "decoder/checks.h"
+#include <string>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/isa.h"
+#include "common/tensors.h"
 #include "sampling/run.h"
 
 namespace appo {

@@ -1,10 +1,10 @@
-// A row of logits, many tokens at a time, over a vector type V (see linear_logprob/kernels.h) that also has integers I:
+// A row of logits, many tokens at a time, over a vector type V (see common/simd/avx2.h) that also has integers I:
 // ints(v), add, mul, flip (xor), shift<n> (right), ramp (0, 1, 2 …), upper (the upper 24 bits as floats) and
 // mask_not_above(a, b): one bit per lane, set where a <= b.
 #pragma once
 
 #include "common/simd/math.h"
-#include "linear_logprob/rows.h"
+#include "common/simd/rows.h"
 #include "sampling/sampling.h"
 
 namespace appo {

@@ -4,7 +4,9 @@
 
 #include <tvm/ffi/function.h>
 
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 namespace appo {
 namespace {

@@ -4,14 +4,16 @@
 // joined in order. So the bits of a row depend on its logits and its draw: not on other rows, not on threads.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
+#include "common/scratch.h"
 #include "common/team.h"
-#include "linear_logprob/problem.h"
 #include "sampling/sampling.h"
 
 namespace appo {
 
+constexpr int64_t kTile = 256;  // columns whose logits exist at a time
 constexpr int64_t kSplits = 32;
 constexpr int64_t kDrawRows = 48;  // rows whose tile of logits stays in the caches
 

@@ -2,6 +2,7 @@
 
 #include "sampling/run.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 

@@ -1,10 +1,12 @@
 // Drawing tokens from logits: what its parts share. Compiled with wide instructions too: nothing here may become an
-// external symbol of theirs (see linear_logprob/linear_logprob.h).
+// external symbol of theirs (see common/matrix.h).
 //
-//   sampling.cpp           the noise, the exact race of a few tokens, the order of the work, the result of a row
-//   kernels.h     a row of logits, many tokens at a time, a template that kernels_<isa>.cpp compile into a table
-//   python.cpp     draws from logits in memory: checks, exported functions
-//   decoder/head.cpp       the same behind the product with the output head
+//   sampling.cpp      the noise, the exact race of a few tokens, the result of a row
+//   run.h             the order of the work
+//   kernels.h         a row of logits, many tokens at a time, a template that kernels_<isa>.cpp compile
+//   checks.h          what Python hands over for it
+//   python.cpp        draws from logits in memory: exported functions
+//   decoder/head.cpp  the same behind the product with the output head
 //
 // A token is drawn by an exponential race: token i wins with the smallest E_i / e^(z_i), z = x · inv_temp, where E_i is
 // exponential noise from (seed, position, i) alone (see appo/rollout/native/noise.py, the definition). E = -log(1-u) is
@@ -15,7 +17,7 @@
 
 #include <cstdint>
 
-#include "linear_logprob/linear_logprob.h"
+#include "common/matrix.h"
 
 namespace appo {
 

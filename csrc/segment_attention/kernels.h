@@ -1,7 +1,7 @@
 // A strip of query rows meets a chunk of keys: scores, softmax step, values, all in the first cache. Over a vector type
 // V and a Step (product.h); kernels_<isa>.cpp compile it into a table.
 //
-// All of it is in unnamed namespaces and calls no function template of the standard library (see linear_logprob/kernels.h).
+// All of it is in unnamed namespaces and calls no function template of the standard library (see common/simd/kernels.h).
 #pragma once
 
 #include "segment_attention/product.h"

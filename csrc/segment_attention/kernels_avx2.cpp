@@ -18,8 +18,8 @@ struct Halved : Avx2 {
 }  // namespace
 
 const AttentionKernels* attention_avx2(Dtype dtype) {
-  static const AttentionKernels of_floats{&linear_avx2(), meet<Avx2, Floats<Avx2>>};
-  static const AttentionKernels of_bf16{&linear_avx2(), meet<Halved, Halves<Halved>>};
+  static const AttentionKernels of_floats{&matrix_avx2(), meet<Avx2, Floats<Avx2>>};
+  static const AttentionKernels of_bf16{&matrix_avx2(), meet<Halved, Halves<Halved>>};
   return dtype == Dtype::bf16 ? &of_bf16 : &of_floats;
 }
 

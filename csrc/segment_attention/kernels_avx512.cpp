@@ -16,8 +16,8 @@ struct Halved : Avx512 {
 }  // namespace
 
 const AttentionKernels* attention_avx512(Dtype dtype) {
-  static const AttentionKernels of_floats{&linear_avx512(), meet<Avx512, Floats<Avx512>>};
-  static const AttentionKernels of_bf16{&linear_avx512(), meet<Halved, Halves<Halved>>};
+  static const AttentionKernels of_floats{&matrix_avx512(), meet<Avx512, Floats<Avx512>>};
+  static const AttentionKernels of_bf16{&matrix_avx512(), meet<Halved, Halves<Halved>>};
   return dtype == Dtype::bf16 ? &of_bf16 : &of_floats;
 }
 

@@ -15,7 +15,7 @@ struct Paired : Avx512Bf16 {
 }  // namespace
 
 const AttentionKernels* attention_avx512_bf16(Dtype dtype) {
-  static const AttentionKernels table{&linear_avx512_bf16(), meet<Paired, Words<Paired, Bf16Dot>>};
+  static const AttentionKernels table{&matrix_avx512_bf16(), meet<Paired, Words<Paired, Bf16Dot>>};
   return dtype == Dtype::bf16 ? &table : nullptr;
 }
 

@@ -5,6 +5,7 @@
 #include <tvm/ffi/string.h>
 
 #include <algorithm>
+#include <string>
 
 #include "common/checks.h"
 #include "common/isa.h"

@@ -7,12 +7,6 @@
 namespace appo {
 namespace {
 
-// 2^x for x from minus infinity up: below -200 it is 0 anyway, and exp2 wants a finite number. NaN stays.
-template <class V>
-typename V::F exp2_low(typename V::F x) {
-  return exp2<V>(V::max(V::set(-200.0f), x));
-}
-
 // A row's state (m, l) absorbs the scores of n keys, s[0 … n); what lies behind them up to 16 is ignored. Their weights
 // 2^(s · scale2 - m) go to `weights`, zero from n to the next whole vector; `round`: as bf16, and it is the rounded
 // ones that l sums. Returns by what the row's sums are to shrink.

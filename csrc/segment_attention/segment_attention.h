@@ -1,11 +1,13 @@
 // Attention over KV segments in a pool of blocks, on a CPU: what its parts share. Compiled with wide instructions too:
-// nothing here may become an external symbol (see linear_logprob/linear_logprob.h).
+// nothing here may become an external symbol (see common/matrix.h).
 //
 //   tables.h   checks what Python hands over (python.cpp, which also exports attend_segments)
 //   work.cpp   the order of the work, threads, scratch memory
 //   write.cpp  new keys and values into their blocks
-//   kernels.h  the arithmetic of a few query rows and a chunk of keys, templates that kernels_<isa>.cpp
-//                        compile into a table (products in product.h, the softmax step in rows.h)
+//   kernels.h  the arithmetic of a few query rows and a chunk of keys, templates that
+//              kernels_<isa>.cpp compile into a table
+//   product.h  the two products of it
+//   rows.h     the softmax step of it
 //
 // A block holds 16 positions of all layers and heads, [layers][2][kv_heads][16 · dim], keys and values in the order in
 // which products take them (`pair` numbers, two of bf16 or one float, make a word of 32 bits):
@@ -24,7 +26,7 @@
 
 #include <cstdint>
 
-#include "linear_logprob/linear_logprob.h"
+#include "common/matrix.h"
 
 namespace appo {
 
@@ -64,7 +66,7 @@ struct Strip {
 };
 
 struct AttentionKernels {
-  const LinearKernels* linear;  // how queries are fetched and results stored
+  const MatrixKernels* linear;  // how queries are fetched and results stored
   void (*meet)(const Strip& s);
 };
 

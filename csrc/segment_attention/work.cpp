@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "common/scratch.h"
 #include "common/team.h"
-#include "linear_logprob/problem.h"
 #include "segment_attention/segment_attention.h"
 
 namespace appo {

@@ -1,9 +1,10 @@
 // New keys and values into their blocks. See segment_attention.h for the order of a block.
 
+#include <algorithm>
 #include <cstring>
 
+#include "common/scratch.h"
 #include "common/team.h"
-#include "linear_logprob/problem.h"
 #include "segment_attention/segment_attention.h"
 
 namespace appo {

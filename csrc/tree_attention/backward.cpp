@@ -7,10 +7,13 @@
 // work is a block of keys: its dk and dv belong to one thread. dq belongs to a tile and takes the contributions of its
 // blocks in their order, each block waiting for its turn: the same bits with any number of threads, and no second copy.
 
+#include <algorithm>
 #include <cmath>
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include "tree_attention/pack.h"
 
@@ -153,7 +156,7 @@ class Backward {
     int64_t low, high;
     blocks_.range(block, a, b, &low, &high);
     const int64_t n = high - low, across = low * s_.row, along = low / s_.pair * s_.panel;
-    const LinearKernels& k = *p_.products;
+    const MatrixKernels& k = *p_.products;
     float *p = mine.p.get() + low, *ds = mine.ds.get() + low;
     k.product(rows, n, s_.words, q_rows_.get() + tile * tile_rows_, s_.row, 1, mine.k_across.get() + across,
               s_.row * s_.panel, p, kTreeKeys, false);

@@ -1,8 +1,10 @@
 // Tree attention, forward. All keys and values are packed once (as much memory as they take), then tiles of queries meet
 // the blocks that they see, the longest tiles first.
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "tree_attention/pack.h"
 
@@ -80,7 +82,7 @@ class Forward {
     const int64_t unit = head * s_.blocks + block, rows = (b - a) * s_.group;
     int64_t low, high;
     blocks_.range(block, a, b, &low, &high);
-    const LinearKernels& k = *p_.products;
+    const MatrixKernels& k = *p_.products;
     k.product(rows, high - low, s_.words, mine.rows.get(), s_.row, 1, keys_.get() + unit * s_.keys_across + low * s_.row,
               s_.row * s_.panel, mine.scores.get() + low, kTreeKeys, false);
     const bool masked = sight == Sight::some || any_hurt_[static_cast<size_t>(unit)];

@@ -1,6 +1,7 @@
 // Rows of heads on their way into what the products take. See tree_attention.h.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "tree_attention/problem.h"

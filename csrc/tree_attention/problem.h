@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "linear_logprob/problem.h"
+#include "common/scratch.h"
+#include "common/units.h"
 #include "tree_attention/tree_attention.h"
 
 namespace appo {
@@ -22,7 +23,7 @@ struct TreeProblem {
   const int32_t* ends;  // [tokens], i < ends[i] <= tokens, nested
   float scale;
   int64_t threads;
-  const LinearKernels* products;
+  const MatrixKernels* products;
   const TreeKernels* rows;
 };
 

@@ -8,9 +8,11 @@
 #include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
 
+#include <algorithm>
 #include <string>
 
 #include "common/checks.h"
+#include "common/dtypes.h"
 #include "common/isa.h"
 #include "tree_attention/problem.h"
 
@@ -18,15 +20,6 @@ namespace appo {
 namespace {
 
 namespace ffi = tvm::ffi;
-
-Dtype dtype_of(const ffi::TensorView& t) {
-  const auto code = t.dtype().code;
-  const auto bits = t.dtype().bits;
-  if (code == kDLFloat && bits == 32) return Dtype::f32;
-  if (code == kDLFloat && bits == 16) return Dtype::f16;
-  TVM_FFI_CHECK(code == kDLBfloat && bits == 16, TypeError) << "q must be float32, bfloat16 or float16";
-  return Dtype::bf16;
-}
 
 // [tokens, heads, dim] with the dtype of q, numbers of a head one after another.
 Heads heads_of(const ffi::TensorView& t, const char* name, const ffi::TensorView& q, int64_t heads) {
@@ -54,15 +47,15 @@ float* statistics(const ffi::TensorView& t, const char* name, const TreeProblem&
 
 void choose(TreeProblem& p, const std::string& isa) {
   if (p.dtype == Dtype::bf16 && has_avx512_bf16() && (isa.empty() || isa == "avx512_bf16")) {
-    p.products = &linear_avx512_bf16();
+    p.products = &matrix_avx512_bf16();
     p.rows = &tree_avx512_bf16();
   } else if (has_avx512() && (isa.empty() || isa == "avx512")) {
-    p.products = &linear_avx512();
+    p.products = &matrix_avx512();
     p.rows = &tree_avx512();
   } else {
     TVM_FFI_CHECK(has_avx2() && (isa.empty() || isa == "avx2"), ValueError)
         << "isa is '" << isa << "', expected avx512_bf16 (for bfloat16), avx512 or avx2, where the machine has it";
-    p.products = &linear_avx2();
+    p.products = &matrix_avx2();
     p.rows = &tree_avx2();
   }
 }
@@ -79,7 +72,7 @@ TreeProblem problem_of(const ffi::TensorView& q, const ffi::TensorView& k, const
                        const ffi::TensorView& ends, double scale, const ffi::String& isa, int64_t threads) {
   TVM_FFI_CHECK(q.ndim() == 3 && k.ndim() == 3, ValueError) << "q must be [N, Hq, D] and k [N, Hkv, D]";
   TreeProblem p{};
-  p.dtype = dtype_of(q);
+  p.dtype = dtype_of(q, "q");
   p.tokens = q.size(0);
   p.heads = q.size(1);
   p.kv_heads = k.size(1);

@@ -12,12 +12,6 @@ namespace {
 
 constexpr float kUnseen = -0.5f;  // below it: not seen
 
-// 2^x for x from minus infinity up: below -200 it is 0 anyway, and exp2 wants a finite number. NaN stays.
-template <class V>
-typename V::F weight_of(typename V::F x) {
-  return exp2<V>(V::max(V::set(-200.0f), x));
-}
-
 template <class V>
 void see(const float* ends, const float* hurt, int64_t first, int64_t n, int64_t query, float* seen) {
   const auto at = V::set(static_cast<float>(query)), no = V::set(-1.0f);
@@ -42,7 +36,7 @@ void absorb_some(const float* s, const float* seen, int64_t n, float scale2, flo
   for (int64_t j = 0; j < n; j += V::lanes) top = V::max(exponent(j), top);  // passes NaN by
   const float largest = V::largest(top), before = state[0];
   if (largest > before) {  // what was summed so far shrinks by 2^(old m - new m)
-    const auto shrink = weight_of<V>(V::set(before - largest));
+    const auto shrink = exp2_low<V>(V::set(before - largest));
     for (int64_t d = 0; d < dim; d += V::lanes) V::store(o + d, V::mul(V::load(o + d), shrink));
     state[0] = largest;
     state[1] *= V::largest(shrink);
@@ -50,7 +44,7 @@ void absorb_some(const float* s, const float* seen, int64_t n, float scale2, flo
   const auto m = V::set(state[0]);
   auto sum = zero;
   for (int64_t j = 0; j < n; j += V::lanes) {
-    auto weight = weight_of<V>(V::sub(exponent(j), m));
+    auto weight = exp2_low<V>(V::sub(exponent(j), m));
     if (masked) weight = V::where_less(V::load(seen + j), low, zero, weight);
     if constexpr (bf16) {
       V::store_bf16(static_cast<uint16_t*>(p) + j, weight);  // summed as it was: backward needs lse with all its bits
@@ -72,7 +66,7 @@ void slope_some(float* s, float* dp, const float* seen, int64_t n, float scale2,
   const auto scale = V::set(scale2), down = V::set(-lse2), shift = V::set(delta);
   const auto low = V::set(kUnseen), zero = V::set(0.0f);
   for (int64_t j = 0; j < n; j += V::lanes) {
-    auto p = weight_of<V>(V::fma(V::load(s + j), scale, down));
+    auto p = exp2_low<V>(V::fma(V::load(s + j), scale, down));
     auto ds = V::mul(p, V::sub(V::load(dp + j), shift));
     if (masked) {
       const auto mark = V::load(seen + j);

@@ -1,14 +1,14 @@
 // Attention over a packed tree, forward and backward, on a CPU: what its parts share. Compiled with wide instructions
-// too: nothing here may become an external symbol (see linear_logprob/linear_logprob.h).
+// too: nothing here may become an external symbol (see common/matrix.h).
 //
-//   python.cpp           checks what Python hands over, exports the functions
+//   python.cpp    checks what Python hands over, exports the functions
 //   problem.h     the checked problem, key blocks, which block is seen by which queries
 //   pack.h        rows of heads on their way into what the products take
 //   forward.cpp   order of the work, threads, scratch memory
 //   backward.cpp  likewise
 //   rows.h        softmax and its gradient row by row, templates that kernels_<isa>.cpp compile
 //
-// Query i sees key j iff j <= i < ends[j]. The products and their packing are those of the fused head. Keys are cut into
+// Query i sees key j iff j <= i < ends[j]. The products and their packing are those of common/simd. Keys are cut into
 // blocks of kTreeKeys at fixed places and a row absorbs them in order, so its bits depend neither on threads nor on the
 // queries that share a tile with it.
 //
@@ -18,7 +18,7 @@
 
 #include <cstdint>
 
-#include "linear_logprob/linear_logprob.h"
+#include "common/matrix.h"
 
 namespace appo {
 

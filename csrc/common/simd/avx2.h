@@ -1,9 +1,9 @@
-// Eight floats (AVX2, FMA, F16C). See linear_logprob/kernels.h for what each operation is used for.
+// Eight floats (AVX2, FMA, F16C). See kernels.h for what each operation is used for.
 #pragma once
 
 #include <immintrin.h>
 
-#include "linear_logprob/kernels.h"
+#include "common/matrix.h"
 
 namespace appo {
 namespace {

@@ -1,9 +1,9 @@
-// Sixteen floats (AVX-512 F, BW, DQ, VL). See linear_logprob/kernels.h for what each operation is used for.
+// Sixteen floats (AVX-512 F, BW, DQ, VL). See kernels.h for what each operation is used for.
 #pragma once
 
 #include <immintrin.h>
 
-#include "linear_logprob/kernels.h"
+#include "common/matrix.h"
 
 namespace appo {
 namespace {

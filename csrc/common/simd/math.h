@@ -1,7 +1,7 @@
-// exp2, log2 and tanh over a vector type V. See linear_logprob/kernels.h.
+// exp2, log2 and tanh over a vector type V. See kernels.h.
 #pragma once
 
-#include "linear_logprob/linear_logprob.h"
+#include "common/matrix.h"
 
 namespace appo {
 namespace {
@@ -19,6 +19,12 @@ typename V::F exp2(typename V::F x) {
   p = V::fma(p, f, V::set(6.931472e-1f));
   p = V::fma(p, f, V::set(1.0f));
   return V::scale(p, n);
+}
+
+// 2^x for x from minus infinity up: below -200 it is 0 anyway, and exp2 wants a finite number. NaN stays.
+template <class V>
+typename V::F exp2_low(typename V::F x) {
+  return exp2<V>(V::max(V::set(-200.0f), x));
 }
 
 // log2 x to 3e-6 for positive normal x: enough for numbers kept with 11 bits.

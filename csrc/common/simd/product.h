@@ -1,9 +1,9 @@
-// Packing, and the one matrix product, over a vector type V and a word product Dot. See linear_logprob/kernels.h.
+// Packing, and the one matrix product, over a vector type V and a word product Dot. See kernels.h.
 #pragma once
 
 #include <cstring>
 
-#include "linear_logprob/linear_logprob.h"
+#include "common/matrix.h"
 
 namespace appo {
 namespace {

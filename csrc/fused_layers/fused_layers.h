@@ -9,16 +9,16 @@
 
 namespace appo {
 
-constexpr int64_t kGlueRows = 256;    // rows per unit of work; gradients of weights are summed per unit, then in order
-constexpr int64_t kGlueChunk = 2048;  // numbers per step of SwiGLU: its float copies stay in the caches
+constexpr int64_t kFusedRows = 256;    // rows per unit of work; gradients of weights are summed per unit, then in order
+constexpr int64_t kFusedChunk = 2048;  // numbers per step of SwiGLU: its float copies stay in the caches
 
-// Rows that `scratch` needs room for, each of glue_width(n) floats.
-constexpr int64_t kGlueScratch = 4;
-static inline int64_t glue_width(int64_t n) { return (n + 15) / 16 * 16; }
+// Rows that `scratch` needs room for, each of fused_width(n) floats.
+constexpr int64_t kFusedScratch = 4;
+static inline int64_t fused_width(int64_t n) { return (n + 15) / 16 * 16; }
 
 // Numbers come in and go out as `dtype`, all sums are float. `weight`, `cos` and `sin` are widened and zero up to
-// glue_width.
-struct GlueKernels {
+// fused_width.
+struct FusedKernels {
   void (*widen)(const char* x, int64_t n, Dtype dtype, float* out);
   // y = x · factor · weight; returns factor = 1 / sqrt(mean x² + eps).
   float (*norm)(const char* x, const float* weight, int64_t n, float eps, Dtype dtype, char* y, float* scratch);
@@ -33,7 +33,7 @@ struct GlueKernels {
   void (*rotate)(const char* x, const float* cos, const float* sin, int64_t n, Dtype dtype, char* out, float* scratch);
 };
 
-const GlueKernels& glue_avx512();
-const GlueKernels& glue_avx2();
+const FusedKernels& fused_avx512();
+const FusedKernels& fused_avx2();
 
 }  // namespace appo

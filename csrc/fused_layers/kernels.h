@@ -12,7 +12,7 @@
 namespace appo {
 namespace {
 
-// out[0 … glue_width(n)): the numbers as floats, zero beyond n.
+// out[0 … fused_width(n)): the numbers as floats, zero beyond n.
 template <class V>
 void widen_row(const char* x, int64_t n, Dtype dtype, float* out) {
   const int64_t size = bytes_of(dtype);
@@ -25,11 +25,11 @@ void widen_row(const char* x, int64_t n, Dtype dtype, float* out) {
     std::memcpy(few, x + j * size, static_cast<size_t>(count * size));
     V::store(out + j, V::widen(few, dtype));
   });
-  for (int64_t j = (n + V::lanes - 1) / V::lanes * V::lanes; j < glue_width(n); ++j) out[j] = 0.0f;
+  for (int64_t j = (n + V::lanes - 1) / V::lanes * V::lanes; j < fused_width(n); ++j) out[j] = 0.0f;
 }
 
 template <class V>
-float glue_norm(const char* x, const float* weight, int64_t n, float eps, Dtype dtype, char* y, float* a) {
+float fused_norm(const char* x, const float* weight, int64_t n, float eps, Dtype dtype, char* y, float* a) {
   widen_row<V>(x, n, dtype, a);
   auto sum = V::set(0.0f);
   for (int64_t j = 0; j < n; j += V::lanes) sum = V::fma(V::load(a + j), V::load(a + j), sum);
@@ -44,9 +44,9 @@ float glue_norm(const char* x, const float* weight, int64_t n, float eps, Dtype 
 
 // With h = x · factor: dweight += dy h, dx = factor (dy weight - h mean(dy weight h)).
 template <class V>
-void glue_norm_grad(const char* x, const float* weight, float factor, const char* dy, int64_t n, Dtype dtype, char* dx,
+void fused_norm_grad(const char* x, const float* weight, float factor, const char* dy, int64_t n, Dtype dtype, char* dx,
                     float* dweight, float* a) {
-  float* g = a + glue_width(n);
+  float* g = a + fused_width(n);
   widen_row<V>(x, n, dtype, a);
   widen_row<V>(dy, n, dtype, g);
   const auto by = V::set(factor);
@@ -75,8 +75,8 @@ typename V::F sigmoid(typename V::F x) {
 }
 
 template <class V>
-void glue_swiglu(const char* gate, const char* up, int64_t n, Dtype dtype, char* out, float* g) {
-  float* u = g + glue_width(n);
+void fused_swiglu(const char* gate, const char* up, int64_t n, Dtype dtype, char* out, float* g) {
+  float* u = g + fused_width(n);
   widen_row<V>(gate, n, dtype, g);
   widen_row<V>(up, n, dtype, u);
   for (int64_t j = 0; j < n; j += V::lanes) {
@@ -87,9 +87,9 @@ void glue_swiglu(const char* gate, const char* up, int64_t n, Dtype dtype, char*
 }
 
 template <class V>
-void glue_swiglu_grad(const char* gate, const char* up, const char* d_out, int64_t n, Dtype dtype, char* d_gate,
+void fused_swiglu_grad(const char* gate, const char* up, const char* d_out, int64_t n, Dtype dtype, char* d_gate,
                       char* d_up, float* g) {
-  float *u = g + glue_width(n), *d = u + glue_width(n);
+  float *u = g + fused_width(n), *d = u + fused_width(n);
   widen_row<V>(gate, n, dtype, g);
   widen_row<V>(up, n, dtype, u);
   widen_row<V>(d_out, n, dtype, d);
@@ -104,8 +104,8 @@ void glue_swiglu_grad(const char* gate, const char* up, const char* d_out, int64
 }
 
 template <class V>
-void glue_rotate(const char* x, const float* cos, const float* sin, int64_t n, Dtype dtype, char* out, float* a) {
-  float* b = a + glue_width(n);
+void fused_rotate(const char* x, const float* cos, const float* sin, int64_t n, Dtype dtype, char* out, float* a) {
+  float* b = a + fused_width(n);
   const int64_t half = n * bytes_of(dtype);
   widen_row<V>(x, n, dtype, a);
   widen_row<V>(x + half, n, dtype, b);
@@ -119,8 +119,8 @@ void glue_rotate(const char* x, const float* cos, const float* sin, int64_t n, D
 }
 
 template <class V>
-constexpr GlueKernels glue_kernels() {
-  return {widen_row<V>, glue_norm<V>, glue_norm_grad<V>, glue_swiglu<V>, glue_swiglu_grad<V>, glue_rotate<V>};
+constexpr FusedKernels fused_kernels() {
+  return {widen_row<V>, fused_norm<V>, fused_norm_grad<V>, fused_swiglu<V>, fused_swiglu_grad<V>, fused_rotate<V>};
 }
 
 }  // namespace

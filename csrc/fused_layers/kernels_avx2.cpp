@@ -5,8 +5,8 @@
 
 namespace appo {
 
-const GlueKernels& glue_avx2() {
-  static constexpr GlueKernels table = glue_kernels<Avx2>();
+const FusedKernels& fused_avx2() {
+  static constexpr FusedKernels table = fused_kernels<Avx2>();
   return table;
 }
 

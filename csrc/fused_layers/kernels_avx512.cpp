@@ -5,8 +5,8 @@
 
 namespace appo {
 
-const GlueKernels& glue_avx512() {
-  static constexpr GlueKernels table = glue_kernels<Avx512>();
+const FusedKernels& fused_avx512() {
+  static constexpr FusedKernels table = fused_kernels<Avx512>();
   return table;
 }
 

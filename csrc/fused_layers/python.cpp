@@ -24,11 +24,11 @@ namespace ffi = tvm::ffi;
 using Tensor = ffi::TensorView;
 using MaybeTensor = ffi::Optional<ffi::TensorView>;
 
-const GlueKernels& kernels_for(const std::string& isa) {
-  if (has_avx512() && (isa.empty() || isa == "avx512")) return glue_avx512();
+const FusedKernels& kernels_for(const std::string& isa) {
+  if (has_avx512() && (isa.empty() || isa == "avx512")) return fused_avx512();
   TVM_FFI_CHECK(has_avx2() && (isa.empty() || isa == "avx2"), ValueError)
       << "isa is '" << isa << "', expected avx512 or avx2, where the machine has it";
-  return glue_avx2();
+  return fused_avx2();
 }
 
 // The data of a contiguous CPU tensor with the shape and dtype of `like`.
@@ -43,12 +43,12 @@ char* same(const Tensor& t, const char* name, const Tensor& like) {
   return static_cast<char*>(t.data_ptr());
 }
 
-std::vector<float> scratch(int64_t n) { return std::vector<float>(static_cast<size_t>(kGlueScratch * glue_width(n))); }
+std::vector<float> scratch(int64_t n) { return std::vector<float>(static_cast<size_t>(kFusedScratch * fused_width(n))); }
 
-std::vector<float> widened(const GlueKernels& k, const Tensor& t, const char* name, int64_t n) {
+std::vector<float> widened(const FusedKernels& k, const Tensor& t, const char* name, int64_t n) {
   TVM_FFI_CHECK(t.device().device_type == kDLCPU && t.ndim() == 1 && t.size(0) == n && t.IsContiguous(), ValueError)
       << name << " must be a contiguous vector of " << n << " numbers on the CPU";
-  std::vector<float> out(static_cast<size_t>(glue_width(n)));
+  std::vector<float> out(static_cast<size_t>(fused_width(n)));
   k.widen(static_cast<const char*>(t.data_ptr()), n, dtype_of(t, name), out.data());
   return out;
 }
@@ -62,7 +62,7 @@ void share(int64_t units, int64_t numbers, int64_t threads, const Body& body) {
 
 struct Rows {
   int64_t rows, columns;
-  int64_t units() const { return (rows + kGlueRows - 1) / kGlueRows; }
+  int64_t units() const { return (rows + kFusedRows - 1) / kFusedRows; }
 };
 
 Rows rows_of(const Tensor& x) {
@@ -77,7 +77,7 @@ float* factors(const Tensor& t, int64_t rows) {
 
 // y like x[T, H], factor[T] float32.
 void rms_norm_forward(Tensor x, Tensor weight, double eps, Tensor y, Tensor factor, ffi::String isa, int64_t threads) {
-  const GlueKernels& k = kernels_for(isa);
+  const FusedKernels& k = kernels_for(isa);
   const Dtype dtype = dtype_of(x, "x");
   const Rows r = rows_of(x);
   const auto w = widened(k, weight, "weight", r.columns);
@@ -85,9 +85,9 @@ void rms_norm_forward(Tensor x, Tensor weight, double eps, Tensor y, Tensor fact
   char* to = same(y, "y", x);
   float* f = factors(factor, r.rows);
   const int64_t step = r.columns * bytes_of(dtype);
-  share(r.units(), kGlueRows * r.columns, threads, [&](int64_t first, int64_t last) {
+  share(r.units(), kFusedRows * r.columns, threads, [&](int64_t first, int64_t last) {
     auto room = scratch(r.columns);
-    for (int64_t i = first * kGlueRows; i < std::min(last * kGlueRows, r.rows); ++i) {
+    for (int64_t i = first * kFusedRows; i < std::min(last * kFusedRows, r.rows); ++i) {
       f[i] = k.norm(from + i * step, w.data(), r.columns, static_cast<float>(eps), dtype, to + i * step, room.data());
     }
   });
@@ -96,19 +96,19 @@ void rms_norm_forward(Tensor x, Tensor weight, double eps, Tensor y, Tensor fact
 // dx like x and dweight[H] float32, either of them or both.
 void rms_norm_backward(Tensor x, Tensor weight, Tensor factor, Tensor dy, MaybeTensor dx, MaybeTensor dweight,
                        ffi::String isa, int64_t threads) {
-  const GlueKernels& k = kernels_for(isa);
+  const FusedKernels& k = kernels_for(isa);
   const Dtype dtype = dtype_of(x, "x");
   const Rows r = rows_of(x);
   const auto w = widened(k, weight, "weight", r.columns);
   const char *from = same(x, "x", x), *up = same(dy, "dy", x);
   char* to = dx.has_value() ? same(*dx, "dx", x) : nullptr;
   const float* f = factors(factor, r.rows);
-  const int64_t step = r.columns * bytes_of(dtype), width = glue_width(r.columns);
+  const int64_t step = r.columns * bytes_of(dtype), width = fused_width(r.columns);
   std::vector<float> sums(dweight.has_value() ? static_cast<size_t>(r.units() * width) : 0);
-  share(r.units(), kGlueRows * r.columns, threads, [&](int64_t first, int64_t last) {
+  share(r.units(), kFusedRows * r.columns, threads, [&](int64_t first, int64_t last) {
     auto room = scratch(r.columns);
-    for (int64_t i = first * kGlueRows; i < std::min(last * kGlueRows, r.rows); ++i) {
-      float* dw = dweight.has_value() ? sums.data() + i / kGlueRows * width : nullptr;
+    for (int64_t i = first * kFusedRows; i < std::min(last * kFusedRows, r.rows); ++i) {
+      float* dw = dweight.has_value() ? sums.data() + i / kFusedRows * width : nullptr;
       k.norm_grad(from + i * step, w.data(), f[i], up + i * step, r.columns, dtype, to ? to + i * step : nullptr, dw,
                   room.data());
     }
@@ -125,16 +125,16 @@ void rms_norm_backward(Tensor x, Tensor weight, Tensor factor, Tensor dy, MaybeT
 template <typename Body>
 void for_chunks(const Tensor& x, int64_t threads, const Body& body) {
   const int64_t n = x.numel();
-  share((n + kGlueChunk - 1) / kGlueChunk, kGlueChunk, threads, [&](int64_t first, int64_t last) {
-    auto room = scratch(kGlueChunk);
+  share((n + kFusedChunk - 1) / kFusedChunk, kFusedChunk, threads, [&](int64_t first, int64_t last) {
+    auto room = scratch(kFusedChunk);
     for (int64_t unit = first; unit < last; ++unit) {
-      body(unit * kGlueChunk, std::min(kGlueChunk, n - unit * kGlueChunk), room.data());
+      body(unit * kFusedChunk, std::min(kFusedChunk, n - unit * kFusedChunk), room.data());
     }
   });
 }
 
 void swiglu_forward(Tensor gate, Tensor up, Tensor out, ffi::String isa, int64_t threads) {
-  const GlueKernels& k = kernels_for(isa);
+  const FusedKernels& k = kernels_for(isa);
   const Dtype dtype = dtype_of(gate, "gate");
   const char *g = same(gate, "gate", gate), *u = same(up, "up", gate);
   char* to = same(out, "out", gate);
@@ -146,7 +146,7 @@ void swiglu_forward(Tensor gate, Tensor up, Tensor out, ffi::String isa, int64_t
 
 void swiglu_backward(Tensor gate, Tensor up, Tensor d_out, Tensor d_gate, Tensor d_up, ffi::String isa,
                      int64_t threads) {
-  const GlueKernels& k = kernels_for(isa);
+  const FusedKernels& k = kernels_for(isa);
   const Dtype dtype = dtype_of(gate, "gate");
   const char *g = same(gate, "gate", gate), *u = same(up, "up", gate), *d = same(d_out, "d_out", gate);
   char *dg = same(d_gate, "d_gate", gate), *du = same(d_up, "d_up", gate);
@@ -168,10 +168,10 @@ const char* angles(const Tensor& t, const char* name, int64_t rows, int64_t n) {
 
 // out like x[T, heads, D]; cos and sin [T, D / 2] in one dtype; back: by the negative angle.
 void rotary(Tensor x, Tensor cos, Tensor sin, bool back, Tensor out, ffi::String isa, int64_t threads) {
-  const GlueKernels& k = kernels_for(isa);
+  const FusedKernels& k = kernels_for(isa);
   const Dtype dtype = dtype_of(x, "x"), of_angles = dtype_of(cos, "cos");
   TVM_FFI_CHECK(x.ndim() == 3 && x.size(2) % 2 == 0, ValueError) << "x must be [tokens, heads, an even number]";
-  const int64_t tokens = x.size(0), heads = x.size(1), half = x.size(2) / 2, width = glue_width(half);
+  const int64_t tokens = x.size(0), heads = x.size(1), half = x.size(2) / 2, width = fused_width(half);
   const char *c = angles(cos, "cos", tokens, half), *s = angles(sin, "sin", tokens, half);
   TVM_FFI_CHECK(sin.dtype() == cos.dtype(), TypeError) << "cos and sin must have one dtype";
   const char* from = same(x, "x", x);

@@ -86,7 +86,7 @@ TreeProblem problem_of(const ffi::TensorView& q, const ffi::TensorView& k, const
   p.q = heads_of(q, "q", q, p.heads);
   p.k = heads_of(k, "k", q, p.kv_heads);
   p.v = heads_of(v, "v", q, p.kv_heads);
-  check_vector(ends, "tout", kDLInt, 32, p.tokens);
+  check_vector(ends, "subtree_end", kDLInt, 32, p.tokens);
   p.ends = data<const int32_t>(ends);
   p.scale = static_cast<float>(scale);
   p.threads = threads_for(p, threads);
@@ -95,17 +95,17 @@ TreeProblem problem_of(const ffi::TensorView& q, const ffi::TensorView& k, const
 }
 
 // out like q, lse[N, Hq]; see kernels/tree_attention_cpu.py. That the intervals are nested is checked there.
-void tree_attention_forward(ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, ffi::TensorView tout, double scale,
+void tree_attention_forward(ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, ffi::TensorView subtree_end, double scale,
                             ffi::TensorView out, ffi::TensorView lse, ffi::String isa, int64_t threads) {
-  const TreeProblem p = problem_of(q, k, v, tout, scale, isa, threads);
+  const TreeProblem p = problem_of(q, k, v, subtree_end, scale, isa, threads);
   tree_forward(p, result(out, "out", q, p.heads), statistics(lse, "lse", p));
 }
 
-void tree_attention_backward(ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, ffi::TensorView tout,
+void tree_attention_backward(ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, ffi::TensorView subtree_end,
                              double scale, ffi::TensorView out, ffi::TensorView lse, ffi::TensorView d_out,
                              ffi::Optional<ffi::TensorView> d_lse, ffi::TensorView dq, ffi::TensorView dk,
                              ffi::TensorView dv, ffi::String isa, int64_t threads) {
-  const TreeProblem p = problem_of(q, k, v, tout, scale, isa, threads);
+  const TreeProblem p = problem_of(q, k, v, subtree_end, scale, isa, threads);
   TreeGrads g{};
   g.o = heads_of(out, "out", q, p.heads);
   g.g = heads_of(d_out, "d_out", q, p.heads);

@@ -1,6 +1,6 @@
 // Backward of the fused output head. For every chunk of the vocabulary and block of rows, three steps with all threads:
 //
-//   1  logits again (or what forward kept of them), from them the gradient G of each logit, rounded to bf16 where
+//   1  logits again (or what forward has cached of them), from them the gradient G of each logit, rounded to bf16 where
 //      products are in bf16  [rows, chunk]
 //   2  dw[chunk, H] += Gᵀ h      3  dh[rows, H] += G w
 //
@@ -87,15 +87,15 @@ class Backward {
   // --- 0: w and h in the layouts of the products ---------------------------------------------------------------------
 
   void pack(bool new_chunk, bool new_block) {
-    // Panels of kept tiles are not needed.
-    const int64_t kept = std::clamp<int64_t>(p_.kept_tiles * kTile - v0_, 0, round_up(columns_, k_.panel)) / k_.panel;
-    const int64_t across = new_chunk ? ceil_div(columns_, k_.panel) - kept : 0;
+    // Panels of cached tiles are not needed.
+    const int64_t cached = std::clamp<int64_t>(p_.cached_tiles * kTile - v0_, 0, round_up(columns_, k_.panel)) / k_.panel;
+    const int64_t across = new_chunk ? ceil_div(columns_, k_.panel) - cached : 0;
     const int64_t along = new_chunk && need_h_ ? ceil_div(columns_, kPackRows) : 0;
     const int64_t hidden = new_block ? ceil_div(rows_, kPackRows) : 0;
     run_units(across + along + hidden, p_.threads, [&](int64_t unit, int64_t part) {
       float* stage = own(part).stage.get();
       if (unit < across) {
-        const int64_t j = kept + unit;
+        const int64_t j = cached + unit;
         k_.pack_across(p_.w, v0_ + j * k_.panel, std::min(k_.panel, columns_ - j * k_.panel), width_, stage,
                        w_across_.get() + j * panel_across_);
       } else if (unit < across + along) {
@@ -139,7 +139,7 @@ class Backward {
 
   void tile(Own& mine, int64_t first, int64_t rows, int64_t j, int64_t columns) {
     float *x = mine.x.get(), *g = mine.g.get();
-    if ((v0_ + j) / kTile >= p_.kept_tiles) {
+    if ((v0_ + j) / kTile >= p_.cached_tiles) {
       k_.product(rows, columns, p_.words(), h_.get() + first * p_.row_words(), p_.row_words(), 1,
                  w_across_.get() + j / k_.panel * panel_across_, panel_across_, x, kTile, false);
     }
@@ -163,9 +163,9 @@ class Backward {
       float dot, log2p = 0.0f;
       if (const char* record = p_.record(n, v0)) {
         const float others = here && add ? g[column] : 0.0f;
-        dot = k_.grad_kept(record, g, columns, factors, add);
+        dot = k_.grad_cached(record, g, columns, factors, add);
         if (here) {  // of the target the exact p: what remains of p - 1 must not be the rounding of p
-          std::memcpy(&log2p, p_.kept_of(n), sizeof log2p);
+          std::memcpy(&log2p, p_.cache_of(n), sizeof log2p);
           log2p = log2p - factors.m - factors.log2s;
           g[column] = others + std::exp2(log2p) * (factors.constant - factors.bent * log2p);
         }

@@ -11,7 +11,7 @@ namespace {
 
 template <class V>
 constexpr LinearKernels linear_kernels(const MatrixKernels& matrix) {
-  return {{matrix}, cap<V>, stats<V>, collapse<V>, grad<V>, grad_kept<V>, slope<V>};
+  return {{matrix}, cap<V>, stats<V>, collapse<V>, grad<V>, grad_cached<V>, slope<V>};
 }
 
 }  // namespace

@@ -26,12 +26,12 @@ namespace appo {
 constexpr int64_t kTile = 256;  // columns per tile of logits; statistics are rescaled once per tile
 constexpr int64_t kRows = 48;   // rows per tile of logits: 48 x 256 floats stay in L2 beside the panel
 
-// Forward may keep 2^(x2 - m) of the leading tiles of every target as float16, m being the largest of its lane so far.
-// Per target: z in kKeptHead bytes, then one record per tile: kTile halves and the m of each lane. A half holds
-// 2^(x2 - m + kKeptRaise), so that it keeps its 11 bits down to 2^-29 of the largest in its lane.
-constexpr float kKeptRaise = 15.0f;
-constexpr int64_t kKeptHead = 64;
-constexpr int64_t kKeptTile = kTile * 2 + 64;
+// Forward may cache 2^(x2 - m) of the leading tiles of every target as float16, m being the largest of its lane so far.
+// Per target: z in kCacheHead bytes, then one record per tile: kTile halves and the m of each lane. A half holds
+// 2^(x2 - m + kCacheRaise), so that it keeps its 11 bits down to 2^-29 of the largest in its lane.
+constexpr float kCacheRaise = 15.0f;
+constexpr int64_t kCacheHead = 64;
+constexpr int64_t kCacheTile = kTile * 2 + 64;
 
 // g = p (constant - bent log2 p) with log2 p = (x scale2 - m) - log2s; constant and bent carry the factor `scale`.
 struct GradRow {
@@ -41,12 +41,12 @@ struct GradRow {
 // One instruction set. Rows of floats may be read and written up to the next multiple of 16 items.
 struct LinearKernels : MatrixKernels {
   void (*cap)(float* x, int64_t n, float softcap);  // x = softcap · tanh(x / softcap)
-  // state[3][lanes] (m, s, u) absorbs n logits; `record`, if any, keeps them. `collapse` merges the lanes into out[3].
+  // state[3][lanes] (m, s, u) absorbs n logits; `record`, if any, caches them. `collapse` merges the lanes into out[3].
   void (*stats)(const float* x, int64_t n, float scale2, float* state, char* record);
   void (*collapse)(const float* state, float* out);
   // g (+)= the gradient of n logits; returns Σ g log2 p. Columns n … next multiple of the lanes become 0.
   float (*grad)(const float* x, float* g, int64_t n, const GradRow& row, bool add);
-  float (*grad_kept)(const char* record, float* g, int64_t n, const GradRow& row, bool add);  // the same from a record
+  float (*grad_cached)(const char* record, float* g, int64_t n, const GradRow& row, bool add);  // the same from a record
   void (*slope)(const float* capped, float* g, int64_t n, float softcap);                     // g *= 1 - tanh²
 };
 

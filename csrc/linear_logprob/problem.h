@@ -17,16 +17,16 @@ struct LinearProblem {
   const float* scale;
   float softcap;  // 0: none
   int64_t threads;
-  char* kept;  // [n][kKeptHead + kept_tiles · kKeptTile], or null
-  int64_t kept_tiles;
+  char* prob_cache;  // [n][kCacheHead + cached_tiles · kCacheTile], or null
+  int64_t cached_tiles;
 
   int64_t width() const { return round_up(hidden, 32); }       // numbers per fetched row
   int64_t words() const { return ceil_div(hidden, k->pair); }  // words per fetched row that count
   // Record of a target for the tile at column v, or null.
   char* record(int64_t n, int64_t v) const {
-    return v / kTile < kept_tiles ? kept_of(n) + kKeptHead + v / kTile * kKeptTile : nullptr;
+    return v / kTile < cached_tiles ? cache_of(n) + kCacheHead + v / kTile * kCacheTile : nullptr;
   }
-  char* kept_of(int64_t n) const { return kept + n * (kKeptHead + kept_tiles * kKeptTile); }
+  char* cache_of(int64_t n) const { return prob_cache + n * (kCacheHead + cached_tiles * kCacheTile); }
   int64_t row_words() const { return width() / k->pair; }  // words per fetched row in memory
 };
 

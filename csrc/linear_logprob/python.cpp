@@ -53,7 +53,7 @@ const float* floats(const ffi::TensorView& t, const char* name, int64_t size) {
 
 LinearProblem problem_of(const ffi::TensorView& h, const ffi::TensorView& w, const MaybeTensor& rows,
                          const ffi::TensorView& users, const ffi::TensorView& column, const ffi::TensorView& scale,
-                         double softcap, const MaybeTensor& kept, const ffi::String& isa, int64_t threads) {
+                         double softcap, const MaybeTensor& prob_cache, const ffi::String& isa, int64_t threads) {
   LinearProblem p{};
   p.h = matrix_of(h, "h");
   p.w = matrix_of(w, "w");
@@ -83,12 +83,12 @@ LinearProblem problem_of(const ffi::TensorView& h, const ffi::TensorView& w, con
   TVM_FFI_CHECK(softcap >= 0.0, ValueError) << "softcap is " << softcap << ", expected > 0, or 0 for none";
   p.softcap = static_cast<float>(softcap);
   p.k = &choose(isa, p.h, p.w);
-  // Both directions find the same number of kept tiles. Float32 inputs keep none: halves are too coarse for them.
-  if (kept.has_value() && softcap == 0.0 && p.h.dtype != Dtype::f32 && p.w.dtype != Dtype::f32) {
-    const ffi::TensorView bytes = *kept;
-    check_vector(bytes, "kept", kDLUInt, 8, bytes.numel());
-    p.kept_tiles = std::clamp<int64_t>((bytes.numel() / n - kKeptHead) / kKeptTile, 0, ceil_div(p.vocab, kTile));
-    p.kept = p.kept_tiles > 0 ? data<char>(bytes) : nullptr;
+  // Both directions find the same number of cached tiles. Float32 inputs have none: halves are too coarse for them.
+  if (prob_cache.has_value() && softcap == 0.0 && p.h.dtype != Dtype::f32 && p.w.dtype != Dtype::f32) {
+    const ffi::TensorView bytes = *prob_cache;
+    check_vector(bytes, "prob_cache", kDLUInt, 8, bytes.numel());
+    p.cached_tiles = std::clamp<int64_t>((bytes.numel() / n - kCacheHead) / kCacheTile, 0, ceil_div(p.vocab, kTile));
+    p.prob_cache = p.cached_tiles > 0 ? data<char>(bytes) : nullptr;
   }
   // A thread must have enough to do to be worth starting: 10 million multiplications are about 0.1 ms.
   const double work = static_cast<double>(p.used_rows) * static_cast<double>(p.vocab) * static_cast<double>(p.hidden);
@@ -98,9 +98,9 @@ LinearProblem problem_of(const ffi::TensorView& h, const ffi::TensorView& w, con
 
 // out[4, N] = (m, s, u, z) per target; see kernels/linear_cpu.py for the arguments.
 void linear_stats(ffi::TensorView h, ffi::TensorView w, MaybeTensor rows, ffi::TensorView users, ffi::TensorView column,
-                  ffi::TensorView scale, double softcap, ffi::TensorView out, MaybeTensor kept, ffi::String isa,
+                  ffi::TensorView scale, double softcap, ffi::TensorView out, MaybeTensor prob_cache, ffi::String isa,
                   int64_t threads) {
-  const LinearProblem p = problem_of(h, w, rows, users, column, scale, softcap, kept, isa, threads);
+  const LinearProblem p = problem_of(h, w, rows, users, column, scale, softcap, prob_cache, isa, threads);
   TVM_FFI_CHECK(out.dtype().code == kDLFloat && out.dtype().bits == 32, TypeError) << "out must be float32";
   linear_forward(p, reinterpret_cast<float*>(output(out, "out", 4, column.size(0))));
 }
@@ -108,8 +108,8 @@ void linear_stats(ffi::TensorView h, ffi::TensorView w, MaybeTensor rows, ffi::T
 void linear_grads(ffi::TensorView h, ffi::TensorView w, MaybeTensor rows, ffi::TensorView users, ffi::TensorView column,
                   ffi::TensorView scale, double softcap, ffi::TensorView m, ffi::TensorView log2s,
                   ffi::TensorView constant, MaybeTensor bent, ffi::TensorView ga, MaybeTensor dh, MaybeTensor dh_low,
-                  MaybeTensor dw, MaybeTensor d_scale, MaybeTensor kept, ffi::String isa, int64_t threads) {
-  const LinearProblem p = problem_of(h, w, rows, users, column, scale, softcap, kept, isa, threads);
+                  MaybeTensor dw, MaybeTensor d_scale, MaybeTensor prob_cache, ffi::String isa, int64_t threads) {
+  const LinearProblem p = problem_of(h, w, rows, users, column, scale, softcap, prob_cache, isa, threads);
   const int64_t n = column.size(0);
   LinearGrads g{};
   g.m = floats(m, "m", n);

@@ -17,7 +17,7 @@ void cap(float* x, int64_t n, float softcap) {
 template <class V>
 void stats(const float* x, int64_t n, float scale2, float* state, char* record) {
   const auto factor = V::set(scale2), low = V::set(kEmpty), zero = V::set(0.0f);
-  const auto raise = V::set(0x1p15f);  // 2^kKeptRaise
+  const auto raise = V::set(0x1p15f);  // 2^kCacheRaise
   auto top = low;
   for_vectors<V>(n, [&](int64_t j, int64_t count) {
     auto y = V::mul(V::load(x + j), factor);
@@ -73,8 +73,8 @@ float grad(const float* x, float* g, int64_t n, const GradRow& row, bool add) {
 }
 
 template <class V>
-float grad_kept(const char* record, float* g, int64_t n, const GradRow& row, bool add) {
-  const auto zero = V::set(0.0f), tiny = V::set(0x1p-30f), raised = V::set(kKeptRaise);
+float grad_cached(const char* record, float* g, int64_t n, const GradRow& row, bool add) {
+  const auto zero = V::set(0.0f), tiny = V::set(0x1p-30f), raised = V::set(kCacheRaise);
   const auto constant = V::set(row.constant), bent = V::set(row.bent);
   const auto m = V::load(reinterpret_cast<const float*>(record + kTile * 2));
   const auto shift = V::sub(V::sub(V::sub(m, V::set(row.m)), V::set(row.log2s)), raised), weight = exp2<V>(shift);

@@ -85,7 +85,7 @@ class Block {
       if (column < 0 || column >= columns) continue;
       const float z = x[column] * scale2;
       z_.get()[n - first] = z < kEmpty ? kEmpty : z;
-      if (record) std::memcpy(p_.kept_of(n), &z_.get()[n - first], sizeof z);
+      if (record) std::memcpy(p_.cache_of(n), &z_.get()[n - first], sizeof z);
     }
   }
 

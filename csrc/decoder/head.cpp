@@ -1,4 +1,4 @@
-// The output head, a packed weight of its own: logits, or tokens drawn from them tile by tile.
+// The output head, a packed weight of its own: logits, or tokens sampled from them tile by tile.
 
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/object.h>
@@ -61,7 +61,7 @@ void head_logits(Head head, Tensor hidden, Tensor out, int64_t threads) {
   logits(*head->k, head->w, h.of_floats, h.rows, h.count, to, threads);
 }
 
-// Draws a token per row of `hidden`; for seeds … entropy see sampling/checks.h. The logits are those of head_logits, bit
+// Samples a token per row of `hidden`; for seeds … entropy see sampling/checks.h. The logits are those of head_logits, bit
 // for bit, and only ever a tile of them exists.
 void head_sample(Head head, Tensor hidden, Tensor seeds, Tensor positions, Tensor inv_temp, Tensor greedy,
                  Tensor tokens, Tensor logp, Tensor entropy, int64_t threads) {
@@ -77,9 +77,9 @@ void head_sample(Head head, Tensor hidden, Tensor seeds, Tensor positions, Tenso
     }
     return static_cast<const float*>(to);
   };
-  draw_rows(sample_kernels_for(head->k->linear->lanes == 16 ? "avx512" : "avx2"),
-            draws_of(seeds, positions, inv_temp, greedy, h.count), w.out, useful_threads(w, h.count, threads), tile,
-            drawn_into(tokens, logp, entropy, h.count));
+  sample_rows(sample_kernels_for(head->k->linear->lanes == 16 ? "avx512" : "avx2"),
+            params_of(seeds, positions, inv_temp, greedy, h.count), w.out, useful_threads(w, h.count, threads), tile,
+            sampled_into(tokens, logp, entropy, h.count));
 }
 
 }  // namespace

@@ -49,8 +49,8 @@ inline void lead(const float* x, int64_t n, int64_t first, float top, Race& race
 }
 
 template <class V>
-void absorb(const float* x, int64_t n, int64_t first, const Draw& draw, RowStats& stats, Race& race) {
-  const auto low = V::set(kEmpty), zero = V::set(0.0f), factor = V::set(draw.scale2);
+void absorb(const float* x, int64_t n, int64_t first, const SampleParams& params, RowStats& stats, Race& race) {
+  const auto low = V::set(kEmpty), zero = V::set(0.0f), factor = V::set(params.scale2);
   auto most = low;
   for_vectors<V>(n, [&](int64_t j, int64_t count) {
     auto v = V::load(x + j);
@@ -64,7 +64,7 @@ void absorb(const float* x, int64_t n, int64_t first, const Draw& draw, RowStats
     u = V::mul(weight, V::fma(shift, s, u));
     s = V::mul(weight, s);
     stats.m = top;
-    if (!draw.greedy) sample_aim(draw, top, race);
+    if (!params.greedy) sample_aim(params, top, race);
   }
   const auto m = V::set(stats.m);
   const auto add = [&](int64_t j, int64_t count) {  // returns e
@@ -78,12 +78,12 @@ void absorb(const float* x, int64_t n, int64_t first, const Draw& draw, RowStats
     u = V::fma(e, y, u);
     return e;
   };
-  if (draw.greedy) {
+  if (params.greedy) {
     for_vectors<V>(n, add);
     lead(x, n, first, top, race);
   } else {
-    auto state = weyl<V>(draw.key, first);
-    const auto late = V::ints(draw.key[1]), step = V::ints(kWeyl * static_cast<uint32_t>(V::lanes));
+    auto state = weyl<V>(params.key, first);
+    const auto late = V::ints(params.key[1]), step = V::ints(kWeyl * static_cast<uint32_t>(V::lanes));
     auto bound = V::set(race.bound);
     for_vectors<V>(n, [&](int64_t j, int64_t count) {
       const auto e = add(j, count);
@@ -93,7 +93,7 @@ void absorb(const float* x, int64_t n, int64_t first, const Draw& draw, RowStats
       if (count < V::lanes) open &= (1u << count) - 1u;
       for (; open; open &= open - 1) {
         const int64_t lane = __builtin_ctz(open);
-        sample_contend(draw, stats.m, first + j + lane, x[j + lane], race);
+        sample_contend(params, stats.m, first + j + lane, x[j + lane], race);
       }
       bound = V::set(race.bound);
     });

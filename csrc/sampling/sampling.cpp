@@ -48,14 +48,14 @@ void join(Total& t, const RowStats& part, int64_t lanes, double scale2) {
   t = {m, a * t.s + b * s, a * (t.u + before * t.s) + b * (u + now * s)};
 }
 
-bool better(const Draw& draw, const Race& a, const Race& b) {
-  if (draw.greedy) return a.x > b.x || (a.x == b.x && a.id < b.id);
+bool better(const SampleParams& params, const Race& a, const Race& b) {
+  if (params.greedy) return a.x > b.x || (a.x == b.x && a.id < b.id);
   return a.value < b.value || (a.value == b.value && a.id < b.id);
 }
 
 }  // namespace
 
-Draw draw_of(int64_t seed, int64_t position, float inv_temp, bool greedy) {
+SampleParams sample_params(int64_t seed, int64_t position, float inv_temp, bool greedy) {
   const uint64_t of_seed = splitmix(static_cast<uint64_t>(seed) + kGolden);
   const uint64_t high = splitmix(of_seed + (static_cast<uint64_t>(position) + 1) * kGolden);
   const uint64_t low = splitmix(high + kGolden);
@@ -75,34 +75,34 @@ RowStats stats_start() {
   return stats;
 }
 
-void sample_aim(const Draw& draw, float m, Race& race) {
+void sample_aim(const SampleParams& params, float m, Race& race) {
   // E / e of the best so far, in units of 2^-24; the margin covers the rounding of e, which is below 3e-5.
-  const double best = std::exp(race.value + static_cast<double>(m) * draw.inv_temp);
+  const double best = std::exp(race.value + static_cast<double>(m) * params.inv_temp);
   race.bound = static_cast<float>(best * (0x1p24 * 1.0001));
 }
 
-void sample_contend(const Draw& draw, float m, int64_t id, float x, Race& race) {
-  const double value = std::log(exponential(draw.key, id)) - static_cast<double>(x) * draw.inv_temp;
+void sample_contend(const SampleParams& params, float m, int64_t id, float x, Race& race) {
+  const double value = std::log(exponential(params.key, id)) - static_cast<double>(x) * params.inv_temp;
   if (!(value < race.value || (value == race.value && id < race.id))) return;
   race.value = value;
   race.x = x;
   race.id = id;
-  sample_aim(draw, m, race);
+  sample_aim(params, m, race);
 }
 
-void finish_row(const Draw& draw, const RowStats* stats, int64_t splits, int64_t rows, const Race* races, int64_t parts,
-                int64_t lanes, const Drawn& out) {
+void finish_row(const SampleParams& params, const RowStats* stats, int64_t splits, int64_t rows, const Race* races, int64_t parts,
+                int64_t lanes, const Sampled& out) {
   Total t{kEmpty, 0.0, 0.0};
-  for (int64_t i = 0; i < splits; ++i) join(t, stats[i * rows], lanes, draw.scale2);
+  for (int64_t i = 0; i < splits; ++i) join(t, stats[i * rows], lanes, params.scale2);
   Race best = races[0];
   for (int64_t i = 1; i < parts; ++i) {
-    if (better(draw, races[i * rows], best)) best = races[i * rows];
+    if (better(params, races[i * rows], best)) best = races[i * rows];
   }
   // The largest logit weighs 1. NaN and +inf make s NaN, a row of -inf leaves it without a largest one.
   const bool fine = t.s >= 1.0 && best.id >= 0;
   const double log_s = std::log(t.s);
   *out.token = fine ? best.id : -1;
-  *out.logp = static_cast<float>((best.x - t.m) * draw.inv_temp - log_s);
+  *out.logp = static_cast<float>((best.x - t.m) * params.inv_temp - log_s);
   *out.entropy = static_cast<float>(log_s - t.u * kLn2 / t.s);
 }
 

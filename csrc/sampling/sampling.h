@@ -1,14 +1,14 @@
-// Drawing tokens from logits: what its parts share. Compiled with wide instructions too: nothing here may become an
+// Sampling tokens from logits: what its parts share. Compiled with wide instructions too: nothing here may become an
 // external symbol of theirs (see common/matrix.h).
 //
 //   sampling.cpp      the noise, the exact race of a few tokens, the result of a row
 //   run.h             the order of the work
 //   kernels.h         a row of logits, many tokens at a time, a template that kernels_<isa>.cpp compile
 //   checks.h          what Python hands over for it
-//   python.cpp        draws from logits in memory: exported functions
+//   python.cpp        sampling from logits in memory: exported functions
 //   decoder/head.cpp  the same behind the product with the output head
 //
-// A token is drawn by an exponential race: token i wins with the smallest E_i / e^(z_i), z = x · inv_temp, where E_i is
+// A token is sampled by an exponential race: token i wins with the smallest E_i / e^(z_i), z = x · inv_temp, where E_i is
 // exponential noise from (seed, position, i) alone (see appo/rollout/native/noise.py, the definition). E = -log(1-u) is
 // at least u and u at least the upper 24 bits of its hash, so one multiplication and one comparison rule nearly every
 // token out; the others are compared exactly, in double. What is ruled out depends on the order of the work, who wins
@@ -21,8 +21,8 @@
 
 namespace appo {
 
-// How a row is drawn. scale2 = inv_temp · log2 e.
-struct Draw {
+// How a row is sampled. scale2 = inv_temp · log2 e.
+struct SampleParams {
   uint32_t key[4];
   float inv_temp, scale2;
   bool greedy;  // the largest logit; of equals the lowest id
@@ -46,7 +46,7 @@ struct SampleKernels {
   int64_t lanes;
   // The columns first … first+n-1 of a row, in x[0 … n): joins them to the statistics and to the race. Whole vectors
   // of x are read.
-  void (*absorb)(const float* x, int64_t n, int64_t first, const Draw& draw, RowStats& stats, Race& race);
+  void (*absorb)(const float* x, int64_t n, int64_t first, const SampleParams& params, RowStats& stats, Race& race);
   void (*hash)(const uint32_t* key, int64_t first, int64_t n, uint32_t* out);  // n: a multiple of the lanes
 };
 
@@ -54,7 +54,7 @@ const SampleKernels& sample_avx512();
 const SampleKernels& sample_avx2();
 
 // Called by the kernels above; compiled for any machine.
-void sample_aim(const Draw& draw, float m, Race& race);                           // sets race.bound
-void sample_contend(const Draw& draw, float m, int64_t id, float x, Race& race);  // the exact comparison
+void sample_aim(const SampleParams& params, float m, Race& race);                           // sets race.bound
+void sample_contend(const SampleParams& params, float m, int64_t id, float x, Race& race);  // the exact comparison
 
 }  // namespace appo

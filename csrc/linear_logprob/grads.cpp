@@ -156,10 +156,11 @@ class Backward {
     if (p_.softcap > 0.0f) k_.cap(x, columns, p_.softcap);
     for (int64_t n = p_.users[i]; n < p_.users[i + 1]; ++n) {
       const float scale = p_.scale[n], scale2 = scale * kLog2e;
-      const GradRow factors{scale2, g_.m[n], g_.log2s[n], g_.constant[n] * scale, g_.bent ? g_.bent[n] * scale : 0.0f};
+      const float plogp_factor = g_.plogp_factor ? g_.plogp_factor[n] * scale : 0.0f;
+      const GradRow factors{scale2, g_.m[n], g_.log2s[n], g_.p_factor[n] * scale, plogp_factor};
       const int64_t column = p_.column[n] - v0;
       const bool here = column >= 0 && column<columns, add = n> p_.users[i];
-      const float ga = g_.ga[n] * scale;
+      const float d_logp = g_.d_logp[n] * scale;
       float dot, log2p = 0.0f;
       if (const char* record = p_.record(n, v0)) {
         const float others = here && add ? g[column] : 0.0f;
@@ -167,7 +168,7 @@ class Backward {
         if (here) {  // of the target the exact p: what remains of p - 1 must not be the rounding of p
           std::memcpy(&log2p, p_.cache_of(n), sizeof log2p);
           log2p = log2p - factors.m - factors.log2s;
-          g[column] = others + std::exp2(log2p) * (factors.constant - factors.bent * log2p);
+          g[column] = others + std::exp2(log2p) * (factors.p_factor - factors.plogp_factor * log2p);
         }
       } else {
         dot = k_.grad(x, g, columns, factors, add);
@@ -177,8 +178,8 @@ class Backward {
         }
       }
       if (here) {
-        g[column] += ga;
-        dot += ga * log2p;
+        g[column] += d_logp;
+        dot += d_logp * log2p;
       }
       if (g_.d_scale) g_.d_scale[n] += dot / scale;
     }

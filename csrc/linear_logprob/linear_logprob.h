@@ -33,9 +33,10 @@ constexpr float kCacheRaise = 15.0f;
 constexpr int64_t kCacheHead = 64;
 constexpr int64_t kCacheTile = kTile * 2 + 64;
 
-// g = p (constant - bent log2 p) with log2 p = (x scale2 - m) - log2s; constant and bent carry the factor `scale`.
+// g = p (p_factor - plogp_factor log2 p) with log2 p = (x scale2 - m) - log2s; both factors carry `scale`:
+//   p_factor = scale (d_lse - d_logp - d_entropy entropy)     plogp_factor = scale d_entropy ln 2
 struct GradRow {
-  float scale2, m, log2s, constant, bent;
+  float scale2, m, log2s, p_factor, plogp_factor;
 };
 
 // One instruction set. Rows of floats may be read and written up to the next multiple of 16 items.

@@ -32,8 +32,9 @@ struct LinearProblem {
 
 void linear_forward(const LinearProblem& p, float* out);  // [4, n]
 
+// Per target [n]; p_factor and plogp_factor (null: 0) as in GradRow, but without `scale`.
 struct LinearGrads {
-  const float *m, *log2s, *constant, *bent, *ga;
+  const float *m, *log2s, *p_factor, *plogp_factor, *d_logp;
   float* dh_f32;      // [T, H], or
   uint16_t* dh_bf16;  // [T, H] with
   uint16_t* dh_low;   // [used rows, H]: the lower halves of the float32 sums

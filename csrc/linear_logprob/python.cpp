@@ -107,16 +107,16 @@ void linear_stats(ffi::TensorView h, ffi::TensorView w, MaybeTensor rows, ffi::T
 
 void linear_grads(ffi::TensorView h, ffi::TensorView w, MaybeTensor rows, ffi::TensorView users, ffi::TensorView column,
                   ffi::TensorView scale, double softcap, ffi::TensorView m, ffi::TensorView log2s,
-                  ffi::TensorView constant, MaybeTensor bent, ffi::TensorView ga, MaybeTensor dh, MaybeTensor dh_low,
+                  ffi::TensorView p_factor, MaybeTensor plogp_factor, ffi::TensorView d_logp, MaybeTensor dh, MaybeTensor dh_low,
                   MaybeTensor dw, MaybeTensor d_scale, MaybeTensor prob_cache, ffi::String isa, int64_t threads) {
   const LinearProblem p = problem_of(h, w, rows, users, column, scale, softcap, prob_cache, isa, threads);
   const int64_t n = column.size(0);
   LinearGrads g{};
   g.m = floats(m, "m", n);
   g.log2s = floats(log2s, "log2s", n);
-  g.constant = floats(constant, "constant", n);
-  g.bent = bent.has_value() ? floats(*bent, "bent", n) : nullptr;
-  g.ga = floats(ga, "ga", n);
+  g.p_factor = floats(p_factor, "p_factor", n);
+  g.plogp_factor = plogp_factor.has_value() ? floats(*plogp_factor, "plogp_factor", n) : nullptr;
+  g.d_logp = floats(d_logp, "d_logp", n);
   if (dh.has_value()) {
     char* to = output(*dh, "dh", h.size(0), p.hidden);
     const Dtype dtype = dtype_of(*dh, "dh");

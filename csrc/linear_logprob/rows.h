@@ -56,12 +56,13 @@ void collapse(const float* state, float* out) {
 template <class V>
 float grad(const float* x, float* g, int64_t n, const GradRow& row, bool add) {
   const auto factor = V::set(row.scale2), low = V::set(kEmpty), zero = V::set(0.0f);
-  const auto m = V::set(row.m), log2s = V::set(row.log2s), constant = V::set(row.constant), bent = V::set(row.bent);
+  const auto m = V::set(row.m), log2s = V::set(row.log2s);
+  const auto p_factor = V::set(row.p_factor), plogp_factor = V::set(row.plogp_factor);
   auto dot = zero;
   for_vectors<V>(n, [&](int64_t j, int64_t count) {
     const auto y = V::max(low, V::mul(V::load(x + j), factor));
     auto log2p = V::sub(V::sub(y, m), log2s);
-    auto v = V::mul(exp2<V>(log2p), V::fnma(bent, log2p, constant));
+    auto v = V::mul(exp2<V>(log2p), V::fnma(plogp_factor, log2p, p_factor));
     if (count < V::lanes) {
       v = V::keep(v, count, zero);
       log2p = V::keep(log2p, count, zero);
@@ -75,14 +76,14 @@ float grad(const float* x, float* g, int64_t n, const GradRow& row, bool add) {
 template <class V>
 float grad_cached(const char* record, float* g, int64_t n, const GradRow& row, bool add) {
   const auto zero = V::set(0.0f), tiny = V::set(0x1p-30f), raised = V::set(kCacheRaise);
-  const auto constant = V::set(row.constant), bent = V::set(row.bent);
+  const auto p_factor = V::set(row.p_factor), plogp_factor = V::set(row.plogp_factor);
   const auto m = V::load(reinterpret_cast<const float*>(record + kTile * 2));
   const auto shift = V::sub(V::sub(V::sub(m, V::set(row.m)), V::set(row.log2s)), raised), weight = exp2<V>(shift);
   auto dot = zero;
   for_vectors<V>(n, [&](int64_t j, int64_t count) {
     const auto e = V::widen(record + j * 2, Dtype::f16);
     const auto log2p = V::add(log2<V>(V::max(tiny, e)), shift);
-    auto v = V::mul(V::mul(e, weight), V::fnma(bent, log2p, constant));
+    auto v = V::mul(V::mul(e, weight), V::fnma(plogp_factor, log2p, p_factor));
     if (count < V::lanes) v = V::keep(v, count, zero);
     dot = V::fma(v, log2p, dot);
     V::store(g + j, add ? V::add(V::load(g + j), v) : v);

@@ -2,6 +2,9 @@
 
 The library is `appo/_native/libappo_native.*`, beside the package in a wheel and in a checkout alike. Where it is
 absent the PyTorch definitions are used; where it is present but does not load, that is a fault and is reported.
+
+APPO_NO_NATIVE=1   the library is not used
+APPO_NATIVE_DIR    folder of another library, such as one built to be tested (tests/sanitizer/run.sh)
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 
 def _native_dir() -> Path:
-    return Path(appo.__file__).resolve().parent / "_native"
+    named = os.environ.get("APPO_NATIVE_DIR")
+    return Path(named) if named else Path(appo.__file__).resolve().parent / "_native"
 
 
 def library_path() -> Path:

@@ -17,7 +17,7 @@ namespace appo {
 inline const SampleKernels& sample_kernels_for(const std::string& isa) {
   if ((isa.empty() || isa == "avx512") && has_avx512()) return sample_avx512();
   TVM_FFI_CHECK((isa.empty() || isa == "avx2") && has_avx2(), ValueError)
-      << "isa is '" << isa << "'; tokens are sampled with avx512 or avx2, on a machine that has it";
+      << "isa is '" << isa << "'; tokens are drawn with avx512 or avx2, on a machine that has it";
   return sample_avx2();
 }
 

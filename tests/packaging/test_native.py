@@ -20,7 +20,8 @@ ARGS = (torch.ones(3), torch.ones(3), torch.tensor([0, 3]), 0.5)
 @pytest.fixture
 def fresh(monkeypatch):
     """The loader remembers its answer; forget it before and after."""
-    monkeypatch.delenv("APPO_NO_NATIVE", raising=False)
+    for name in ("APPO_NO_NATIVE", "APPO_NATIVE_DIR"):
+        monkeypatch.delenv(name, raising=False)
     native.load.cache_clear()
     yield monkeypatch
     native.load.cache_clear()
@@ -59,6 +60,13 @@ def test_not_built(fresh, tmp_path):
     )
     native.load.cache_clear()
     assert "no C++ compiler found" in backend_info()["reason"]
+
+
+def test_another_folder(fresh, tmp_path):
+    fresh.setenv("APPO_NATIVE_DIR", str(tmp_path))
+    info = backend_info()
+    assert (info["backend"], info["library"]) == ("torch", None)
+    assert str(tmp_path) in info["reason"]
 
 
 def test_damaged_library_is_reported(fresh, tmp_path):

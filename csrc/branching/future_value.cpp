@@ -1,6 +1,6 @@
-// Segmented reverse discounted scans: out[i] = mask[i] * x[i] + gamma * out[i+1] inside each segment, and the same along
-// a tree of segments. O(N) time, no workspace per token. Twins of the definitions in kernels/scan.py; the two are tested
-// against each other.
+// Segmented reverse discounted scans: out[i] = mask[i] * x[i] + gamma * out[i+1] inside each
+// segment, and the same along a tree of segments. O(N) time, no workspace per token. Twins of the
+// definitions in kernels/scan.py; the two are tested against each other.
 
 #include <tvm/ffi/function.h>
 
@@ -14,12 +14,15 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-// The accumulator is double for float input too: it costs nothing in a latency-bound recurrence and removes the
-// rounding drift that grows as 1 / (1 - gamma). `sum` is what lies ahead of the last token; returns the value of the first.
+// The accumulator is double for float input too: it costs nothing in a latency-bound recurrence and
+// removes the rounding drift that grows as 1 / (1 - gamma). `sum` is what lies ahead of the last
+// token; returns the value of the first.
 template <typename T>
-double scan_segment(const T* x, const uint8_t* mask, T* out, int64_t begin, int64_t end, double gamma, double sum) {
+double scan_segment(const T* x, const uint8_t* mask, T* out, int64_t begin, int64_t end,
+                    double gamma, double sum) {
   for (int64_t i = end - 1; i >= begin; --i) {
-    sum = discounted(mask[i] ? static_cast<double>(x[i]) : 0.0, sum, gamma);  // select, not multiply: NaN * 0 is NaN
+    sum = discounted(mask[i] ? static_cast<double>(x[i]) : 0.0, sum,
+                     gamma);  // select, not multiply: NaN * 0 is NaN
     out[i] = static_cast<T>(sum);
   }
   return sum;
@@ -29,14 +32,16 @@ template <typename T>
 void scan(const T* x, const uint8_t* mask, T* out, const int64_t* offsets, int64_t segments,
           double gamma, int64_t threads) {
   for_segments(offsets, segments, threads, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) scan_segment(x, mask, out, offsets[b], offsets[b + 1], gamma, 0.0);
+    for (int64_t b = first; b < last; ++b)
+      scan_segment(x, mask, out, offsets[b], offsets[b + 1], gamma, 0.0);
   });
 }
 
-// Children come after their parents, so one sweep from the last node to the first meets every child before its parent.
+// Children come after their parents, so one sweep from the last node to the first meets every child
+// before its parent.
 template <typename T>
-void scan_tree(const T* x, const uint8_t* mask, T* out, const int64_t* offsets, int64_t nodes, const int64_t* parent,
-               const double* weight, double gamma) {
+void scan_tree(const T* x, const uint8_t* mask, T* out, const int64_t* offsets, int64_t nodes,
+               const int64_t* parent, const double* weight, double gamma) {
   std::vector<double> carry(static_cast<size_t>(nodes), 0.0);
   for (int64_t n = nodes - 1; n >= 0; --n) {
     const double first = scan_segment(x, mask, out, offsets[n], offsets[n + 1], gamma, carry[n]);
@@ -62,8 +67,9 @@ void future_value(ffi::TensorView x, ffi::TensorView mask, ffi::TensorView offse
   }
 }
 
-void tree_future_value(ffi::TensorView x, ffi::TensorView mask, ffi::TensorView offsets, ffi::TensorView parents,
-                       ffi::TensorView weights, double gamma, ffi::TensorView out) {
+void tree_future_value(ffi::TensorView x, ffi::TensorView mask, ffi::TensorView offsets,
+                       ffi::TensorView parents, ffi::TensorView weights, double gamma,
+                       ffi::TensorView out) {
   TVM_FFI_CHECK(x.ndim() == 1, ValueError) << "log_ratio must be [N]";
   const int64_t tokens = x.size(0);
   const uint8_t bits = check_floats(x, "log_ratio", tokens);

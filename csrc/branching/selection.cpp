@@ -1,4 +1,5 @@
-// The choice of positions to branch at. Twin of kernels/selection.py; the two are tested against each other.
+// The choice of positions to branch at. Twin of kernels/selection.py; the two are tested against
+// each other.
 //
 // Reads three of the vectors that branch_scores writes, and eligible.
 
@@ -33,7 +34,8 @@ struct Pick {
   int64_t rule, position;
 };
 
-// Strict first, then value, then the earlier position: a total order, so the result does not depend on the algorithm.
+// Strict first, then value, then the earlier position: a total order, so the result does not depend
+// on the algorithm.
 template <typename T>
 bool before(const Pick<T>& a, const Pick<T>& b) {
   if (a.rule != b.rule) return a.rule < b.rule;
@@ -41,8 +43,8 @@ bool before(const Pick<T>& a, const Pick<T>& b) {
   return a.position < b.position;
 }
 
-// The best k of one group. Positions arrive in increasing order, so a newcomer must be strictly better than the worst
-// of the chosen, which lies on top of the heap.
+// The best k of one group. Positions arrive in increasing order, so a newcomer must be strictly
+// better than the worst of the chosen, which lies on top of the heap.
 template <typename T>
 class Best {
  public:
@@ -71,7 +73,8 @@ class Best {
     const T worst = heap_.front().value;
     int found = 0;
     for (int64_t i = from; i < to; ++i) {
-      found |= (c.score[i] > worst) & (c.eligible[i] != 0) & (c.z_entropy[i] > 0) & (c.z_omega[i] > 0);
+      found |=
+          (c.score[i] > worst) & (c.eligible[i] != 0) & (c.z_entropy[i] > 0) & (c.z_omega[i] > 0);
     }
     return found != 0;
   }
@@ -98,13 +101,16 @@ class Best {
   std::vector<Pick<T>> heap_;
 };
 
-// Segments in the order of their groups: members[first[g] … first[g+1]-1] are those of group g, in packed order.
+// Segments in the order of their groups: members[first[g] … first[g+1]-1] are those of group g, in
+// packed order.
 struct Groups {
   std::vector<int64_t> first, members, tokens;  // tokens[g]: those of groups 0 … g-1
 };
 
-Groups group_segments(const int64_t* offsets, const int64_t* groups, int64_t segments, int64_t count) {
-  Groups g{std::vector<int64_t>(count + 1), std::vector<int64_t>(segments), std::vector<int64_t>(count + 1)};
+Groups group_segments(const int64_t* offsets, const int64_t* groups, int64_t segments,
+                      int64_t count) {
+  Groups g{std::vector<int64_t>(count + 1), std::vector<int64_t>(segments),
+           std::vector<int64_t>(count + 1)};
   for (int64_t b = 0; b < segments; ++b) {
     TVM_FFI_CHECK(groups[b] >= 0 && groups[b] < count, ValueError)
         << "groups[" << b << "] is " << groups[b] << ", expected 0 … " << count - 1;
@@ -121,8 +127,8 @@ Groups group_segments(const int64_t* offsets, const int64_t* groups, int64_t seg
 }
 
 template <typename T>
-void select_all(const Candidates<T>& c, const int64_t* offsets, const Groups& g, int64_t k, int64_t* index,
-                int64_t* rule, int64_t* count, int64_t threads) {
+void select_all(const Candidates<T>& c, const int64_t* offsets, const Groups& g, int64_t k,
+                int64_t* index, int64_t* rule, int64_t* count, int64_t threads) {
   const auto groups = static_cast<int64_t>(g.first.size()) - 1;
   for_segments(g.tokens.data(), groups, threads, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
@@ -143,10 +149,11 @@ void select_all(const Candidates<T>& c, const int64_t* offsets, const Groups& g,
 }
 
 void select_branch_points(ffi::TensorView z_entropy, ffi::TensorView z_omega, ffi::TensorView score,
-                          ffi::TensorView eligible, ffi::TensorView offsets, ffi::TensorView groups, int64_t k,
-                          bool paper, ffi::TensorView index, ffi::TensorView rule, ffi::TensorView count,
-                          int64_t threads) {
-  TVM_FFI_CHECK(score.ndim() == 1 && count.ndim() == 1, ValueError) << "score must be [N] and count [G]";
+                          ffi::TensorView eligible, ffi::TensorView offsets, ffi::TensorView groups,
+                          int64_t k, bool paper, ffi::TensorView index, ffi::TensorView rule,
+                          ffi::TensorView count, int64_t threads) {
+  TVM_FFI_CHECK(score.ndim() == 1 && count.ndim() == 1, ValueError)
+      << "score must be [N] and count [G]";
   const int64_t tokens = score.size(0), n_groups = count.size(0);
   const uint8_t bits = check_floats(score, "score", tokens);
   check_vector(z_entropy, "z_entropy", kDLFloat, bits, tokens);
@@ -164,7 +171,8 @@ void select_branch_points(ffi::TensorView z_entropy, ffi::TensorView z_omega, ff
     using T = decltype(zero);
     const Candidates<T> c{data<const T>(z_entropy), data<const T>(z_omega), data<const T>(score),
                           data<const uint8_t>(eligible), paper};
-    select_all(c, o, g, k, data<int64_t>(index), data<int64_t>(rule), data<int64_t>(count), threads);
+    select_all(c, o, g, k, data<int64_t>(index), data<int64_t>(rule), data<int64_t>(count),
+               threads);
   };
   bits == 32 ? go(0.0f) : go(0.0);
 }

@@ -1,4 +1,5 @@
-// Checks of what Python hands over; every message names the argument, what was found and what was expected.
+// Checks of what Python hands over; every message names the argument, what was found and what was
+// expected.
 #pragma once
 
 #include <tvm/ffi/container/tensor.h>
@@ -9,12 +10,15 @@
 namespace appo {
 
 // A contiguous CPU vector of `size` items of one dtype (DLPack code and bits).
-inline void check_vector(const tvm::ffi::TensorView& t, const char* name, uint8_t code, uint8_t bits, int64_t size) {
+inline void check_vector(const tvm::ffi::TensorView& t, const char* name, uint8_t code,
+                         uint8_t bits, int64_t size) {
   TVM_FFI_CHECK(t.device().device_type == kDLCPU, ValueError) << name << " must be on the CPU";
   TVM_FFI_CHECK(t.ndim() == 1, ValueError) << name << " must have 1 dimension, has " << t.ndim();
   TVM_FFI_CHECK(t.dtype().code == code && t.dtype().bits == bits && t.dtype().lanes == 1, TypeError)
-      << name << " has the wrong dtype (code " << int(t.dtype().code) << ", " << int(t.dtype().bits) << " bits)";
-  TVM_FFI_CHECK(t.size(0) == size, ValueError) << name << " has " << t.size(0) << " items, expected " << size;
+      << name << " has the wrong dtype (code " << int(t.dtype().code) << ", " << int(t.dtype().bits)
+      << " bits)";
+  TVM_FFI_CHECK(t.size(0) == size, ValueError)
+      << name << " has " << t.size(0) << " items, expected " << size;
   TVM_FFI_CHECK(size < 2 || t.stride(0) == 1, ValueError) << name << " must be contiguous";
 }
 
@@ -43,7 +47,8 @@ inline const int64_t* check_offsets(const tvm::ffi::TensorView& t, int64_t token
 }
 
 inline void check_gamma(double gamma) {
-  TVM_FFI_CHECK(gamma >= 0.0 && gamma <= 1.0, ValueError) << "gamma is " << gamma << ", expected 0 … 1";
+  TVM_FFI_CHECK(gamma >= 0.0 && gamma <= 1.0, ValueError)
+      << "gamma is " << gamma << ", expected 0 … 1";
 }
 
 template <typename T>

@@ -13,7 +13,8 @@ inline Dtype dtype_of(const tvm::ffi::TensorView& t, const char* name) {
   const auto bits = t.dtype().bits;
   if (code == kDLFloat && bits == 32) return Dtype::f32;
   if (code == kDLFloat && bits == 16) return Dtype::f16;
-  TVM_FFI_CHECK(code == kDLBfloat && bits == 16, TypeError) << name << " must be float32, bfloat16 or float16";
+  TVM_FFI_CHECK(code == kDLBfloat && bits == 16, TypeError)
+      << name << " must be float32, bfloat16 or float16";
   return Dtype::bf16;
 }
 

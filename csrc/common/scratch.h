@@ -16,7 +16,8 @@ class Scratch {
  public:
   explicit Scratch(int64_t floats, int64_t align = 64) {
     if (floats <= 0) return;
-    data_.reset(static_cast<float*>(std::aligned_alloc(align, static_cast<size_t>(round_up(floats * 4, align)))));
+    data_.reset(static_cast<float*>(
+        std::aligned_alloc(align, static_cast<size_t>(round_up(floats * 4, align)))));
     if (!data_) throw std::bad_alloc();
   }
   float* get() const { return data_.get(); }

@@ -1,4 +1,5 @@
-// What the kernels over packed tokens share: threads over segments, the discounted step, exp, sums in a fixed order.
+// What the kernels over packed tokens share: threads over segments, the discounted step, exp, sums
+// in a fixed order.
 #pragma once
 
 #include <algorithm>
@@ -7,9 +8,11 @@
 
 #include "common/threads.h"
 
-// Functions that are arithmetic on arrays of double: compiled for wider vectors too, the loader picks what the processor
-// has. Neither fused nor reordered operations, so every version gives the same bits.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+// Functions that are arithmetic on arrays of double: compiled for wider vectors too, the loader
+// picks what the processor has. Neither fused nor reordered operations, so every version gives the
+// same bits.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && \
+    !defined(__clang__)
 #define APPO_VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define APPO_VECTOR
@@ -25,13 +28,14 @@ namespace appo {
 // Below this many tokens per thread, starting a thread costs more than it saves.
 constexpr int64_t kTokensPerThread = 1 << 16;
 
-// Calls body(first, last) for ranges of segments with about equally many tokens, one range per thread. A segment lies in
-// the range in which its first token lies, so the split depends on the offsets alone, not on timing.
+// Calls body(first, last) for ranges of segments with about equally many tokens, one range per
+// thread. A segment lies in the range in which its first token lies, so the split depends on the
+// offsets alone, not on timing.
 template <typename Body>
 void for_segments(const int64_t* offsets, int64_t segments, int64_t threads, Body&& body) {
   const int64_t tokens = segments > 0 ? offsets[segments] : 0;
-  const int64_t parts =
-      std::clamp<int64_t>(std::min(tokens / kTokensPerThread, segments), 1, std::max<int64_t>(threads, 1));
+  const int64_t parts = std::clamp<int64_t>(std::min(tokens / kTokensPerThread, segments), 1,
+                                            std::max<int64_t>(threads, 1));
   run_parts(parts, [&](int64_t part) {
     const int64_t low = tokens * part / parts;
     const int64_t high = part + 1 == parts ? tokens + 1 : tokens * (part + 1) / parts;
@@ -42,7 +46,9 @@ void for_segments(const int64_t* offsets, int64_t segments, int64_t threads, Bod
 }
 
 // own + gamma * ahead; with gamma 0 what lies ahead does not count even if it is NaN or infinite.
-APPO_INLINE double discounted(double own, double ahead, double gamma) { return gamma == 0.0 ? own : own + gamma * ahead; }
+APPO_INLINE double discounted(double own, double ahead, double gamma) {
+  return gamma == 0.0 ? own : own + gamma * ahead;
+}
 
 // NaN passes through, as it does in torch.clamp.
 APPO_INLINE double clip(double x, double low, double high) {
@@ -50,8 +56,9 @@ APPO_INLINE double clip(double x, double low, double high) {
   return x > high ? high : x;
 }
 
-// exp(x) for |x| <= 700 (NaN gives NaN), error about 1 ulp, without branches so that the compiler vectorises loops over
-// it: x = n ln2 + r, the Taylor series of degree 13 on |r| <= ln2 / 2 (remainder 4e-18), times 2^n.
+// exp(x) for |x| <= 700 (NaN gives NaN), error about 1 ulp, without branches so that the compiler
+// vectorises loops over it: x = n ln2 + r, the Taylor series of degree 13 on |r| <= ln2 / 2
+// (remainder 4e-18), times 2^n.
 APPO_INLINE double exp_bounded(double x) {
   constexpr double kRound = 0x1.8p52;  // adding it leaves the nearest whole number in the low bits
   const double shifted = x * 0x1.71547652b82fep+0 + kRound;

@@ -56,7 +56,8 @@ struct Team {
   }
 };
 
-// Never destroyed: its threads sleep on it until the process ends. A forked child has none of them and gets a new one.
+// Never destroyed: its threads sleep on it until the process ends. A forked child has none of them
+// and gets a new one.
 Team* team = nullptr;
 
 Team& this_process() {

@@ -1,4 +1,5 @@
-// Tensors of rows from Python: their data after the checks, for kernels that run in one of two dtypes.
+// Tensors of rows from Python: their data after the checks, for kernels that run in one of two
+// dtypes.
 #pragma once
 
 #include <tvm/ffi/container/tensor.h>
@@ -25,7 +26,9 @@ inline char* block(const Tensor& t, const char* name, Dtype dtype, int64_t rows,
   check_dtype(t, name, dtype);
   TVM_FFI_CHECK(t.device().device_type == kDLCPU && t.IsContiguous(), ValueError)
       << name << " must be contiguous and on the CPU";
-  TVM_FFI_CHECK(t.ndim() >= 1 && t.numel() == rows * columns && (t.ndim() == 1 || t.size(0) == rows), ValueError)
+  TVM_FFI_CHECK(
+      t.ndim() >= 1 && t.numel() == rows * columns && (t.ndim() == 1 || t.size(0) == rows),
+      ValueError)
       << name << " has " << t.numel() << " items, expected " << rows << " rows of " << columns;
   return static_cast<char*>(t.data_ptr());
 }
@@ -36,13 +39,16 @@ inline const float* floats(const Tensor& t, const char* name, int64_t rows, int6
 
 inline Matrix weight(const Tensor& t, const char* name, Dtype dtype, int64_t out, int64_t in) {
   check_dtype(t, name, dtype);
-  TVM_FFI_CHECK(t.device().device_type == kDLCPU && t.ndim() == 2 && t.size(0) == out && t.size(1) == in, ValueError)
+  TVM_FFI_CHECK(
+      t.device().device_type == kDLCPU && t.ndim() == 2 && t.size(0) == out && t.size(1) == in,
+      ValueError)
       << name << " must be [" << out << ", " << in << "] on the CPU";
   return {static_cast<const char*>(t.data_ptr()), dtype, in, t.stride(0), t.stride(1), nullptr};
 }
 
 inline int64_t rows_of(const Tensor& x) {
-  TVM_FFI_CHECK(x.ndim() == 2 && x.size(0) >= 1, ValueError) << "x must be [rows, hidden] with at least one row";
+  TVM_FFI_CHECK(x.ndim() == 2 && x.size(0) >= 1, ValueError)
+      << "x must be [rows, hidden] with at least one row";
   return x.size(0);
 }
 

@@ -1,5 +1,6 @@
-// Short-lived worker threads over contiguous ranges. They block in join() and never spin, so a busy neighbour core
-// costs its share of time and no more (an OpenMP team that spins falls 20-50x on a shared machine).
+// Short-lived worker threads over contiguous ranges. They block in join() and never spin, so a busy
+// neighbour core costs its share of time and no more (an OpenMP team that spins falls 20-50x on a
+// shared machine).
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,8 @@
 
 namespace appo {
 
-// Calls body(part) for part = 0 … parts-1, the last one on the calling thread, with those that no thread could be started for. The first exception is rethrown.
+// Calls body(part) for part = 0 … parts-1, the last one on the calling thread, with those that no
+// thread could be started for. The first exception is rethrown.
 template <typename Body>
 void run_parts(int64_t parts, Body&& body) {
   std::vector<std::exception_ptr> errors(static_cast<size_t>(std::max<int64_t>(parts, 1)));

@@ -9,7 +9,8 @@
 
 namespace appo {
 
-// body(unit, part) for every unit, in any order, on at most `threads` threads; part numbers the thread.
+// body(unit, part) for every unit, in any order, on at most `threads` threads; part numbers the
+// thread.
 template <typename Body>
 void run_units(int64_t units, int64_t threads, Body&& body) {
   std::atomic<int64_t> next{0};

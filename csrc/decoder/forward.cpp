@@ -8,7 +8,8 @@
 namespace appo {
 namespace {
 
-// What the layers hand on, for all rows at once. A few kilobytes per row: it stays in the caches at decode sizes.
+// What the layers hand on, for all rows at once. A few kilobytes per row: it stays in the caches at
+// decode sizes.
 struct Flow {
   Flow(const LayerShape& s, Dtype dtype, int64_t rows)
       : size(bytes_of(dtype)),
@@ -63,7 +64,8 @@ void layer_forward(const ForwardProblem& p) {
   const int64_t last = static_cast<int64_t>(p.layers->size()) - 1;
   for (int64_t i = 0; i <= last; ++i) {
     const LayerWeights& w = (*p.layers)[i];
-    layer_qkv(*p.k, s, w, rows, f.x.get(), p.turn, p.positions, bytes(f.q), bytes(f.k), bytes(f.v), p.threads);
+    layer_qkv(*p.k, s, w, rows, f.x.get(), p.turn, p.positions, bytes(f.q), bytes(f.k), bytes(f.v),
+              p.threads);
     attend.layer = i;
     attention(attend);
     if (i == last && !p.all) {
@@ -75,7 +77,8 @@ void layer_forward(const ForwardProblem& p) {
 
   const auto norm = p.dtype == p.k->dtype ? p.k->norm : p.k->norm_to_floats;
   for (int64_t i = 0; i < rows; ++i) {
-    norm(f.x.get() + i * s.hidden, p.norm, s.hidden, s.eps, s.hidden, p.out + i * s.hidden * bytes_of(p.dtype));
+    norm(f.x.get() + i * s.hidden, p.norm, s.hidden, s.eps, s.hidden,
+         p.out + i * s.hidden * bytes_of(p.dtype));
   }
 }
 

@@ -25,7 +25,8 @@ class Head : public ffi::ObjectRef {
 
 Head head_new(int64_t vocab, int64_t hidden, bool bf16, ffi::String isa) {
   TVM_FFI_CHECK(vocab > 0 && hidden > 0 && hidden % 2 == 0, ValueError)
-      << "the head is [" << vocab << ", " << hidden << "]; expected at least one row and an even number of columns";
+      << "the head is [" << vocab << ", " << hidden
+      << "]; expected at least one row and an even number of columns";
   auto head = ffi::make_object<HeadObj>();
   head->k = &kernels_for(isa, bf16);
   head->w = linear_of(*head->k->linear, vocab, hidden);
@@ -61,10 +62,10 @@ void head_logits(Head head, Tensor hidden, Tensor out, int64_t threads) {
   logits(*head->k, head->w, h.of_floats, h.rows, h.count, to, threads);
 }
 
-// Samples a token per row of `hidden`; for seeds … entropy see sampling/checks.h. The logits are those of head_logits, bit
-// for bit, and only ever a tile of them exists.
-void head_sample(Head head, Tensor hidden, Tensor seeds, Tensor positions, Tensor inv_temp, Tensor greedy,
-                 Tensor tokens, Tensor logp, Tensor entropy, int64_t threads) {
+// Samples a token per row of `hidden`; for seeds … entropy see sampling/checks.h. The logits are
+// those of head_logits, bit for bit, and only ever a tile of them exists.
+void head_sample(Head head, Tensor hidden, Tensor seeds, Tensor positions, Tensor inv_temp,
+                 Tensor greedy, Tensor tokens, Tensor logp, Tensor entropy, int64_t threads) {
   const Hidden h = hidden_of(*head.get(), hidden);
   const Packed& w = head->w;
   const int64_t panel = head->k->linear->panel;
@@ -78,8 +79,9 @@ void head_sample(Head head, Tensor hidden, Tensor seeds, Tensor positions, Tenso
     return static_cast<const float*>(to);
   };
   sample_rows(sample_kernels_for(head->k->linear->lanes == 16 ? "avx512" : "avx2"),
-            params_of(seeds, positions, inv_temp, greedy, h.count), w.out, useful_threads(w, h.count, threads), tile,
-            sampled_into(tokens, logp, entropy, h.count));
+              params_of(seeds, positions, inv_temp, greedy, h.count), w.out,
+              useful_threads(w, h.count, threads), tile,
+              sampled_into(tokens, logp, entropy, h.count));
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// What happens to a row in a decoder layer, over a vector type V (see common/simd/avx2.h) with a few operations more:
-// round_number (to the model's dtype and back), store_number, and for neighbouring pairs (a, b) evens = (a, a),
-// odds = (b, b), swapped = (b, a).
+// What happens to a row in a decoder layer, over a vector type V (see common/simd/avx2.h) with a
+// few operations more: round_number (to the model's dtype and back), store_number, and for
+// neighbouring pairs (a, b) evens = (a, a), odds = (b, b), swapped = (b, a).
 #pragma once
 
 #include <cstring>
@@ -117,10 +117,12 @@ void turn(float* y, int64_t dim, const float* weight, float eps, const float* by
 // g and u have room for the last vector.
 template <class V>
 void gate(float* g, const float* u, int64_t n, void* out) {
-  const auto one = V::set(1.0f), high = V::set(126.0f), low = V::set(-126.0f), factor = V::set(-kLog2e);
+  const auto one = V::set(1.0f), high = V::set(126.0f), low = V::set(-126.0f),
+             factor = V::set(-kLog2e);
   for (int64_t j = 0; j < n; j += V::lanes) {
     const auto v = V::load(g + j);
-    // NaN passes both bounds (the second operand is returned); beyond them 1 + 2^y is 1 or so large that v / it is 0.
+    // NaN passes both bounds (the second operand is returned); beyond them 1 + 2^y is 1 or so large
+    // that v / it is 0.
     const auto y = V::min(high, V::max(low, V::mul(v, factor)));
     const auto silu = V::round_number(V::div(v, V::add(one, exp2<V>(y))));
     V::store(g + j, V::mul(silu, V::load(u + j)));
@@ -130,8 +132,16 @@ void gate(float* g, const float* u, int64_t n, void* out) {
 
 template <class V>
 constexpr LayerKernels layer_kernels(const MatrixKernels& linear) {
-  LayerKernels k{&linear,   V::number, widen<V>, norm<V, V::number>,  norm<V, Dtype::f32>,
-                 finish<V>, add<V>,    turn<V>,  gate<V>,             stream<V, Whole<V>>,
+  LayerKernels k{&linear,
+                 V::number,
+                 widen<V>,
+                 norm<V, V::number>,
+                 norm<V, Dtype::f32>,
+                 finish<V>,
+                 add<V>,
+                 turn<V>,
+                 gate<V>,
+                 stream<V, Whole<V>>,
                  nullptr};
   if constexpr (V::number == Dtype::bf16) k.product_of_floats = stream<V, Halves<V>>;
   return k;

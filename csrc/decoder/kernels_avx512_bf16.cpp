@@ -16,7 +16,8 @@ struct Bfloats : Avx512Pairs<Avx512Bf16> {
   static void store_number(char* p, F v) { store_bf16(reinterpret_cast<uint16_t*>(p), v); }
   static F half_word(const float* p, int half) {
     const __m512i word = _mm512_loadu_si512(p);
-    const __m512i upper = half ? _mm512_and_si512(word, _mm512_set1_epi32(-65536)) : _mm512_slli_epi32(word, 16);
+    const __m512i upper =
+        half ? _mm512_and_si512(word, _mm512_set1_epi32(-65536)) : _mm512_slli_epi32(word, 16);
     return _mm512_castsi512_ps(upper);
   }
 };

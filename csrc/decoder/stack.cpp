@@ -1,15 +1,16 @@
 // The layers of a model: packing, adapters, exported functions. See decoder.h for the parts.
 
-#include <tvm/ffi/function.h>
-
 #include "decoder/stack.h"
+
+#include <tvm/ffi/function.h>
 
 namespace appo {
 namespace {
 
-Stack stack_new(int64_t layers, int64_t hidden, int64_t ff, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                double eps, bool bf16, ffi::String isa) {
-  TVM_FFI_CHECK(layers > 0 && hidden > 0 && ff > 0 && heads > 0 && kv_heads > 0 && head_dim > 0, ValueError)
+Stack stack_new(int64_t layers, int64_t hidden, int64_t ff, int64_t heads, int64_t kv_heads,
+                int64_t head_dim, double eps, bool bf16, ffi::String isa) {
+  TVM_FFI_CHECK(layers > 0 && hidden > 0 && ff > 0 && heads > 0 && kv_heads > 0 && head_dim > 0,
+                ValueError)
       << "every size of the layers must be at least 1";
   TVM_FFI_CHECK(hidden % 2 == 0 && ff % 2 == 0 && head_dim % 2 == 0, ValueError)
       << "hidden " << hidden << ", ff " << ff << " and head_dim " << head_dim << " must be even";
@@ -43,7 +44,8 @@ void stack_norms(Stack stack, int64_t layer, Tensor norm1, Tensor norm2, MaybeTe
   LayerWeights& w = stack->layer(layer);
   const LayerShape& s = stack->shape;
   const int64_t dim = s.head_dim, heads = s.heads + s.kv_heads;
-  const float *first = floats(norm1, "norm1", 1, s.hidden), *second = floats(norm2, "norm2", 1, s.hidden);
+  const float *first = floats(norm1, "norm1", 1, s.hidden),
+              *second = floats(norm2, "norm2", 1, s.hidden);
   w.norm1.assign(first, first + s.hidden);
   w.norm2.assign(second, second + s.hidden);
   if (!qk_norm.has_value()) return;
@@ -56,11 +58,13 @@ Packed& part_of(StackObj& stack, int64_t layer, const std::string& name) {
   if (name == "qkv") return w.qkv;
   if (name == "o") return w.o;
   if (name == "gate_up") return w.gate_up;
-  TVM_FFI_CHECK(name == "down", ValueError) << "part is '" << name << "', expected qkv, o, gate_up or down";
+  TVM_FFI_CHECK(name == "down", ValueError)
+      << "part is '" << name << "', expected qkv, o, gate_up or down";
   return w.down;
 }
 
-void stack_pack(Stack stack, int64_t layer, ffi::String part, Tensor w, MaybeTensor bias, int64_t threads) {
+void stack_pack(Stack stack, int64_t layer, ffi::String part, Tensor w, MaybeTensor bias,
+                int64_t threads) {
   Packed& to = part_of(*stack.get(), layer, part);
   const float* values = bias.has_value() ? floats(*bias, "bias", to.out, 1) : nullptr;
   pack(to, weight(w, "weight", stack->k->dtype, to.out, to.in), values, threads);
@@ -68,7 +72,8 @@ void stack_pack(Stack stack, int64_t layer, ffi::String part, Tensor w, MaybeTen
 
 void stack_adapt(Stack stack, int64_t layer, ffi::String part, MaybeTensor down, MaybeTensor up) {
   Packed& to = part_of(*stack.get(), layer, part);
-  TVM_FFI_CHECK(down.has_value() == up.has_value(), ValueError) << "an adapter is a pair: down and up";
+  TVM_FFI_CHECK(down.has_value() == up.has_value(), ValueError)
+      << "an adapter is a pair: down and up";
   if (!down.has_value()) return adapt(to, Matrix{}, Matrix{});
   const int64_t rank = down.value().ndim() == 2 ? down.value().size(0) : 0;
   TVM_FFI_CHECK(rank > 0, ValueError) << "down must be [rank, " << to.in << "]";

@@ -24,11 +24,11 @@ int64_t length(const Tensor& t, const char* name) {
   return t.size(0);
 }
 
-// embed[vocab, hidden] and turn[context, dim/2, 2] as in appo/rollout/native/model.py; slots … addresses are the tables
-// of attention; out[rows of out_rows, or all][hidden] float32 or numbers.
-void step(Stack stack, Tensor embed, Tensor turn, Tensor norm, Tensor ids, Tensor positions, Tensor slots,
-          Tensor segments, Tensor blocks, Tensor reads, Tensor limits, Tensor addresses, MaybeTensor out_rows,
-          Tensor out, int64_t threads) {
+// embed[vocab, hidden] and turn[context, dim/2, 2] as in appo/rollout/native/model.py; slots …
+// addresses are the tables of attention; out[rows of out_rows, or all][hidden] float32 or numbers.
+void step(Stack stack, Tensor embed, Tensor turn, Tensor norm, Tensor ids, Tensor positions,
+          Tensor slots, Tensor segments, Tensor blocks, Tensor reads, Tensor limits,
+          Tensor addresses, MaybeTensor out_rows, Tensor out, int64_t threads) {
   const LayerShape& s = stack->shape;
   const LayerKernels& k = *stack->k;
   ForwardProblem p{};
@@ -51,7 +51,8 @@ void step(Stack stack, Tensor embed, Tensor turn, Tensor norm, Tensor ids, Tenso
   p.out = block(out, "out", p.dtype, p.chosen_count, s.hidden);
   const auto layers = static_cast<int64_t>(stack->layers.size());
   const AttentionShape shape{k.dtype, p.rows, s.heads, s.kv_heads, s.head_dim, layers};
-  p.attention = attention_problem(shape, {slots, segments, blocks, reads, limits, addresses}, stack->isa, threads);
+  p.attention = attention_problem(shape, {slots, segments, blocks, reads, limits, addresses},
+                                  stack->isa, threads);
   p.threads = threads;
   if (p.rows > 0) layer_forward(p);
 }

@@ -1,6 +1,8 @@
-// Rows of RMSNorm, rotary positions and SwiGLU over a vector type V (common/simd). See fused_layers.h.
+// Rows of RMSNorm, rotary positions and SwiGLU over a vector type V (common/simd). See
+// fused_layers.h.
 //
-// A row is widened into scratch first and narrowed from there: both stay in L1, and no loop has to care for its end.
+// A row is widened into scratch first and narrowed from there: both stay in L1, and no loop has to
+// care for its end.
 #pragma once
 
 #include <cstring>
@@ -29,7 +31,8 @@ void widen_row(const char* x, int64_t n, Dtype dtype, float* out) {
 }
 
 template <class V>
-float fused_norm(const char* x, const float* weight, int64_t n, float eps, Dtype dtype, char* y, float* a) {
+float fused_norm(const char* x, const float* weight, int64_t n, float eps, Dtype dtype, char* y,
+                 float* a) {
   widen_row<V>(x, n, dtype, a);
   auto sum = V::set(0.0f);
   for (int64_t j = 0; j < n; j += V::lanes) sum = V::fma(V::load(a + j), V::load(a + j), sum);
@@ -44,8 +47,8 @@ float fused_norm(const char* x, const float* weight, int64_t n, float eps, Dtype
 
 // With h = x · factor: dweight += dy h, dx = factor (dy weight - h mean(dy weight h)).
 template <class V>
-void fused_norm_grad(const char* x, const float* weight, float factor, const char* dy, int64_t n, Dtype dtype, char* dx,
-                    float* dweight, float* a) {
+void fused_norm_grad(const char* x, const float* weight, float factor, const char* dy, int64_t n,
+                     Dtype dtype, char* dx, float* dweight, float* a) {
   float* g = a + fused_width(n);
   widen_row<V>(x, n, dtype, a);
   widen_row<V>(dy, n, dtype, g);
@@ -67,7 +70,8 @@ void fused_norm_grad(const char* x, const float* weight, float factor, const cha
   emit<V>(a, n, dtype, dx);
 }
 
-// NaN passes both bounds (the second operand is returned); beyond them 1 + 2^y is 1 or so large that x / it is 0.
+// NaN passes both bounds (the second operand is returned); beyond them 1 + 2^y is 1 or so large
+// that x / it is 0.
 template <class V>
 typename V::F sigmoid(typename V::F x) {
   const auto y = V::min(V::set(126.0f), V::max(V::set(-126.0f), V::mul(x, V::set(-kLog2e))));
@@ -87,8 +91,8 @@ void fused_swiglu(const char* gate, const char* up, int64_t n, Dtype dtype, char
 }
 
 template <class V>
-void fused_swiglu_grad(const char* gate, const char* up, const char* d_out, int64_t n, Dtype dtype, char* d_gate,
-                      char* d_up, float* g) {
+void fused_swiglu_grad(const char* gate, const char* up, const char* d_out, int64_t n, Dtype dtype,
+                       char* d_gate, char* d_up, float* g) {
   float *u = g + fused_width(n), *d = u + fused_width(n);
   widen_row<V>(gate, n, dtype, g);
   widen_row<V>(up, n, dtype, u);
@@ -104,7 +108,8 @@ void fused_swiglu_grad(const char* gate, const char* up, const char* d_out, int6
 }
 
 template <class V>
-void fused_rotate(const char* x, const float* cos, const float* sin, int64_t n, Dtype dtype, char* out, float* a) {
+void fused_rotate(const char* x, const float* cos, const float* sin, int64_t n, Dtype dtype,
+                  char* out, float* a) {
   float* b = a + fused_width(n);
   const int64_t half = n * bytes_of(dtype);
   widen_row<V>(x, n, dtype, a);
@@ -120,7 +125,8 @@ void fused_rotate(const char* x, const float* cos, const float* sin, int64_t n, 
 
 template <class V>
 constexpr FusedKernels fused_kernels() {
-  return {widen_row<V>, fused_norm<V>, fused_norm_grad<V>, fused_swiglu<V>, fused_swiglu_grad<V>, fused_rotate<V>};
+  return {widen_row<V>,    fused_norm<V>,        fused_norm_grad<V>,
+          fused_swiglu<V>, fused_swiglu_grad<V>, fused_rotate<V>};
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
-// RMSNorm, rotary positions and SwiGLU for training: checks, threads, exported functions. See fused_layers.h.
-
-#include "fused_layers/fused_layers.h"
+// RMSNorm, rotary positions and SwiGLU for training: checks, threads, exported functions. See
+// fused_layers.h.
 
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
@@ -16,6 +15,7 @@
 #include "common/dtypes.h"
 #include "common/isa.h"
 #include "common/threads.h"
+#include "fused_layers/fused_layers.h"
 
 namespace appo {
 namespace {
@@ -35,28 +35,38 @@ const FusedKernels& kernels_for(const std::string& isa) {
 char* same(const Tensor& t, const char* name, const Tensor& like) {
   TVM_FFI_CHECK(t.device().device_type == kDLCPU && t.IsContiguous(), ValueError)
       << name << " must be contiguous and on the CPU";
-  TVM_FFI_CHECK(t.dtype() == like.dtype(), TypeError) << name << " has another dtype than the first tensor";
-  TVM_FFI_CHECK(t.ndim() == like.ndim(), ValueError) << name << " has another shape than the first tensor";
+  TVM_FFI_CHECK(t.dtype() == like.dtype(), TypeError)
+      << name << " has another dtype than the first tensor";
+  TVM_FFI_CHECK(t.ndim() == like.ndim(), ValueError)
+      << name << " has another shape than the first tensor";
   for (int i = 0; i < t.ndim(); ++i) {
-    TVM_FFI_CHECK(t.size(i) == like.size(i), ValueError) << name << " has another shape than the first tensor";
+    TVM_FFI_CHECK(t.size(i) == like.size(i), ValueError)
+        << name << " has another shape than the first tensor";
   }
   return static_cast<char*>(t.data_ptr());
 }
 
-std::vector<float> scratch(int64_t n) { return std::vector<float>(static_cast<size_t>(kFusedScratch * fused_width(n))); }
+std::vector<float> scratch(int64_t n) {
+  return std::vector<float>(static_cast<size_t>(kFusedScratch * fused_width(n)));
+}
 
 std::vector<float> widened(const FusedKernels& k, const Tensor& t, const char* name, int64_t n) {
-  TVM_FFI_CHECK(t.device().device_type == kDLCPU && t.ndim() == 1 && t.size(0) == n && t.IsContiguous(), ValueError)
+  TVM_FFI_CHECK(
+      t.device().device_type == kDLCPU && t.ndim() == 1 && t.size(0) == n && t.IsContiguous(),
+      ValueError)
       << name << " must be a contiguous vector of " << n << " numbers on the CPU";
   std::vector<float> out(static_cast<size_t>(fused_width(n)));
   k.widen(static_cast<const char*>(t.data_ptr()), n, dtype_of(t, name), out.data());
   return out;
 }
 
-// body(first, last) for shares of `units` units of work of `numbers` numbers each, on as many threads as pay.
+// body(first, last) for shares of `units` units of work of `numbers` numbers each, on as many
+// threads as pay.
 template <typename Body>
 void share(int64_t units, int64_t numbers, int64_t threads, const Body& body) {
-  const int64_t paid = units * numbers / 65536, parts = std::clamp<int64_t>(std::min(threads, paid), 1, std::max<int64_t>(units, 1));
+  const int64_t paid = units * numbers / 65536,
+                parts =
+                    std::clamp<int64_t>(std::min(threads, paid), 1, std::max<int64_t>(units, 1));
   run_parts(parts, [&](int64_t part) { body(units * part / parts, units * (part + 1) / parts); });
 }
 
@@ -76,7 +86,8 @@ float* factors(const Tensor& t, int64_t rows) {
 }
 
 // y like x[T, H], factor[T] float32.
-void rms_norm_forward(Tensor x, Tensor weight, double eps, Tensor y, Tensor factor, ffi::String isa, int64_t threads) {
+void rms_norm_forward(Tensor x, Tensor weight, double eps, Tensor y, Tensor factor, ffi::String isa,
+                      int64_t threads) {
   const FusedKernels& k = kernels_for(isa);
   const Dtype dtype = dtype_of(x, "x");
   const Rows r = rows_of(x);
@@ -88,14 +99,15 @@ void rms_norm_forward(Tensor x, Tensor weight, double eps, Tensor y, Tensor fact
   share(r.units(), kFusedRows * r.columns, threads, [&](int64_t first, int64_t last) {
     auto room = scratch(r.columns);
     for (int64_t i = first * kFusedRows; i < std::min(last * kFusedRows, r.rows); ++i) {
-      f[i] = k.norm(from + i * step, w.data(), r.columns, static_cast<float>(eps), dtype, to + i * step, room.data());
+      f[i] = k.norm(from + i * step, w.data(), r.columns, static_cast<float>(eps), dtype,
+                    to + i * step, room.data());
     }
   });
 }
 
 // dx like x and dweight[H] float32, either of them or both.
-void rms_norm_backward(Tensor x, Tensor weight, Tensor factor, Tensor dy, MaybeTensor dx, MaybeTensor dweight,
-                       ffi::String isa, int64_t threads) {
+void rms_norm_backward(Tensor x, Tensor weight, Tensor factor, Tensor dy, MaybeTensor dx,
+                       MaybeTensor dweight, ffi::String isa, int64_t threads) {
   const FusedKernels& k = kernels_for(isa);
   const Dtype dtype = dtype_of(x, "x");
   const Rows r = rows_of(x);
@@ -109,15 +121,16 @@ void rms_norm_backward(Tensor x, Tensor weight, Tensor factor, Tensor dy, MaybeT
     auto room = scratch(r.columns);
     for (int64_t i = first * kFusedRows; i < std::min(last * kFusedRows, r.rows); ++i) {
       float* dw = dweight.has_value() ? sums.data() + i / kFusedRows * width : nullptr;
-      k.norm_grad(from + i * step, w.data(), f[i], up + i * step, r.columns, dtype, to ? to + i * step : nullptr, dw,
-                  room.data());
+      k.norm_grad(from + i * step, w.data(), f[i], up + i * step, r.columns, dtype,
+                  to ? to + i * step : nullptr, dw, room.data());
     }
   });
   if (!dweight.has_value()) return;
   check_vector(*dweight, "dweight", kDLFloat, 32, r.columns);
   for (int64_t j = 0; j < r.columns; ++j) {
     double sum = 0.0;
-    for (int64_t unit = 0; unit < r.units(); ++unit) sum += sums[static_cast<size_t>(unit * width + j)];
+    for (int64_t unit = 0; unit < r.units(); ++unit)
+      sum += sums[static_cast<size_t>(unit * width + j)];
     data<float>(*dweight)[j] = static_cast<float>(sum);
   }
 }
@@ -125,12 +138,13 @@ void rms_norm_backward(Tensor x, Tensor weight, Tensor factor, Tensor dy, MaybeT
 template <typename Body>
 void for_chunks(const Tensor& x, int64_t threads, const Body& body) {
   const int64_t n = x.numel();
-  share((n + kFusedChunk - 1) / kFusedChunk, kFusedChunk, threads, [&](int64_t first, int64_t last) {
-    auto room = scratch(kFusedChunk);
-    for (int64_t unit = first; unit < last; ++unit) {
-      body(unit * kFusedChunk, std::min(kFusedChunk, n - unit * kFusedChunk), room.data());
-    }
-  });
+  share((n + kFusedChunk - 1) / kFusedChunk, kFusedChunk, threads,
+        [&](int64_t first, int64_t last) {
+          auto room = scratch(kFusedChunk);
+          for (int64_t unit = first; unit < last; ++unit) {
+            body(unit * kFusedChunk, std::min(kFusedChunk, n - unit * kFusedChunk), room.data());
+          }
+        });
 }
 
 void swiglu_forward(Tensor gate, Tensor up, Tensor out, ffi::String isa, int64_t threads) {
@@ -144,11 +158,12 @@ void swiglu_forward(Tensor gate, Tensor up, Tensor out, ffi::String isa, int64_t
   });
 }
 
-void swiglu_backward(Tensor gate, Tensor up, Tensor d_out, Tensor d_gate, Tensor d_up, ffi::String isa,
-                     int64_t threads) {
+void swiglu_backward(Tensor gate, Tensor up, Tensor d_out, Tensor d_gate, Tensor d_up,
+                     ffi::String isa, int64_t threads) {
   const FusedKernels& k = kernels_for(isa);
   const Dtype dtype = dtype_of(gate, "gate");
-  const char *g = same(gate, "gate", gate), *u = same(up, "up", gate), *d = same(d_out, "d_out", gate);
+  const char *g = same(gate, "gate", gate), *u = same(up, "up", gate),
+             *d = same(d_out, "d_out", gate);
   char *dg = same(d_gate, "d_gate", gate), *du = same(d_up, "d_up", gate);
   const int64_t size = bytes_of(dtype);
   for_chunks(gate, threads, [&](int64_t at, int64_t n, float* room) {
@@ -159,19 +174,22 @@ void swiglu_backward(Tensor gate, Tensor up, Tensor d_out, Tensor d_gate, Tensor
 
 // The row of t[T, n], of any row stride.
 const char* angles(const Tensor& t, const char* name, int64_t rows, int64_t n) {
-  TVM_FFI_CHECK(t.device().device_type == kDLCPU && t.ndim() == 2 && t.size(0) == rows && t.size(1) == n &&
-                    (n < 2 || t.stride(1) == 1),
+  TVM_FFI_CHECK(t.device().device_type == kDLCPU && t.ndim() == 2 && t.size(0) == rows &&
+                    t.size(1) == n && (n < 2 || t.stride(1) == 1),
                 ValueError)
       << name << " must be [" << rows << ", " << n << "] on the CPU with a last stride of 1";
   return static_cast<const char*>(t.data_ptr());
 }
 
 // out like x[T, heads, D]; cos and sin [T, D / 2] in one dtype; back: by the negative angle.
-void rotary(Tensor x, Tensor cos, Tensor sin, bool back, Tensor out, ffi::String isa, int64_t threads) {
+void rotary(Tensor x, Tensor cos, Tensor sin, bool back, Tensor out, ffi::String isa,
+            int64_t threads) {
   const FusedKernels& k = kernels_for(isa);
   const Dtype dtype = dtype_of(x, "x"), of_angles = dtype_of(cos, "cos");
-  TVM_FFI_CHECK(x.ndim() == 3 && x.size(2) % 2 == 0, ValueError) << "x must be [tokens, heads, an even number]";
-  const int64_t tokens = x.size(0), heads = x.size(1), half = x.size(2) / 2, width = fused_width(half);
+  TVM_FFI_CHECK(x.ndim() == 3 && x.size(2) % 2 == 0, ValueError)
+      << "x must be [tokens, heads, an even number]";
+  const int64_t tokens = x.size(0), heads = x.size(1), half = x.size(2) / 2,
+                width = fused_width(half);
   const char *c = angles(cos, "cos", tokens, half), *s = angles(sin, "sin", tokens, half);
   TVM_FFI_CHECK(sin.dtype() == cos.dtype(), TypeError) << "cos and sin must have one dtype";
   const char* from = same(x, "x", x);

@@ -20,7 +20,8 @@ void make_room(std::vector<T>* list, size_t size) {
   if (size > list->capacity()) list->reserve(std::max(size, 2 * list->capacity()));
 }
 
-// Block ids 0, 1, …, each free or owned by one node, the only one that may write it. The lowest free id is taken first.
+// Block ids 0, 1, …, each free or owned by one node, the only one that may write it. The lowest
+// free id is taken first.
 class BlockList {
  public:
   explicit BlockList(int64_t limit) : limit_(limit) {}  // -1: no limit
@@ -32,7 +33,9 @@ class BlockList {
 
   int64_t capacity() const { return limit_ < 0 ? static_cast<int64_t>(owner.size()) : limit_; }
   int64_t free() const { return capacity() - used; }
-  int64_t lacking(int64_t count) const { return limit_ < 0 ? 0 : std::max<int64_t>(0, count - free()); }
+  int64_t lacking(int64_t count) const {
+    return limit_ < 0 ? 0 : std::max<int64_t>(0, count - free());
+  }
 
   // 1 + the highest block in use.
   int64_t span() {
@@ -40,14 +43,16 @@ class BlockList {
     return span_;
   }
 
-  // Memory for taking `count` blocks and for giving back whatever was taken, so that these cannot fail. May throw.
+  // Memory for taking `count` blocks and for giving back whatever was taken, so that these cannot
+  // fail. May throw.
   void reserve(int64_t count) {
     const size_t made = std::max<int64_t>(0, count - static_cast<int64_t>(free_ids.size()));
-    for (auto* list : {&owner, &version, &free_ids, &deferred}) make_room(list, owner.size() + made);
+    for (auto* list : {&owner, &version, &free_ids, &deferred})
+      make_room(list, owner.size() + made);
   }
 
-  // `count` blocks for a node go to the end of `to`; the caller has made sure that they are there, and reserved memory
-  // here and in `to`.
+  // `count` blocks for a node go to the end of `to`; the caller has made sure that they are there,
+  // and reserved memory here and in `to`.
   void take(int64_t count, int64_t node, int64_t tag, std::vector<int64_t>* to) {
     for (int64_t i = 0; i < count; ++i) {
       int64_t block = static_cast<int64_t>(owner.size());
@@ -71,8 +76,8 @@ class BlockList {
   // A block of a node becomes free with the next settle().
   void give_back(int64_t block, int64_t node) {
     if (owner[block] != node) {
-      fail("EngineError", "block ", block, " is given back by node ", node, " but belongs to ", owner[block],
-           "; it was freed before: report this");
+      fail("EngineError", "block ", block, " is given back by node ", node, " but belongs to ",
+           owner[block], "; it was freed before: report this");
     }
     owner[block] = kDeferred;
     deferred.push_back(block);

@@ -1,4 +1,5 @@
-// Errors of the segment tree; native_tree.py has registered the classes of appo.errors under their names.
+// Errors of the segment tree; native_tree.py has registered the classes of appo.errors under their
+// names.
 #pragma once
 
 #include <tvm/ffi/error.h>
@@ -7,8 +8,8 @@
 
 namespace appo {
 
-// Throws an error of that class with the parts as its text. Callers handle these (a stale sequence, a pool too small),
-// so there is no backtrace: looking one up takes milliseconds.
+// Throws an error of that class with the parts as its text. Callers handle these (a stale sequence,
+// a pool too small), so there is no backtrace: looking one up takes milliseconds.
 template <typename... Parts>
 [[noreturn]] void fail(const char* error, const Parts&... parts) {
   std::ostringstream text;

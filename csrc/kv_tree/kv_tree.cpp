@@ -46,8 +46,8 @@ void SegmentTree::extend(int64_t seq, const int64_t* ids, int64_t count) {
 void SegmentTree::truncate(int64_t seq, int64_t length) {
   Node* node = get(seq);
   if (length < 1 || length > node->length()) {
-    fail("EngineError", "truncate(seq=", seq, ", length=", length, "): length must be in 1 … ", node->length(),
-         ", the sequence's length");
+    fail("EngineError", "truncate(seq=", seq, ", length=", length, "): length must be in 1 … ",
+         node->length(), ", the sequence's length");
   }
   if (length == node->length()) return;
   if (length > node->base && node->inherited() < length - node->base) {
@@ -92,7 +92,8 @@ void SegmentTree::new_version(int64_t to) {
   version = to;
   for (auto& [id, node] : nodes_) {
     keep(node.get(), 0);
-    const int64_t read = node->seq < 0 ? node->size() : node->size() - 1;  // a last token is run again
+    const int64_t read =
+        node->seq < 0 ? node->size() : node->size() - 1;  // a last token is run again
     node->lost = std::max(node->lost, std::min(node->seen, read));
     node->seen = 0;
   }
@@ -102,7 +103,8 @@ Node* SegmentTree::get(int64_t seq) const {
   const auto found = seqs_.find(seq);
   if (found == seqs_.end()) {
     const bool known = seq >= 0 && seq < next_seq_;
-    fail("EngineError", "sequence ", seq, known ? " was released" : " is unknown", "; use a live handle");
+    fail("EngineError", "sequence ", seq, known ? " was released" : " is unknown",
+         "; use a live handle");
   }
   return found->second;
 }
@@ -145,11 +147,12 @@ std::vector<Step> SegmentTree::path(Node* node) const {
 
 void SegmentTree::check_fresh(const Node* node, int64_t end, const char* what) const {
   if (!stale(node, end)) return;
-  fail("StaleWeightsError", what, "(seq=", node->seq, "): its KV was computed before version ", version,
-       "; call score([", node->seq, "]) first, or start again from the prompt");
+  fail("StaleWeightsError", what, "(seq=", node->seq, "): its KV was computed before version ",
+       version, "; call score([", node->seq, "]) first, or start again from the prompt");
 }
 
-// A node with these tokens, under the nearest ancestor of which it inherits something. What may throw comes first.
+// A node with these tokens, under the nearest ancestor of which it inherits something. What may
+// throw comes first.
 Node* SegmentTree::grow(Node* parent, int64_t base, const int64_t* ids, int64_t count) {
   while (parent != nullptr && base <= parent->base) parent = parent->parent;
   if (parent != nullptr) make_room(&parent->children, parent->children.size() + 1);
@@ -183,7 +186,8 @@ int64_t SegmentTree::name(Node* node) {
   return node->seq;
 }
 
-// One reference less; what nobody refers to goes, what only children need is trimmed to what they inherit.
+// One reference less; what nobody refers to goes, what only children need is trimmed to what they
+// inherit.
 void SegmentTree::drop(Node* node) {
   while (node != nullptr) {
     if (--node->refs > 0) {

@@ -8,9 +8,10 @@
 //   check.cpp    every invariant, recomputed
 //   python.cpp   exported functions
 //
-// appo/rollout/native/segment_tree.py is the plain definition and says what each operation does; the two give the same
-// answers, tables and messages. Everything here is bookkeeping on whole numbers: no KV, and no threads: callers hold
-// Python's interpreter lock. A call that throws, for want of memory too, has changed nothing.
+// appo/rollout/native/segment_tree.py is the plain definition and says what each operation does;
+// the two give the same answers, tables and messages. Everything here is bookkeeping on whole
+// numbers: no KV, and no threads: callers hold Python's interpreter lock. A call that throws, for
+// want of memory too, has changed nothing.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +33,8 @@ struct Node {
   int64_t kv = 0;              // own positions with KV
   int64_t planned = 0;         // how many there will be when the open layout is committed (0: none)
   int64_t seen = 0;            // how many had KV under these weights, evicted ones included
-  int64_t lost = 0;            // how many had KV under older weights; those from `seen` on have not been run since
+  int64_t lost =
+      0;  // how many had KV under older weights; those from `seen` on have not been run since
   int64_t unit = -1, visit = 0;  // unit of the plan numbered `visit` (an older number: none)
   int64_t checked = 0;           // plan in which its blocks were looked at
   std::vector<int64_t> tokens, blocks;
@@ -41,7 +43,9 @@ struct Node {
   int64_t size() const { return static_cast<int64_t>(tokens.size()); }
   int64_t length() const { return base + size(); }
   int64_t reach() const { return kv > planned ? kv : planned; }
-  bool outdated(int64_t count) const { return std::min(lost, count) > seen; }  // one of the first `count`
+  bool outdated(int64_t count) const {
+    return std::min(lost, count) > seen;
+  }  // one of the first `count`
   int64_t slot(int64_t i) const { return blocks[i / kBlock] * kBlock + i % kBlock; }
   int64_t inherited() const;  // own positions that some child reads
 };
@@ -52,19 +56,23 @@ struct Step {
   int64_t count;
 };
 
-// Run own positions start … start + count - 1; the last row's token is sampled for `seq` (-1: it is not).
+// Run own positions start … start + count - 1; the last row's token is sampled for `seq` (-1: it is
+// not).
 struct Unit {
   Node* node;
-  int64_t id, start, count, seq, row;  // id: of the node, which may be gone when the rows have been run
+  int64_t id, start, count, seq,
+      row;  // id: of the node, which may be gone when the rows have been run
 };
 
 // The tables of layout.py; vectors are kept from one plan to the next.
 struct Tables {
-  std::vector<int64_t> ids, positions, slots, segments, blocks, reads, limits, out_rows, seqs, rows_of;
+  std::vector<int64_t> ids, positions, slots, segments, blocks, reads, limits, out_rows, seqs,
+      rows_of;
   int64_t decode_rows = 0;
 
   std::vector<const std::vector<int64_t>*> all() const {
-    return {&ids, &positions, &slots, &segments, &blocks, &reads, &limits, &out_rows, &seqs, &rows_of};
+    return {&ids,   &positions, &slots,    &segments, &blocks,
+            &reads, &limits,    &out_rows, &seqs,     &rows_of};
   }
 };
 
@@ -84,12 +92,13 @@ class SegmentTree {
   Node* get(int64_t seq) const;
   const Node& node(int64_t id, const char* what) const;
   int64_t kv(int64_t seq) const;
-  bool stale(const Node* node, int64_t end) const;  // something that path positions before `end` read
+  bool stale(const Node* node,
+             int64_t end) const;             // something that path positions before `end` read
   std::vector<Step> path(Node* node) const;  // root first
 
   // 0: a layout is open and tables() are its; otherwise the number of blocks there are too few.
   int64_t plan(const int64_t* seqs, int64_t count, int64_t budget);
-  int64_t layout(const int64_t* units, int64_t count);  // (node, start, count) each
+  int64_t layout(const int64_t* units, int64_t count);        // (node, start, count) each
   int64_t open_layout() const { return open_ ? visit_ : 0; }  // its number; 0: none is open
   void commit(int64_t number);
   void abort(int64_t number);

@@ -32,14 +32,15 @@ struct Reader {
 
 void SegmentTree::lay_out() {
   Tables& t = tables_;
-  for (auto* table : {&t.ids, &t.positions, &t.slots, &t.segments, &t.blocks, &t.reads, &t.limits, &t.out_rows,
-                      &t.seqs, &t.rows_of}) {
+  for (auto* table : {&t.ids, &t.positions, &t.slots, &t.segments, &t.blocks, &t.reads, &t.limits,
+                      &t.out_rows, &t.seqs, &t.rows_of}) {
     table->clear();
   }
-  std::sort(units_.begin(), units_.end(), [](const Unit& a, const Unit& b) { return before(a.node, b.node); });
+  std::sort(units_.begin(), units_.end(),
+            [](const Unit& a, const Unit& b) { return before(a.node, b.node); });
 
-  // Rows, and who reads what. In this order the readers of a node are neighbours: while it is on the path at its level
-  // its range grows, and once it is not it never comes back.
+  // Rows, and who reads what. In this order the readers of a node are neighbours: while it is on
+  // the path at its level its range grows, and once it is not it never comes back.
   std::vector<Reader> readers;
   std::vector<size_t> on_path;            // level → reader
   std::vector<std::vector<size_t>> used;  // unit → readers, root first
@@ -61,7 +62,8 @@ void SegmentTree::lay_out() {
     steps.back().count = unit.start + unit.count;
     on_path.resize(std::min(on_path.size(), steps.size()));
     for (size_t level = 0; level < steps.size(); ++level) {
-      if (level < on_path.size() && readers[on_path[level]].node != steps[level].node) on_path.resize(level);
+      if (level < on_path.size() && readers[on_path[level]].node != steps[level].node)
+        on_path.resize(level);
       if (level == on_path.size()) {
         on_path.push_back(readers.size());
         readers.push_back({steps[level].node, unit.row, row, 0});
@@ -77,16 +79,20 @@ void SegmentTree::lay_out() {
   for (size_t i = 0; i < readers.size(); ++i) {
     const Reader& r = readers[i];
     t.segments.insert(t.segments.end(), {static_cast<int64_t>(t.blocks.size()), r.most});
-    t.blocks.insert(t.blocks.end(), r.node->blocks.begin(), r.node->blocks.begin() + blocks_for(r.most));
+    t.blocks.insert(t.blocks.end(), r.node->blocks.begin(),
+                    r.node->blocks.begin() + blocks_for(r.most));
     t.reads.insert(t.reads.end(), {static_cast<int64_t>(i), r.first, r.last, limits});
     limits += r.last - r.first;
   }
   t.limits.resize(limits);
   for (size_t u = 0; u < units_.size(); ++u) {
     const Unit& unit = units_[u];
-    const auto at = [&](size_t i) { return &t.limits[t.reads[4 * i + 3] + unit.row - readers[i].first]; };
+    const auto at = [&](size_t i) {
+      return &t.limits[t.reads[4 * i + 3] + unit.row - readers[i].first];
+    };
     for (size_t level = 0; level + 1 < used[u].size(); ++level) {
-      const int64_t inherited = readers[used[u][level + 1]].node->base - readers[used[u][level]].node->base;
+      const int64_t inherited =
+          readers[used[u][level + 1]].node->base - readers[used[u][level]].node->base;
       std::fill_n(at(used[u][level]), unit.count, inherited);
     }
     int64_t* own = at(used[u].back());

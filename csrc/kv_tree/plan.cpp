@@ -92,8 +92,9 @@ int64_t SegmentTree::layout(const int64_t* units, int64_t count) {
            "; take ids from path(), each once");
     }
     if (rows < 1 || start < 0 || start > node->kv || start + rows > node->size()) {
-      fail("EngineError", "layout: rows ", start, " … ", start + rows - 1, " of node ", id, "; it has ", node->size(),
-           " tokens and KV of ", node->kv, ", rows start where KV ends or before");
+      fail("EngineError", "layout: rows ", start, " … ", start + rows - 1, " of node ", id,
+           "; it has ", node->size(), " tokens and KV of ", node->kv,
+           ", rows start where KV ends or before");
     }
     unit_of(node, start).count = rows;
   }
@@ -102,9 +103,9 @@ int64_t SegmentTree::layout(const int64_t* units, int64_t count) {
       const Node* node = below->parent;
       const int64_t reads = below->base - node->base, there = done(node);
       if (there >= reads) continue;
-      fail(node->outdated(reads) ? "StaleWeightsError" : "EngineError", "layout: node ", unit.id, " reads ", reads,
-           " positions of node ", node->id, ", which has KV of ", there, " under version ", version,
-           "; run these first");
+      fail(node->outdated(reads) ? "StaleWeightsError" : "EngineError", "layout: node ", unit.id,
+           " reads ", reads, " positions of node ", node->id, ", which has KV of ", there,
+           " under version ", version, "; run these first");
     }
   }
   tables_.decode_rows = 0;
@@ -127,12 +128,14 @@ int64_t SegmentTree::settle() {
       for (int64_t block : node->blocks) {
         if (blocks_.version[block] == version) continue;
         fail("StaleWeightsError", "block ", block, " of node ", node->id, " holds KV of version ",
-             blocks_.version[block], ", the weights are version ", version, "; it must not be read");
+             blocks_.version[block], ", the weights are version ", version,
+             "; it must not be read");
       }
     }
   }
   blocks_.reserve(total);  // all memory before anything changes
-  for (const Unit& unit : units_) make_room(&unit.node->blocks, unit.node->blocks.size() + more(unit));
+  for (const Unit& unit : units_)
+    make_room(&unit.node->blocks, unit.node->blocks.size() + more(unit));
   for (const Unit& unit : units_) {
     Node* node = unit.node;
     const int64_t end = unit.start + unit.count;
@@ -196,7 +199,8 @@ int64_t SegmentTree::need(const int64_t* seqs, const int64_t* ends, int64_t coun
   }
   int64_t total = 0;
   for (const auto& [node, positions] : want) {
-    total += std::max<int64_t>(0, blocks_for(positions) - static_cast<int64_t>(node->blocks.size()));
+    total +=
+        std::max<int64_t>(0, blocks_for(positions) - static_cast<int64_t>(node->blocks.size()));
   }
   return total;
 }

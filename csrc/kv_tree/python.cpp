@@ -39,7 +39,8 @@ class Tree : public ffi::ObjectRef {
 class Numbers {
  public:
   Numbers(const ffi::Bytes& bytes, const char* name) : values_(bytes.size() / sizeof(int64_t)) {
-    TVM_FFI_CHECK(bytes.size() % sizeof(int64_t) == 0, ValueError) << name << " are not whole int64 numbers";
+    TVM_FFI_CHECK(bytes.size() % sizeof(int64_t) == 0, ValueError)
+        << name << " are not whole int64 numbers";
     if (bytes.size() > 0) std::memcpy(values_.data(), bytes.data(), bytes.size());
   }
   const int64_t* data() const { return values_.data(); }
@@ -67,7 +68,9 @@ void tree_extend(Tree tree, int64_t seq, ffi::Bytes ids) {
   tree.get_tree().extend(seq, tokens.data(), tokens.size());
 }
 
-void tree_truncate(Tree tree, int64_t seq, int64_t length) { tree.get_tree().truncate(seq, length); }
+void tree_truncate(Tree tree, int64_t seq, int64_t length) {
+  tree.get_tree().truncate(seq, length);
+}
 void tree_release(Tree tree, int64_t seq) { tree.get_tree().release(seq); }
 int64_t tree_evict(Tree tree, int64_t seq) { return tree.get_tree().evict(seq); }
 
@@ -106,7 +109,9 @@ ffi::Bytes tree_path(Tree tree, int64_t seq) {
   return bytes_of(pairs);
 }
 
-ffi::Bytes tree_blocks_of(Tree tree, int64_t node) { return bytes_of(tree.get_tree().node(node, "blocks_of").blocks); }
+ffi::Bytes tree_blocks_of(Tree tree, int64_t node) {
+  return bytes_of(tree.get_tree().node(node, "blocks_of").blocks);
+}
 
 ffi::Bytes tree_free_blocks(Tree tree) {
   BlockList& blocks = tree.get_tree().blocks();
@@ -117,20 +122,23 @@ ffi::Bytes tree_free_blocks(Tree tree) {
   return bytes_of(free);
 }
 
-// version, tokens held, capacity, used, peak, span, sequences, nodes, number of the open layout (0: none).
+// version, tokens held, capacity, used, peak, span, sequences, nodes, number of the open layout (0:
+// none).
 ffi::Bytes tree_counts(Tree tree) {
   SegmentTree& t = tree.get_tree();
   BlockList& b = t.blocks();
-  return bytes_of({t.version, t.tokens_held, b.capacity(), b.used, b.peak, b.span(), t.live_sequences(),
-                   t.live_nodes(), t.open_layout()});
+  return bytes_of({t.version, t.tokens_held, b.capacity(), b.used, b.peak, b.span(),
+                   t.live_sequences(), t.live_nodes(), t.open_layout()});
 }
 
-// Blocks lacking (if not 0, that is all), number of the layout, decode rows, then the number of items of each table.
+// Blocks lacking (if not 0, that is all), number of the layout, decode rows, then the number of
+// items of each table.
 ffi::Bytes opened(const SegmentTree& tree, int64_t lacking) {
   std::vector<int64_t> sizes{lacking};
   if (lacking == 0) {
     sizes.insert(sizes.end(), {tree.open_layout(), tree.tables().decode_rows});
-    for (const auto* table : tree.tables().all()) sizes.push_back(static_cast<int64_t>(table->size()));
+    for (const auto* table : tree.tables().all())
+      sizes.push_back(static_cast<int64_t>(table->size()));
   }
   return bytes_of(sizes);
 }
@@ -148,10 +156,12 @@ ffi::Bytes tree_layout(Tree tree, ffi::Bytes units) {
 // All tables of the open layout, one after the other.
 void tree_tables(Tree tree, ffi::TensorView out) {
   int64_t total = 0;
-  for (const auto* table : tree.get_tree().tables().all()) total += static_cast<int64_t>(table->size());
+  for (const auto* table : tree.get_tree().tables().all())
+    total += static_cast<int64_t>(table->size());
   check_vector(out, "out", kDLInt, 64, total);
   auto* to = data<int64_t>(out);
-  for (const auto* table : tree.get_tree().tables().all()) to = std::copy(table->begin(), table->end(), to);
+  for (const auto* table : tree.get_tree().tables().all())
+    to = std::copy(table->begin(), table->end(), to);
 }
 
 void tree_commit(Tree tree, int64_t number) { tree.get_tree().commit(number); }

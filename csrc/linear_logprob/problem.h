@@ -6,8 +6,8 @@
 
 namespace appo {
 
-// The problem after the checks. `users` cuts the n targets into the rows of h that they belong to: row i has the
-// targets users[i] … users[i+1]-1. h.rows lists those rows, each once.
+// The problem after the checks. `users` cuts the n targets into the rows of h that they belong to:
+// row i has the targets users[i] … users[i+1]-1. h.rows lists those rows, each once.
 struct LinearProblem {
   const LinearKernels* k;
   Matrix h, w;
@@ -26,7 +26,9 @@ struct LinearProblem {
   char* record(int64_t n, int64_t v) const {
     return v / kTile < cached_tiles ? cache_of(n) + kCacheHead + v / kTile * kCacheTile : nullptr;
   }
-  char* cache_of(int64_t n) const { return prob_cache + n * (kCacheHead + cached_tiles * kCacheTile); }
+  char* cache_of(int64_t n) const {
+    return prob_cache + n * (kCacheHead + cached_tiles * kCacheTile);
+  }
   int64_t row_words() const { return width() / k->pair; }  // words per fetched row in memory
 };
 

@@ -11,7 +11,8 @@ namespace {
 template <class V>
 void cap(float* x, int64_t n, float softcap) {
   const auto c = V::set(softcap);
-  for (int64_t j = 0; j < n; j += V::lanes) V::store(x + j, V::mul(c, tanh<V>(V::div(V::load(x + j), c))));
+  for (int64_t j = 0; j < n; j += V::lanes)
+    V::store(x + j, V::mul(c, tanh<V>(V::div(V::load(x + j), c))));
 }
 
 template <class V>
@@ -30,7 +31,8 @@ void stats(const float* x, int64_t n, float scale2, float* state, char* record) 
   const auto s0 = V::load(state + V::lanes), u0 = V::load(state + 2 * V::lanes);
   auto s = V::mul(weight, s0), u = V::mul(weight, V::fma(shift, s0, u0));
   for_vectors<V>(n, [&](int64_t j, int64_t count) {
-    const auto y = V::sub(V::max(low, V::mul(V::load(x + j), factor)), m);  // -inf becomes kEmpty, NaN stays
+    const auto y =
+        V::sub(V::max(low, V::mul(V::load(x + j), factor)), m);  // -inf becomes kEmpty, NaN stays
     auto e = exp2<V>(y);
     if (count < V::lanes) e = V::keep(e, count, zero);
     if (record) V::store_f16(reinterpret_cast<uint16_t*>(record) + j, V::mul(e, raise));
@@ -78,7 +80,8 @@ float grad_cached(const char* record, float* g, int64_t n, const GradRow& row, b
   const auto zero = V::set(0.0f), tiny = V::set(0x1p-30f), raised = V::set(kCacheRaise);
   const auto p_factor = V::set(row.p_factor), plogp_factor = V::set(row.plogp_factor);
   const auto m = V::load(reinterpret_cast<const float*>(record + kTile * 2));
-  const auto shift = V::sub(V::sub(V::sub(m, V::set(row.m)), V::set(row.log2s)), raised), weight = exp2<V>(shift);
+  const auto shift = V::sub(V::sub(V::sub(m, V::set(row.m)), V::set(row.log2s)), raised),
+             weight = exp2<V>(shift);
   auto dot = zero;
   for_vectors<V>(n, [&](int64_t j, int64_t count) {
     const auto e = V::widen(record + j * 2, Dtype::f16);

@@ -1,8 +1,9 @@
-// Forward of the fused output head: (m, s, u, z) per target from tiles of logits that never leave the cache.
+// Forward of the fused output head: (m, s, u, z) per target from tiles of logits that never leave
+// the cache.
 //
-// The vocabulary is cut into at most kSplits contiguous parts that depend on V alone; the statistics of a target over a
-// part are merged in the order of the parts. So its bits depend on its row of h, on w and on V, and not on the batch,
-// the row block or the number of threads.
+// The vocabulary is cut into at most kSplits contiguous parts that depend on V alone; the
+// statistics of a target over a part are merged in the order of the parts. So its bits depend on
+// its row of h, on w and on V, and not on the batch, the row block or the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -17,7 +18,8 @@ namespace appo {
 namespace {
 
 constexpr int64_t kSplits = 16;
-constexpr int64_t kRowBlock = 1024;  // rows that share one packing of a tile of w: it costs 1 % of their products
+constexpr int64_t kRowBlock =
+    1024;  // rows that share one packing of a tile of w: it costs 1 % of their products
 
 struct Stats {
   float m, s, u, z;
@@ -45,7 +47,8 @@ class Block {
   // Statistics of the targets of rows row0 … row1-1 over columns v0 … v1-1.
   void run(int64_t row0, int64_t row1, int64_t v0, int64_t v1, Stats* out) {
     const int64_t first = p_.users[row0], count = p_.users[row1] - first;
-    for (int64_t i = row0; i < row1; ++i) k_.fetch(p_.h, i, p_.width(), h_.get() + (i - row0) * p_.row_words());
+    for (int64_t i = row0; i < row1; ++i)
+      k_.fetch(p_.h, i, p_.width(), h_.get() + (i - row0) * p_.row_words());
     for (int64_t n = 0; n < count; ++n) {
       float* state = state_.get() + n * 3 * k_.lanes;
       std::fill_n(state, k_.lanes, kEmpty);
@@ -69,9 +72,10 @@ class Block {
     }
     for (int64_t r = row0; r < row1; r += kRows) {
       const int64_t rows = std::min(kRows, row1 - r);
-      k_.product(rows, columns, p_.words(), h_.get() + (r - row0) * p_.row_words(), p_.row_words(), 1, w_.get(), panel,
-                 x_.get(), kTile, false);
-      for (int64_t i = 0; i < rows; ++i) row(x_.get() + i * kTile, r + i, p_.users[row0], v0, columns);
+      k_.product(rows, columns, p_.words(), h_.get() + (r - row0) * p_.row_words(), p_.row_words(),
+                 1, w_.get(), panel, x_.get(), kTile, false);
+      for (int64_t i = 0; i < rows; ++i)
+        row(x_.get() + i * kTile, r + i, p_.users[row0], v0, columns);
     }
   }
 
@@ -100,7 +104,8 @@ void linear_forward(const LinearProblem& p, float* out) {
   const int64_t n = p.users[p.used_rows];
   const int64_t tiles = ceil_div(p.vocab, kTile), splits = std::min(kSplits, tiles);
   // Fewer rows per block where threads would be idle otherwise.
-  const int64_t wanted = std::max(ceil_div(p.used_rows, kRowBlock), ceil_div(2 * p.threads, splits));
+  const int64_t wanted =
+      std::max(ceil_div(p.used_rows, kRowBlock), ceil_div(2 * p.threads, splits));
   const int64_t step = std::min(round_up(ceil_div(p.used_rows, wanted), kRows), p.used_rows);
   const int64_t blocks = ceil_div(p.used_rows, step);
   int64_t targets = 0;

@@ -1,8 +1,9 @@
-// Ratio, future-aware scale, clipped surrogate, its gradient and the sums that are reported: one backward sweep per row.
-// Twin of `policy_loss_torch` in kernels/loss.py; the two are tested against each other.
+// Ratio, future-aware scale, clipped surrogate, its gradient and the sums that are reported: one
+// backward sweep per row. Twin of `policy_loss_torch` in kernels/loss.py; the two are tested
+// against each other.
 //
-// Reads logp, behaviour, advantage (4 or 8 bytes each) and mask (1); writes future and gradient. Everything between is in
-// double, in blocks of tokens that stay in the first-level cache.
+// Reads logp, behaviour, advantage (4 or 8 bytes each) and mask (1); writes future and gradient.
+// Everything between is in double, in blocks of tokens that stay in the first-level cache.
 
 #include <tvm/ffi/function.h>
 
@@ -37,34 +38,40 @@ struct Tokens {
   T *future, *gradient;
 };
 
-// One block of tokens, everything in double. Loops over these arrays alone are what the compiler vectorises.
+// One block of tokens, everything in double. Loops over these arrays alone are what the compiler
+// vectorises.
 struct Block {
-  double d[kBlock], keep[kBlock], own[kBlock], scale[kBlock];               // in
-  double loss[kBlock], slope[kBlock], clipped[kBlock], kl[kBlock];          // out, 0 where keep is 0
+  double d[kBlock], keep[kBlock], own[kBlock], scale[kBlock];       // in
+  double loss[kBlock], slope[kBlock], clipped[kBlock], kl[kBlock];  // out, 0 where keep is 0
 };
 
 template <typename T>
 void load(const Tokens<T>& t, int64_t begin, int64_t n, Block& b) {
   for (int64_t i = 0; i < n; ++i) b.keep[i] = static_cast<int32_t>(t.mask[begin + i]);
-  for (int64_t i = 0; i < n; ++i) b.d[i] = static_cast<double>(t.logp[begin + i]) - t.behaviour[begin + i];
+  for (int64_t i = 0; i < n; ++i)
+    b.d[i] = static_cast<double>(t.logp[begin + i]) - t.behaviour[begin + i];
   for (int64_t i = 0; i < n; ++i) b.own[i] = t.advantage[begin + i];
   for (int64_t i = 0; i < n; ++i) b.scale[i] = 1.0;
 }
 
 APPO_VECTOR void drop_masked(Block& b, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) b.d[i] = b.keep[i] != 0.0 ? b.d[i] : 0.0;  // not a product: NaN * 0 is NaN
+  for (int64_t i = 0; i < n; ++i)
+    b.d[i] = b.keep[i] != 0.0 ? b.d[i] : 0.0;  // not a product: NaN * 0 is NaN
 }
 
-// scale[i] = clip(exp(clamp(S, ±20))), S the discounted sum; `ahead` is S after the block and becomes S before it.
+// scale[i] = clip(exp(clamp(S, ±20))), S the discounted sum; `ahead` is S after the block and
+// becomes S before it.
 APPO_VECTOR void future(Block& b, int64_t n, const Rules& rule, double& ahead) {
   double sum = ahead;
   for (int64_t i = n - 1; i >= 0; --i) b.scale[i] = sum = discounted(b.d[i], sum, rule.gamma);
   ahead = sum;
   const double low = rule.future_low, high = rule.future_high;
-  for (int64_t i = 0; i < n; ++i) b.scale[i] = clip(exp_bounded(clip(b.scale[i], -kClamp, kClamp)), low, high);
+  for (int64_t i = 0; i < n; ++i)
+    b.scale[i] = clip(exp_bounded(clip(b.scale[i], -kClamp, kClamp)), low, high);
 }
 
-// The surrogate max(-A r, -A clip(r)), capped at -A dual_clip where A < 0, and its derivative by the log-ratio.
+// The surrogate max(-A r, -A clip(r)), capped at -A dual_clip where A < 0, and its derivative by
+// the log-ratio.
 APPO_VECTOR void surrogate(Block& b, int64_t n, const Rules& rule) {
   const double low = 1.0 - rule.clip_low, high = 1.0 + rule.clip_high, cap = rule.dual_clip;
   for (int64_t i = 0; i < n; ++i) {
@@ -98,8 +105,8 @@ APPO_VECTOR void add_sums(const Block& b, int64_t n, double row_weight, double* 
 
 // Tokens begin … begin+n-1 of a row, n <= kBlock.
 template <typename T>
-void block(const Tokens<T>& t, const Rules& rule, double row_weight, int64_t begin, int64_t n, double& ahead,
-           double* sums) {
+void block(const Tokens<T>& t, const Rules& rule, double row_weight, int64_t begin, int64_t n,
+           double& ahead, double* sums) {
   Block b;
   load(t, begin, n, b);
   drop_masked(b, n);
@@ -115,8 +122,8 @@ void block(const Tokens<T>& t, const Rules& rule, double row_weight, int64_t beg
 
 // Sums are kept per row and added in row order, so the bits do not depend on the number of threads.
 template <typename T>
-void rows(const Tokens<T>& t, const Rules& rule, const int64_t* offsets, const double* weight, int64_t count,
-          double* row_sums, double* sums, int64_t threads) {
+void rows(const Tokens<T>& t, const Rules& rule, const int64_t* offsets, const double* weight,
+          int64_t count, double* row_sums, double* sums, int64_t threads) {
   for_segments(offsets, count, threads, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
       double ahead = 0.0;
@@ -133,21 +140,25 @@ void rows(const Tokens<T>& t, const Rules& rule, const int64_t* offsets, const d
 }
 
 template <typename T>
-void run(const ffi::TensorView& logp, const ffi::TensorView& behaviour, const ffi::TensorView& advantage,
-         const ffi::TensorView& mask, const ffi::TensorView& future, const ffi::TensorView& gradient, const Rules& rule,
-         const int64_t* offsets, const double* weight, int64_t count, double* sums, int64_t threads) {
-  const Tokens<T> t{data<const T>(logp), data<const T>(behaviour), data<const T>(advantage),
-                    data<const uint8_t>(mask), data<T>(future), data<T>(gradient)};
+void run(const ffi::TensorView& logp, const ffi::TensorView& behaviour,
+         const ffi::TensorView& advantage, const ffi::TensorView& mask,
+         const ffi::TensorView& future, const ffi::TensorView& gradient, const Rules& rule,
+         const int64_t* offsets, const double* weight, int64_t count, double* sums,
+         int64_t threads) {
+  const Tokens<T> t{data<const T>(logp),       data<const T>(behaviour), data<const T>(advantage),
+                    data<const uint8_t>(mask), data<T>(future),          data<T>(gradient)};
   std::vector<double> row_sums(static_cast<size_t>(count * kSums), 0.0);
   std::fill(sums, sums + kSums, 0.0);
   rows(t, rule, offsets, weight, count, row_sums.data(), sums, threads);
 }
 
-// gamma < 0: no future term, `future` has no items; dual_clip infinite: none. sums[6]: see enum Sum.
-void policy_loss(ffi::TensorView logp, ffi::TensorView behaviour, ffi::TensorView advantage, ffi::TensorView mask,
-                 ffi::TensorView offsets, ffi::TensorView row_weight, double gamma, double future_low,
-                 double future_high, double future_weight, double clip_low, double clip_high, double dual_clip,
-                 ffi::TensorView future, ffi::TensorView gradient, ffi::TensorView sums, int64_t threads) {
+// gamma < 0: no future term, `future` has no items; dual_clip infinite: none. sums[6]: see enum
+// Sum.
+void policy_loss(ffi::TensorView logp, ffi::TensorView behaviour, ffi::TensorView advantage,
+                 ffi::TensorView mask, ffi::TensorView offsets, ffi::TensorView row_weight,
+                 double gamma, double future_low, double future_high, double future_weight,
+                 double clip_low, double clip_high, double dual_clip, ffi::TensorView future,
+                 ffi::TensorView gradient, ffi::TensorView sums, int64_t threads) {
   TVM_FFI_CHECK(logp.ndim() == 1, ValueError) << "logp must be [N]";
   const int64_t tokens = logp.size(0);
   const Rules rule{gamma,    future_low, future_high, future_weight,
@@ -164,7 +175,8 @@ void policy_loss(ffi::TensorView logp, ffi::TensorView behaviour, ffi::TensorVie
   check_vector(row_weight, "row_weight", kDLFloat, 64, count);
   const auto* w = data<const double>(row_weight);
   auto go = bits == 32 ? run<float> : run<double>;
-  go(logp, behaviour, advantage, mask, future, gradient, rule, o, w, count, data<double>(sums), threads);
+  go(logp, behaviour, advantage, mask, future, gradient, rule, o, w, count, data<double>(sums),
+     threads);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// A row of logits, many tokens at a time, over a vector type V (see common/simd/avx2.h) that also has integers I:
-// ints(v), add, mul, flip (xor), shift<n> (right), ramp (0, 1, 2 …), upper (the upper 24 bits as floats) and
-// mask_not_above(a, b): one bit per lane, set where a <= b.
+// A row of logits, many tokens at a time, over a vector type V (see common/simd/avx2.h) that also
+// has integers I: ints(v), add, mul, flip (xor), shift<n> (right), ramp (0, 1, 2 …), upper (the
+// upper 24 bits as floats) and mask_not_above(a, b): one bit per lane, set where a <= b.
 #pragma once
 
 #include "common/simd/math.h"
@@ -10,8 +10,9 @@
 namespace appo {
 namespace {
 
-// From a Weyl sequence to 32 mixed bits; the shifts and factors are those of C. Wellons' triple32, an exhaustively
-// measured mixer. key[1] enters on the way, or streams whose key[0] are close would be shifted copies of each other.
+// From a Weyl sequence to 32 mixed bits; the shifts and factors are those of C. Wellons' triple32,
+// an exhaustively measured mixer. key[1] enters on the way, or streams whose key[0] are close would
+// be shifted copies of each other.
 template <class V>
 inline __attribute__((always_inline)) typename V::I mixed(typename V::I x, typename V::I late) {
   x = V::mul(V::flip(x, V::template shift<17>(x)), V::ints(0xed5ad4bbu));
@@ -33,10 +34,12 @@ template <class V>
 void hash(const uint32_t* key, int64_t first, int64_t n, uint32_t* out) {
   auto x = weyl<V>(key, first);
   const auto late = V::ints(key[1]), step = V::ints(kWeyl * static_cast<uint32_t>(V::lanes));
-  for (int64_t j = 0; j < n; j += V::lanes, x = V::add(x, step)) V::store_ints(out + j, mixed<V>(x, late));
+  for (int64_t j = 0; j < n; j += V::lanes, x = V::add(x, step))
+    V::store_ints(out + j, mixed<V>(x, late));
 }
 
-// The first of n logits that equals the largest of them takes the lead if it is larger, or equal with a lower id.
+// The first of n logits that equals the largest of them takes the lead if it is larger, or equal
+// with a lower id.
 inline void lead(const float* x, int64_t n, int64_t first, float top, Race& race) {
   if (!(top > race.x || (top == race.x && first < race.id))) return;
   for (int64_t j = 0; j < n; ++j) {
@@ -49,7 +52,8 @@ inline void lead(const float* x, int64_t n, int64_t first, float top, Race& race
 }
 
 template <class V>
-void absorb(const float* x, int64_t n, int64_t first, const SampleParams& params, RowStats& stats, Race& race) {
+void absorb(const float* x, int64_t n, int64_t first, const SampleParams& params, RowStats& stats,
+            Race& race) {
   const auto low = V::set(kEmpty), zero = V::set(0.0f), factor = V::set(params.scale2);
   auto most = low;
   for_vectors<V>(n, [&](int64_t j, int64_t count) {
@@ -68,7 +72,8 @@ void absorb(const float* x, int64_t n, int64_t first, const SampleParams& params
   }
   const auto m = V::set(stats.m);
   const auto add = [&](int64_t j, int64_t count) {  // returns e
-    auto y = V::max(low, V::mul(V::sub(V::load(x + j), m), factor));  // -inf becomes kEmpty, NaN stays
+    auto y =
+        V::max(low, V::mul(V::sub(V::load(x + j), m), factor));  // -inf becomes kEmpty, NaN stays
     auto e = exp2<V>(y);
     if (count < V::lanes) {
       e = V::keep(e, count, zero);
@@ -83,7 +88,8 @@ void absorb(const float* x, int64_t n, int64_t first, const SampleParams& params
     lead(x, n, first, top, race);
   } else {
     auto state = weyl<V>(params.key, first);
-    const auto late = V::ints(params.key[1]), step = V::ints(kWeyl * static_cast<uint32_t>(V::lanes));
+    const auto late = V::ints(params.key[1]),
+               step = V::ints(kWeyl * static_cast<uint32_t>(V::lanes));
     auto bound = V::set(race.bound);
     for_vectors<V>(n, [&](int64_t j, int64_t count) {
       const auto e = add(j, count);

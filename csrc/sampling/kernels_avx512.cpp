@@ -11,7 +11,9 @@ struct Sixteen : Avx512 {
   using Avx512::add;
   using Avx512::mul;
   static I ints(uint32_t v) { return _mm512_set1_epi32(static_cast<int>(v)); }
-  static I ramp() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  static I ramp() {
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static I flip(I a, I b) { return _mm512_xor_si512(a, b); }

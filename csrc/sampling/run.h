@@ -1,7 +1,9 @@
-// The order of the work of sampling, whatever brings the logits. Part of sampling.cpp and of those that sample.
+// The order of the work of sampling, whatever brings the logits. Part of sampling.cpp and of those
+// that sample.
 //
-// The vocabulary is cut into at most kSplits contiguous parts that depend on V alone; statistics are kept per part and
-// joined in order. So the bits of a row depend on its logits and its parameters: not on other rows, not on threads.
+// The vocabulary is cut into at most kSplits contiguous parts that depend on V alone; statistics
+// are kept per part and joined in order. So the bits of a row depend on its logits and its
+// parameters: not on other rows, not on threads.
 #pragma once
 
 #include <algorithm>
@@ -25,17 +27,21 @@ struct Sampled {
 SampleParams sample_params(int64_t seed, int64_t position, float inv_temp, bool greedy);
 Race race_start();
 RowStats stats_start();
-// The result of a row from the statistics of its splits and the best of each thread; both lie `rows` items apart.
-void finish_row(const SampleParams& params, const RowStats* stats, int64_t splits, int64_t rows, const Race* races, int64_t parts,
-                int64_t lanes, const Sampled& out);
+// The result of a row from the statistics of its splits and the best of each thread; both lie
+// `rows` items apart.
+void finish_row(const SampleParams& params, const RowStats* stats, int64_t splits, int64_t rows,
+                const Race* races, int64_t parts, int64_t lanes, const Sampled& out);
 
-// Samples all rows. tile(first column, columns, first row, rows, memory) returns the logits of at most kTile columns and
-// kSampleRows rows, kTile floats apart; it may put them into the memory it is handed, which has that size.
+// Samples all rows. tile(first column, columns, first row, rows, memory) returns the logits of at
+// most kTile columns and kSampleRows rows, kTile floats apart; it may put them into the memory it
+// is handed, which has that size.
 template <typename Tile>
-void sample_rows(const SampleKernels& k, const std::vector<SampleParams>& params, int64_t vocab, int64_t threads, const Tile& tile,
-               const Sampled& out) {
-  const int64_t rows = params.size(), tiles = ceil_div(vocab, kTile), splits = std::min(kSplits, tiles);
-  const int64_t parts = std::clamp<int64_t>(threads, 1, splits), size = std::min(rows, kSampleRows) * kTile;
+void sample_rows(const SampleKernels& k, const std::vector<SampleParams>& params, int64_t vocab,
+                 int64_t threads, const Tile& tile, const Sampled& out) {
+  const int64_t rows = params.size(), tiles = ceil_div(vocab, kTile),
+                splits = std::min(kSplits, tiles);
+  const int64_t parts = std::clamp<int64_t>(threads, 1, splits),
+                size = std::min(rows, kSampleRows) * kTile;
   const Scratch memory(parts * size);
   std::vector<RowStats> stats(splits * rows, stats_start());
   std::vector<Race> races(parts * rows, race_start());

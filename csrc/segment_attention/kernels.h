@@ -1,7 +1,8 @@
-// A strip of query rows meets a chunk of keys: scores, softmax step, values, all in the first cache. Over a vector type
-// V and a Step (product.h); kernels_<isa>.cpp compile it into a table.
+// A strip of query rows meets a chunk of keys: scores, softmax step, values, all in the first
+// cache. Over a vector type V and a Step (product.h); kernels_<isa>.cpp compile it into a table.
 //
-// All of it is in unnamed namespaces and calls no function template of the standard library (see common/simd/kernels.h).
+// All of it is in unnamed namespaces and calls no function template of the standard library (see
+// common/simd/kernels.h).
 #pragma once
 
 #include "segment_attention/product.h"
@@ -32,7 +33,8 @@ void values_of(const Strip& s, const float* shrink, int64_t column, int64_t coun
 
 // body(first, count) for pieces of nearly equal size, at most `most` items each.
 template <class Body>
-inline __attribute__((always_inline)) void in_pieces(int64_t items, int64_t most, const Body& body) {
+inline __attribute__((always_inline)) void in_pieces(int64_t items, int64_t most,
+                                                     const Body& body) {
   const int64_t pieces = (items + most - 1) / most;
   for (int64_t i = 0, first = 0; i < pieces; ++i) {
     const int64_t next = items * (i + 1) / pieces;

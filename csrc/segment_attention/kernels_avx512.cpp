@@ -7,7 +7,9 @@ namespace appo {
 namespace {
 
 struct Halved : Avx512 {
-  static F low_float(const float* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+  static F low_float(const float* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+  }
   static F high_float(const float* p) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(-65536)));
   }

@@ -7,9 +7,10 @@
 namespace appo {
 namespace {
 
-// A row's state (m, l) absorbs the scores of n keys, s[0 … n); what lies behind them up to 16 is ignored. Their weights
-// 2^(s · scale2 - m) go to `weights`, zero from n to the next whole vector; `round`: as bf16, and it is the rounded
-// ones that l sums. Returns by what the row's sums are to shrink.
+// A row's state (m, l) absorbs the scores of n keys, s[0 … n); what lies behind them up to 16 is
+// ignored. Their weights 2^(s · scale2 - m) go to `weights`, zero from n to the next whole vector;
+// `round`: as bf16, and it is the rounded ones that l sums. Returns by what the row's sums are to
+// shrink.
 template <class V, bool round>
 float absorb(const float* s, int64_t n, float scale2, float* state, float* weights) {
   const int64_t whole = n - n % V::lanes;
@@ -22,7 +23,8 @@ float absorb(const float* s, int64_t n, float scale2, float* state, float* weigh
     shrink = V::largest(exp2_low<V>(V::set(before - largest)));
     state[0] = largest;
   }
-  // The product is rounded before m is taken off, as m itself was: the largest score weighs exactly 1, however large.
+  // The product is rounded before m is taken off, as m itself was: the largest score weighs exactly
+  // 1, however large.
   const auto scale = V::set(scale2), m = V::set(state[0]), zero = V::set(0.0f);
   auto sum = zero;
   for (int64_t j = 0; j < n; j += V::lanes) {

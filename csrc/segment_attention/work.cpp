@@ -1,5 +1,5 @@
-// Attention over segments: units of work (a tile of rows x heads of keys), chunks of keys, strips of query rows. See
-// segment_attention.h.
+// Attention over segments: units of work (a tile of rows x heads of keys), chunks of keys, strips
+// of query rows. See segment_attention.h.
 
 #include <algorithm>
 #include <cmath>
@@ -15,8 +15,8 @@
 namespace appo {
 namespace {
 
-// Sizes of one tile: `rows` rows, and a unit's heads of keys. Queries are fetched in widths of 32 numbers, values
-// summed in whole vectors of 16.
+// Sizes of one tile: `rows` rows, and a unit's heads of keys. Queries are fetched in widths of 32
+// numbers, values summed in whole vectors of 16.
 struct Sizes {
   Sizes(const AttentionProblem& p, int64_t unit_heads)
       : heads(unit_heads),
@@ -55,17 +55,20 @@ class Tile {
   Scratch memory_{0};
 };
 
-// Rows a … b-1 meet positions from … from+count-1 of a segment; limits[i - a] says how much of it each reads.
+// Rows a … b-1 meet positions from … from+count-1 of a segment; limits[i - a] says how much of it
+// each reads.
 struct Chunk {
   int64_t a, b;
   const int64_t* limits;
   int64_t from, count;
 };
 
-// A tile's rows a … b-1 and heads of keys from `head` on. Its queries are numbered head by head, row by row.
+// A tile's rows a … b-1 and heads of keys from `head` on. Its queries are numbered head by head,
+// row by row.
 class Unit {
  public:
-  Unit(const AttentionProblem& p, const Sizes& sizes, const Tile& tile, int64_t a, int64_t b, int64_t head)
+  Unit(const AttentionProblem& p, const Sizes& sizes, const Tile& tile, int64_t a, int64_t b,
+       int64_t head)
       : p_(p), sizes_(sizes), tile_(tile), a_(a), b_(b), head_(head), each_((b - a) * sizes.group) {
     scale2_ = kLog2e / std::sqrt(static_cast<float>(p.shape.dim));
   }
@@ -102,8 +105,8 @@ class Unit {
     std::fill(tile_.sums, tile_.sums + queries() * sizes_.sum, 0.0f);
   }
 
-  // The chunks that the tile's rows read, in order, and where their blocks lie: all of them, and then the last again
-  // for as far as is looked ahead.
+  // The chunks that the tile's rows read, in order, and where their blocks lie: all of them, and
+  // then the last again for as far as is looked ahead.
   void find() {
     for (int64_t i = 0; i < p_.read_count; ++i) {
       const Read& r = p_.reads[i];
@@ -122,7 +125,8 @@ class Unit {
     if (!blocks_.empty()) blocks_.insert(blocks_.end(), kAhead, blocks_.back());
   }
 
-  // Rows meet a head of a chunk: every run of rows that read something of it in strips of nearly equal height.
+  // Rows meet a head of a chunk: every run of rows that read something of it in strips of nearly
+  // equal height.
   void meet(const Chunk& chunk, int64_t head, const float* const* blocks) {
     const int64_t head_floats = p_.head_bytes() / 4;
     const auto seen = [&](int64_t row) {
@@ -185,20 +189,22 @@ void attention(const AttentionProblem& p) {
   write_slots(p);
   const int64_t rows = p.shape.rows, kv_heads = p.shape.kv_heads;
   int64_t tiles = ceil_div(rows, Sizes(p, 1).rows), heads = kv_heads;
-  // All heads of a block lie side by side, and are best read so. Few tiles are cut by heads for several threads, and
-  // into as many for every thread.
+  // All heads of a block lie side by side, and are best read so. Few tiles are cut by heads for
+  // several threads, and into as many for every thread.
   if (p.threads > 1 && tiles < 4 * p.threads) heads = 1;
   if (heads < kv_heads && tiles * kv_heads < 4 * p.threads && tiles * kv_heads % p.threads != 0) {
     tiles = std::min(rows, tiles * p.threads);
   }
   const Sizes sizes(p, heads);
-  const int64_t parts = kv_heads / heads, units = tiles * parts, threads = std::min(units, p.threads);
+  const int64_t parts = kv_heads / heads, units = tiles * parts,
+                threads = std::min(units, p.threads);
   std::vector<std::unique_ptr<Tile>> scratch(static_cast<size_t>(threads));
   run_team(units, threads, [&](int64_t unit, int64_t part) {
     auto& mine = scratch[static_cast<size_t>(part)];
     if (!mine) mine = std::make_unique<Tile>(sizes);
     // Tiles of nearly equal size, those with the longest past first.
-    const int64_t tile = tiles - 1 - unit / parts, a = rows * tile / tiles, b = rows * (tile + 1) / tiles;
+    const int64_t tile = tiles - 1 - unit / parts, a = rows * tile / tiles,
+                  b = rows * (tile + 1) / tiles;
     Unit(p, sizes, *mine, a, b, unit % parts * heads).run();
   });
 }

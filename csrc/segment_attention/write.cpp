@@ -12,7 +12,8 @@ namespace {
 
 // One head of one row. A key's words lie 16 apart, a value's numbers `pair` apart.
 template <typename Number, int64_t pair>
-void write_head(const char* key, const char* value, int64_t dim, int64_t position, char* keys, char* values) {
+void write_head(const char* key, const char* value, int64_t dim, int64_t position, char* keys,
+                char* values) {
   for (int64_t d = 0; d < dim; d += pair) {
     std::memcpy(keys + (d / pair * kBlock + position) * 4, key + d * sizeof(Number), 4);
   }
@@ -38,8 +39,9 @@ void write_slots(const AttentionProblem& p) {
       if (p.slots[i] < 0) continue;
       for (int64_t head = 0; head < shape.kv_heads; ++head) {
         char* keys = p.block_of(p.slots[i] / kBlock) + head * p.head_bytes();
-        write(p.k + (i * p.k_stride + head * shape.dim) * size, p.v + (i * p.v_stride + head * shape.dim) * size,
-              shape.dim, p.slots[i] % kBlock, keys, keys + values);
+        write(p.k + (i * p.k_stride + head * shape.dim) * size,
+              p.v + (i * p.v_stride + head * shape.dim) * size, shape.dim, p.slots[i] % kBlock,
+              keys, keys + values);
       }
     }
   });

@@ -1,11 +1,13 @@
-// Tree attention, backward: the weights are computed again from lse, five products per pair of a block and a tile.
+// Tree attention, backward: the weights are computed again from lse, five products per pair of a
+// block and a tile.
 //
-//   p = 2^(q kᵀ scale2 - lse2)   ds = p (g vᵀ - delta)   dv = pᵀ g   dk = scale dsᵀ q   dq = scale ds k
-//   delta = Σ g o - d_lse
+//   p = 2^(q kᵀ scale2 - lse2)   ds = p (g vᵀ - delta)   delta = Σ g o - d_lse
+//   dv = pᵀ g   dk = scale dsᵀ q   dq = scale ds k
 //
-// One head of keys after the other, so that scratch memory holds the packed forms of one group of query heads. A unit of
-// work is a block of keys: its dk and dv belong to one thread. dq belongs to a tile and takes the contributions of its
-// blocks in their order, each block waiting for its turn: the same bits with any number of threads, and no second copy.
+// One head of keys after the other, so that scratch memory holds the packed forms of one group of
+// query heads. A unit of work is a block of keys: its dk and dv belong to one thread. dq belongs to
+// a tile and takes the contributions of its blocks in their order, each block waiting for its turn:
+// the same bits with any number of threads, and no second copy.
 
 #include <algorithm>
 #include <cmath>
@@ -20,7 +22,8 @@
 namespace appo {
 namespace {
 
-// Whose turn it is at each tile. Blocks are started in order, so those that one waits for are already at work.
+// Whose turn it is at each tile. Blocks are started in order, so those that one waits for are
+// already at work.
 class Turns {
  public:
   void reset(std::vector<int64_t> first) { next_ = std::move(first); }
@@ -68,7 +71,8 @@ class Backward {
     for (head_ = 0; head_ < p_.kv_heads; ++head_) {
       turns_.reset(first);
       run_units(s_.tiles, p_.threads, [&](int64_t tile, int64_t part) { pack(tile, own(part)); });
-      run_units(s_.blocks, p_.threads, [&](int64_t block, int64_t part) { meet_all(block, own(part)); });
+      run_units(s_.blocks, p_.threads,
+                [&](int64_t block, int64_t part) { meet_all(block, own(part)); });
     }
   }
 
@@ -89,7 +93,8 @@ class Backward {
           dv(kTreeKeys * s.sum),
           hurt(static_cast<size_t>(std::max(kTreeKeys, s.rows))) {}
     Scratch rows, stage, k_across, k_along, v_across;
-    Scratch p, ds, p_pairs, ds_pairs, ds_rows;  // weights and their gradients: floats, words along rows, rows
+    Scratch p, ds, p_pairs, ds_pairs,
+        ds_rows;  // weights and their gradients: floats, words along rows, rows
     Scratch dk, dv;
     std::vector<float> hurt;
     alignas(64) float seen[kTreeKeys], unused[kTreeKeys];
@@ -101,13 +106,16 @@ class Backward {
 
   // The first block from `block` on of which the tile sees anything.
   int64_t next_seen(int64_t tile, int64_t block) const {
-    while (block < s_.blocks && blocks_.sight(block, first_of(tile), end_of(tile)) == Sight::none) ++block;
+    while (block < s_.blocks && blocks_.sight(block, first_of(tile), end_of(tile)) == Sight::none)
+      ++block;
     return block;
   }
 
-  // Queries and upstream gradients of a tile. A row of either that is not finite gets lse NaN: so do all its gradients.
+  // Queries and upstream gradients of a tile. A row of either that is not finite gets lse NaN: so
+  // do all its gradients.
   void pack(int64_t tile, Own& mine) {
-    const int64_t a = first_of(tile), count = end_of(tile) - a, rows = count * s_.group, head = head_ * s_.group;
+    const int64_t a = first_of(tile), count = end_of(tile) - a, rows = count * s_.group,
+                  head = head_ * s_.group;
     float *q = q_rows_.get() + tile * tile_rows_, *g = g_rows_.get() + tile * tile_rows_;
     std::fill(mine.hurt.begin(), mine.hurt.end(), 0.0f);
     fetch_rows(p_, s_, p_.q, a, count, head, s_.group, q, mine.hurt.data());
@@ -118,7 +126,8 @@ class Backward {
       const int64_t token = a + i / s_.group, h = head + i % s_.group, at = token * p_.heads + h;
       const auto row = static_cast<size_t>(tile * s_.rows + i);
       lse2_[row] = g_.lse[at] * kLog2e + mine.hurt[static_cast<size_t>(i)];
-      delta_[row] = p_.rows->dot(head_row(p_, g_.g, token, h), head_row(p_, g_.o, token, h), p_.dtype, p_.dim) -
+      delta_[row] = p_.rows->dot(head_row(p_, g_.g, token, h), head_row(p_, g_.o, token, h),
+                                 p_.dtype, p_.dim) -
                     (g_.d_lse ? g_.d_lse[at] : 0.0f);
     }
     std::fill_n(dq_.get() + tile * s_.rows * s_.sum, s_.rows * s_.sum, 0.0f);
@@ -131,7 +140,8 @@ class Backward {
     rows_across(p_, s_, rows, count, mine.stage.get(), mine.v_across.get());
     fetch_rows(p_, s_, p_.k, first, count, head_, 1, rows, mine.hurt.data());
     rows_across(p_, s_, rows, count, mine.stage.get(), mine.k_across.get());
-    if (count < kTreeKeys) std::fill_n(mine.k_along.get(), s_.keys_along, 0.0f);  // met with ds 0: must be numbers
+    if (count < kTreeKeys)
+      std::fill_n(mine.k_along.get(), s_.keys_along, 0.0f);  // met with ds 0: must be numbers
     rows_along(p_, s_, rows, count, s_.key_panel, mine.k_along.get());
   }
 
@@ -158,31 +168,34 @@ class Backward {
     const int64_t n = high - low, across = low * s_.row, along = low / s_.pair * s_.panel;
     const MatrixKernels& k = *p_.products;
     float *p = mine.p.get() + low, *ds = mine.ds.get() + low;
-    k.product(rows, n, s_.words, q_rows_.get() + tile * tile_rows_, s_.row, 1, mine.k_across.get() + across,
-              s_.row * s_.panel, p, kTreeKeys, false);
-    k.product(rows, n, s_.words, g_rows_.get() + tile * tile_rows_, s_.row, 1, mine.v_across.get() + across,
-              s_.row * s_.panel, ds, kTreeKeys, false);
+    k.product(rows, n, s_.words, q_rows_.get() + tile * tile_rows_, s_.row, 1,
+              mine.k_across.get() + across, s_.row * s_.panel, p, kTreeKeys, false);
+    k.product(rows, n, s_.words, g_rows_.get() + tile * tile_rows_, s_.row, 1,
+              mine.v_across.get() + across, s_.row * s_.panel, ds, kTreeKeys, false);
     for (int64_t i = 0; i < rows; ++i) {
       if (sight == Sight::some && i % s_.group == 0) {
-        p_.rows->see(blocks_.ends(block) + low, kNoHurt, block * kTreeKeys + low, n, a + i / s_.group, mine.seen);
+        p_.rows->see(blocks_.ends(block) + low, kNoHurt, block * kTreeKeys + low, n,
+                     a + i / s_.group, mine.seen);
       }
       const auto row = static_cast<size_t>(tile * s_.rows + i);
-      p_.rows->slope(p + i * kTreeKeys, ds + i * kTreeKeys, sight == Sight::some ? mine.seen : nullptr, n, scale2_,
-                     lse2_[row], delta_[row]);
+      p_.rows->slope(p + i * kTreeKeys, ds + i * kTreeKeys,
+                     sight == Sight::some ? mine.seen : nullptr, n, scale2_, lse2_[row],
+                     delta_[row]);
     }
     const int64_t row_words = ceil_div(rows, s_.pair), ds_row = kTreeKeys / s_.pair;
     if (s_.pair == 2) round(rows, low, n, mine);
     const float* p_left = s_.pair == 2 ? mine.p_pairs.get() : mine.p.get();
     const float* ds_left = s_.pair == 2 ? mine.ds_pairs.get() : mine.ds.get();
     const float* ds_rows = s_.pair == 2 ? mine.ds_rows.get() : mine.ds.get();
-    k.product(n, s_.sum, row_words, p_left + low, 1, kTreeKeys, g_along_.get() + tile * tile_along_, tile_panel_,
-              mine.dv.get() + low * s_.sum, s_.sum, true);
-    k.product(n, s_.sum, row_words, ds_left + low, 1, kTreeKeys, q_along_.get() + tile * tile_along_, tile_panel_,
-              mine.dk.get() + low * s_.sum, s_.sum, true);
+    k.product(n, s_.sum, row_words, p_left + low, 1, kTreeKeys, g_along_.get() + tile * tile_along_,
+              tile_panel_, mine.dv.get() + low * s_.sum, s_.sum, true);
+    k.product(n, s_.sum, row_words, ds_left + low, 1, kTreeKeys,
+              q_along_.get() + tile * tile_along_, tile_panel_, mine.dk.get() + low * s_.sum,
+              s_.sum, true);
     turns_.wait(tile, block);
     float* dq = dq_.get() + tile * s_.rows * s_.sum;
-    k.product(rows, s_.sum, n / s_.pair, ds_rows + low / s_.pair, ds_row, 1, mine.k_along.get() + along, s_.key_panel,
-              dq, s_.sum, true);
+    k.product(rows, s_.sum, n / s_.pair, ds_rows + low / s_.pair, ds_row, 1,
+              mine.k_along.get() + along, s_.key_panel, dq, s_.sum, true);
     const int64_t next = next_seen(tile, block + 1);
     if (next == s_.blocks) {
       for (int64_t i = 0; i < rows; ++i) {
@@ -193,7 +206,8 @@ class Backward {
     turns_.pass(tile, next);
   }
 
-  // p and ds to bf16: words along the rows for dk and dv, rows for dq. An odd last row is paired with zeros.
+  // p and ds to bf16: words along the rows for dk and dv, rows for dq. An odd last row is paired
+  // with zeros.
   void round(int64_t rows, int64_t low, int64_t n, Own& mine) {
     float *p = mine.p.get() + low, *ds = mine.ds.get() + low;
     if (rows % 2) {
@@ -201,11 +215,13 @@ class Backward {
       std::fill_n(ds + rows * kTreeKeys, n, 0.0f);
     }
     for (int64_t i = 0; i < rows; i += 2) {
-      const int64_t at = i * kTreeKeys, pair = i / 2 * kTreeKeys + low, row = (i * kTreeKeys + low) / 2;
+      const int64_t at = i * kTreeKeys, pair = i / 2 * kTreeKeys + low,
+                    row = (i * kTreeKeys + low) / 2;
       float* to = mine.ds_rows.get() + row;
       p_.products->store(p + at, p + at + kTreeKeys, n, mine.unused, mine.unused + kTreeKeys / 2,
                          mine.p_pairs.get() + pair);
-      p_.products->store(ds + at, ds + at + kTreeKeys, n, to, to + kTreeKeys / 2, mine.ds_pairs.get() + pair);
+      p_.products->store(ds + at, ds + at + kTreeKeys, n, to, to + kTreeKeys / 2,
+                         mine.ds_pairs.get() + pair);
     }
   }
 

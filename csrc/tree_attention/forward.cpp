@@ -1,5 +1,5 @@
-// Tree attention, forward. All keys and values are packed once (as much memory as they take), then tiles of queries meet
-// the blocks that they see, the longest tiles first.
+// Tree attention, forward. All keys and values are packed once (as much memory as they take), then
+// tiles of queries meet the blocks that they see, the longest tiles first.
 
 #include <algorithm>
 #include <cmath>
@@ -27,7 +27,8 @@ class Forward {
   }
 
   void run() {
-    run_units(p_.kv_heads * s_.blocks, p_.threads, [&](int64_t unit, int64_t part) { pack(unit, own(part)); });
+    run_units(p_.kv_heads * s_.blocks, p_.threads,
+              [&](int64_t unit, int64_t part) { pack(unit, own(part)); });
     run_units(p_.kv_heads * s_.tiles, p_.threads, [&](int64_t unit, int64_t part) {
       tile(s_.tiles - 1 - unit / p_.kv_heads, unit % p_.kv_heads, own(part));
     });
@@ -55,17 +56,22 @@ class Forward {
     const int64_t count = std::min(kTreeKeys, p_.tokens - first);
     float *hurt = hurt_.data() + unit * kTreeKeys, *values = values_.get() + unit * s_.keys_along;
     fetch_rows(p_, s_, p_.k, first, count, head, 1, mine.rows.get(), hurt);
-    rows_across(p_, s_, mine.rows.get(), count, mine.stage.get(), keys_.get() + unit * s_.keys_across);
+    rows_across(p_, s_, mine.rows.get(), count, mine.stage.get(),
+                keys_.get() + unit * s_.keys_across);
     fetch_rows(p_, s_, p_.v, first, count, head, 1, mine.rows.get(), hurt);
-    if (count < kTreeKeys) std::fill_n(values, s_.keys_along, 0.0f);  // met with weight 0: must be numbers
+    if (count < kTreeKeys)
+      std::fill_n(values, s_.keys_along, 0.0f);  // met with weight 0: must be numbers
     rows_along(p_, s_, mine.rows.get(), count, s_.key_panel, values);
-    any_hurt_[static_cast<size_t>(unit)] = std::any_of(hurt, hurt + count, [](float x) { return std::isnan(x); });
+    any_hurt_[static_cast<size_t>(unit)] =
+        std::any_of(hurt, hurt + count, [](float x) { return std::isnan(x); });
   }
 
   void tile(int64_t index, int64_t head, Own& mine) {
-    const int64_t a = index * s_.queries, b = std::min(a + s_.queries, p_.tokens), rows = (b - a) * s_.group;
+    const int64_t a = index * s_.queries, b = std::min(a + s_.queries, p_.tokens),
+                  rows = (b - a) * s_.group;
     std::fill(mine.hurt.begin(), mine.hurt.end(), 0.0f);
-    fetch_rows(p_, s_, p_.q, a, b - a, head * s_.group, s_.group, mine.rows.get(), mine.hurt.data());
+    fetch_rows(p_, s_, p_.q, a, b - a, head * s_.group, s_.group, mine.rows.get(),
+               mine.hurt.data());
     std::fill_n(mine.sums.get(), rows * s_.sum, 0.0f);
     for (int64_t i = 0; i < rows; ++i) {
       mine.state[static_cast<size_t>(2 * i)] = kEmpty;
@@ -75,7 +81,8 @@ class Forward {
       const Sight sight = blocks_.sight(block, a, b);
       if (sight != Sight::none) meet(block, sight, a, b, head, mine);
     }
-    for (int64_t i = 0; i < rows; ++i) finish(a + i / s_.group, head * s_.group + i % s_.group, i, mine);
+    for (int64_t i = 0; i < rows; ++i)
+      finish(a + i / s_.group, head * s_.group + i % s_.group, i, mine);
   }
 
   void meet(int64_t block, Sight sight, int64_t a, int64_t b, int64_t head, Own& mine) {
@@ -83,29 +90,32 @@ class Forward {
     int64_t low, high;
     blocks_.range(block, a, b, &low, &high);
     const MatrixKernels& k = *p_.products;
-    k.product(rows, high - low, s_.words, mine.rows.get(), s_.row, 1, keys_.get() + unit * s_.keys_across + low * s_.row,
-              s_.row * s_.panel, mine.scores.get() + low, kTreeKeys, false);
+    k.product(rows, high - low, s_.words, mine.rows.get(), s_.row, 1,
+              keys_.get() + unit * s_.keys_across + low * s_.row, s_.row * s_.panel,
+              mine.scores.get() + low, kTreeKeys, false);
     const bool masked = sight == Sight::some || any_hurt_[static_cast<size_t>(unit)];
     const int64_t words = kTreeKeys / s_.pair;
     for (int64_t i = 0; i < rows; ++i) {
       if (masked && i % s_.group == 0) {
-        p_.rows->see(blocks_.ends(block) + low, hurt_.data() + unit * kTreeKeys + low, block * kTreeKeys + low,
-                     high - low, a + i / s_.group, mine.seen);
+        p_.rows->see(blocks_.ends(block) + low, hurt_.data() + unit * kTreeKeys + low,
+                     block * kTreeKeys + low, high - low, a + i / s_.group, mine.seen);
       }
-      p_.rows->absorb(mine.scores.get() + i * kTreeKeys + low, masked ? mine.seen : nullptr, high - low, scale2_,
-                      mine.state.data() + 2 * i, mine.sums.get() + i * s_.sum, s_.sum,
-                      mine.weights.get() + i * words + low / s_.pair);
+      p_.rows->absorb(mine.scores.get() + i * kTreeKeys + low, masked ? mine.seen : nullptr,
+                      high - low, scale2_, mine.state.data() + 2 * i, mine.sums.get() + i * s_.sum,
+                      s_.sum, mine.weights.get() + i * words + low / s_.pair);
     }
     k.product(rows, s_.sum, (high - low) / s_.pair, mine.weights.get() + low / s_.pair, words, 1,
-              values_.get() + unit * s_.keys_along + low / s_.pair * s_.panel, s_.key_panel, mine.sums.get(), s_.sum,
-              true);
+              values_.get() + unit * s_.keys_along + low / s_.pair * s_.panel, s_.key_panel,
+              mine.sums.get(), s_.sum, true);
   }
 
   void finish(int64_t token, int64_t head, int64_t i, Own& mine) {
     float *sum = mine.sums.get() + i * s_.sum, *state = mine.state.data() + 2 * i;
-    const float hurt = mine.hurt[static_cast<size_t>(i)], total = state[1] + hurt;  // hurt is 0 or NaN
+    const float hurt = mine.hurt[static_cast<size_t>(i)],
+                total = state[1] + hurt;  // hurt is 0 or NaN
     for (int64_t d = 0; d < p_.dim; ++d) sum[d] /= total;
-    p_.products->emit(sum, p_.dim, p_.dtype, out_ + (token * p_.heads + head) * p_.dim * bytes_of(p_.dtype));
+    p_.products->emit(sum, p_.dim, p_.dtype,
+                      out_ + (token * p_.heads + head) * p_.dim * bytes_of(p_.dtype));
     lse_[token * p_.heads + head] = (state[0] + std::log2(total)) / kLog2e;
   }
 

@@ -21,10 +21,10 @@ inline bool finite(const char* row, Dtype dtype, int64_t n) {
   return !hurt;
 }
 
-// Tokens first … first+count-1 of `group` heads become rows of `width` numbers, heads of a token side by side; rows that
-// are not finite become zeros and hurt[row] NaN.
-inline void fetch_rows(const TreeProblem& p, const TreeSizes& s, const Heads& x, int64_t first, int64_t count,
-                       int64_t head, int64_t group, float* rows, float* hurt) {
+// Tokens first … first+count-1 of `group` heads become rows of `width` numbers, heads of a token
+// side by side; rows that are not finite become zeros and hurt[row] NaN.
+inline void fetch_rows(const TreeProblem& p, const TreeSizes& s, const Heads& x, int64_t first,
+                       int64_t count, int64_t head, int64_t group, float* rows, float* hurt) {
   for (int64_t i = 0; i < count * group; ++i) {
     const char* from = head_row(p, x, first + i / group, head + i % group);
     float* to = rows + i * s.row;
@@ -37,19 +37,25 @@ inline void fetch_rows(const TreeProblem& p, const TreeSizes& s, const Heads& x,
   }
 }
 
-// Panels [words of a head][panel of rows]: the right factor of a product summed along the head. `count` fetched rows.
-inline void rows_across(const TreeProblem& p, const TreeSizes& s, const float* rows, int64_t count, float* stage,
-                        float* out) {
-  const Matrix m{reinterpret_cast<const char*>(rows), s.pair == 2 ? Dtype::bf16 : Dtype::f32, s.width, s.width, 1,
+// Panels [words of a head][panel of rows]: the right factor of a product summed along the head.
+// `count` fetched rows.
+inline void rows_across(const TreeProblem& p, const TreeSizes& s, const float* rows, int64_t count,
+                        float* stage, float* out) {
+  const Matrix m{reinterpret_cast<const char*>(rows),
+                 s.pair == 2 ? Dtype::bf16 : Dtype::f32,
+                 s.width,
+                 s.width,
+                 1,
                  nullptr};
   for (int64_t j = 0; j < count; j += s.panel) {
     p.products->pack_across(m, j, std::min(s.panel, count - j), s.width, stage, out + j * s.row);
   }
 }
 
-// Panels [words along the rows][panel of a head], `stride` words apart. An odd last row is paired with zeros.
-inline void rows_along(const TreeProblem& p, const TreeSizes& s, const float* rows, int64_t count, int64_t stride,
-                       float* out) {
+// Panels [words along the rows][panel of a head], `stride` words apart. An odd last row is paired
+// with zeros.
+inline void rows_along(const TreeProblem& p, const TreeSizes& s, const float* rows, int64_t count,
+                       int64_t stride, float* out) {
   alignas(64) static const float zeros[kTreeDim] = {};
   for (int64_t i = 0; i < count; i += s.pair) {
     const float* other = i + 1 < count ? rows + (i + 1) * s.row : zeros;

@@ -1,4 +1,5 @@
-// Tree attention after the checks, and what forward and backward share: sizes, key blocks, who sees which block.
+// Tree attention after the checks, and what forward and backward share: sizes, key blocks, who sees
+// which block.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,8 @@
 
 namespace appo {
 
-// Rows of several heads, [tokens][heads][dim], the numbers of a head one after another; strides in elements.
+// Rows of several heads, [tokens][heads][dim], the numbers of a head one after another; strides in
+// elements.
 struct Heads {
   const char* data;
   int64_t token_stride, head_stride;
@@ -34,7 +36,8 @@ struct TreeGrads {
   char *dq, *dk, *dv;  // contiguous, dtype of q
 };
 
-void tree_forward(const TreeProblem& p, char* out, float* lse);  // out[tokens][heads][dim], lse[tokens][heads]
+void tree_forward(const TreeProblem& p, char* out,
+                  float* lse);  // out[tokens][heads][dim], lse[tokens][heads]
 void tree_backward(const TreeProblem& p, const TreeGrads& g);
 
 inline const char* head_row(const TreeProblem& p, const Heads& x, int64_t token, int64_t head) {
@@ -80,7 +83,8 @@ class KeyBlocks {
       : tokens_(p.tokens), ends_(static_cast<size_t>(round_up(p.tokens, kTreeKeys)), 0.0f) {
     std::copy(p.ends, p.ends + p.tokens, ends_.begin());  // behind the last key: seen by nobody
     for (int64_t from = 0; from < p.tokens; from += kTreeKeys) {
-      const auto range = std::minmax_element(p.ends + from, p.ends + std::min(from + kTreeKeys, p.tokens));
+      const auto range =
+          std::minmax_element(p.ends + from, p.ends + std::min(from + kTreeKeys, p.tokens));
       least_.push_back(*range.first);
       most_.push_back(*range.second);
     }
@@ -91,16 +95,20 @@ class KeyBlocks {
   Sight sight(int64_t block, int64_t a, int64_t b) const {
     const int64_t first = block * kTreeKeys, last = std::min(first + kTreeKeys, tokens_) - 1;
     if (first >= b || most_[static_cast<size_t>(block)] <= a) return Sight::none;
-    const bool whole = last - first + 1 == kTreeKeys && last <= a && least_[static_cast<size_t>(block)] >= b;
+    const bool whole =
+        last - first + 1 == kTreeKeys && last <= a && least_[static_cast<size_t>(block)] >= b;
     return whole ? Sight::all : Sight::some;
   }
 
-  // The columns [low, high) of a block that are worth computing for queries a … b-1: low is a multiple of 64, high of 16.
+  // The columns [low, high) of a block that are worth computing for queries a … b-1: low is a
+  // multiple of 64, high of 16.
   void range(int64_t block, int64_t a, int64_t b, int64_t* low, int64_t* high) const {
     const float *e = ends(block), at = static_cast<float>(a);
     *high = std::min(kTreeKeys, round_up(b - block * kTreeKeys, 16));
     *low = 0;
-    while (*low + 64 < *high && std::all_of(e + *low, e + *low + 64, [&](float end) { return end <= at; })) *low += 64;
+    while (*low + 64 < *high &&
+           std::all_of(e + *low, e + *low + 64, [&](float end) { return end <= at; }))
+      *low += 64;
   }
 
  private:

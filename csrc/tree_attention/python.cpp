@@ -1,6 +1,5 @@
-// Tree attention: checks, choice of the instruction set, exported functions. See tree_attention.h for the parts.
-
-#include "tree_attention/tree_attention.h"
+// Tree attention: checks, choice of the instruction set, exported functions. See tree_attention.h
+// for the parts.
 
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
@@ -15,6 +14,7 @@
 #include "common/dtypes.h"
 #include "common/isa.h"
 #include "tree_attention/problem.h"
+#include "tree_attention/tree_attention.h"
 
 namespace appo {
 namespace {
@@ -22,12 +22,16 @@ namespace {
 namespace ffi = tvm::ffi;
 
 // [tokens, heads, dim] with the dtype of q, numbers of a head one after another.
-Heads heads_of(const ffi::TensorView& t, const char* name, const ffi::TensorView& q, int64_t heads) {
+Heads heads_of(const ffi::TensorView& t, const char* name, const ffi::TensorView& q,
+               int64_t heads) {
   TVM_FFI_CHECK(t.device().device_type == kDLCPU, ValueError) << name << " must be on the CPU";
-  TVM_FFI_CHECK(t.ndim() == 3 && t.size(0) == q.size(0) && t.size(1) == heads && t.size(2) == q.size(2), ValueError)
+  TVM_FFI_CHECK(
+      t.ndim() == 3 && t.size(0) == q.size(0) && t.size(1) == heads && t.size(2) == q.size(2),
+      ValueError)
       << name << " must be [" << q.size(0) << ", " << heads << ", " << q.size(2) << "]";
   TVM_FFI_CHECK(t.dtype() == q.dtype(), TypeError) << name << " must have the dtype of q";
-  TVM_FFI_CHECK(t.size(2) == 1 || t.stride(2) == 1, ValueError) << name << " must have a last stride of 1";
+  TVM_FFI_CHECK(t.size(2) == 1 || t.stride(2) == 1, ValueError)
+      << name << " must have a last stride of 1";
   return {static_cast<const char*>(t.data_ptr()), t.stride(0), t.stride(1)};
 }
 
@@ -38,8 +42,9 @@ char* result(const ffi::TensorView& t, const char* name, const ffi::TensorView& 
 }
 
 float* statistics(const ffi::TensorView& t, const char* name, const TreeProblem& p) {
-  TVM_FFI_CHECK(t.device().device_type == kDLCPU && t.ndim() == 2 && t.size(0) == p.tokens && t.size(1) == p.heads &&
-                    t.IsContiguous() && t.dtype().code == kDLFloat && t.dtype().bits == 32,
+  TVM_FFI_CHECK(t.device().device_type == kDLCPU && t.ndim() == 2 && t.size(0) == p.tokens &&
+                    t.size(1) == p.heads && t.IsContiguous() && t.dtype().code == kDLFloat &&
+                    t.dtype().bits == 32,
                 ValueError)
       << name << " must be a contiguous float32 [" << p.tokens << ", " << p.heads << "] on the CPU";
   return data<float>(t);
@@ -54,13 +59,15 @@ void choose(TreeProblem& p, const std::string& isa) {
     p.rows = &tree_avx512();
   } else {
     TVM_FFI_CHECK(has_avx2() && (isa.empty() || isa == "avx2"), ValueError)
-        << "isa is '" << isa << "', expected avx512_bf16 (for bfloat16), avx512 or avx2, where the machine has it";
+        << "isa is '" << isa
+        << "', expected avx512_bf16 (for bfloat16), avx512 or avx2, where the machine has it";
     p.products = &matrix_avx2();
     p.rows = &tree_avx2();
   }
 }
 
-// A thread must have enough to do to be worth starting: 10 million multiplications are about 0.1 ms.
+// A thread must have enough to do to be worth starting: 10 million multiplications are about 0.1
+// ms.
 int64_t threads_for(const TreeProblem& p, int64_t threads) {
   double pairs = 0.0;
   for (int64_t i = 0; i < p.tokens; ++i) pairs += static_cast<double>(p.ends[i] - i);
@@ -69,8 +76,10 @@ int64_t threads_for(const TreeProblem& p, int64_t threads) {
 }
 
 TreeProblem problem_of(const ffi::TensorView& q, const ffi::TensorView& k, const ffi::TensorView& v,
-                       const ffi::TensorView& ends, double scale, const ffi::String& isa, int64_t threads) {
-  TVM_FFI_CHECK(q.ndim() == 3 && k.ndim() == 3, ValueError) << "q must be [N, Hq, D] and k [N, Hkv, D]";
+                       const ffi::TensorView& ends, double scale, const ffi::String& isa,
+                       int64_t threads) {
+  TVM_FFI_CHECK(q.ndim() == 3 && k.ndim() == 3, ValueError)
+      << "q must be [N, Hq, D] and k [N, Hkv, D]";
   TreeProblem p{};
   p.dtype = dtype_of(q, "q");
   p.tokens = q.size(0);
@@ -94,17 +103,21 @@ TreeProblem problem_of(const ffi::TensorView& q, const ffi::TensorView& k, const
   return p;
 }
 
-// out like q, lse[N, Hq]; see kernels/tree_attention_cpu.py. That the intervals are nested is checked there.
-void tree_attention_forward(ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, ffi::TensorView subtree_end, double scale,
-                            ffi::TensorView out, ffi::TensorView lse, ffi::String isa, int64_t threads) {
+// out like q, lse[N, Hq]; see kernels/tree_attention_cpu.py. That the intervals are nested is
+// checked there.
+void tree_attention_forward(ffi::TensorView q, ffi::TensorView k, ffi::TensorView v,
+                            ffi::TensorView subtree_end, double scale, ffi::TensorView out,
+                            ffi::TensorView lse, ffi::String isa, int64_t threads) {
   const TreeProblem p = problem_of(q, k, v, subtree_end, scale, isa, threads);
   tree_forward(p, result(out, "out", q, p.heads), statistics(lse, "lse", p));
 }
 
-void tree_attention_backward(ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, ffi::TensorView subtree_end,
-                             double scale, ffi::TensorView out, ffi::TensorView lse, ffi::TensorView d_out,
-                             ffi::Optional<ffi::TensorView> d_lse, ffi::TensorView dq, ffi::TensorView dk,
-                             ffi::TensorView dv, ffi::String isa, int64_t threads) {
+void tree_attention_backward(ffi::TensorView q, ffi::TensorView k, ffi::TensorView v,
+                             ffi::TensorView subtree_end, double scale, ffi::TensorView out,
+                             ffi::TensorView lse, ffi::TensorView d_out,
+                             ffi::Optional<ffi::TensorView> d_lse, ffi::TensorView dq,
+                             ffi::TensorView dk, ffi::TensorView dv, ffi::String isa,
+                             int64_t threads) {
   const TreeProblem p = problem_of(q, k, v, subtree_end, scale, isa, threads);
   TreeGrads g{};
   g.o = heads_of(out, "out", q, p.heads);

@@ -1,5 +1,5 @@
-// The softmax of tree attention and its gradient, row by row, over a vector type V. `bf16`: weights are rounded to what
-// the product takes. See tree_attention.h.
+// The softmax of tree attention and its gradient, row by row, over a vector type V. `bf16`: weights
+// are rounded to what the product takes. See tree_attention.h.
 #pragma once
 
 #include <cstring>
@@ -13,7 +13,8 @@ namespace {
 constexpr float kUnseen = -0.5f;  // below it: not seen
 
 template <class V>
-void see(const float* ends, const float* hurt, int64_t first, int64_t n, int64_t query, float* seen) {
+void see(const float* ends, const float* hurt, int64_t first, int64_t n, int64_t query,
+         float* seen) {
   const auto at = V::set(static_cast<float>(query)), no = V::set(-1.0f);
   const int64_t before = query - first + 1;  // keys up to the query itself
   for (int64_t j = 0; j < n; j += V::lanes) {
@@ -24,9 +25,10 @@ void see(const float* ends, const float* hurt, int64_t first, int64_t n, int64_t
 }
 
 template <class V, bool bf16, bool masked>
-void absorb_some(const float* s, const float* seen, int64_t n, float scale2, float* state, float* o, int64_t dim,
-                 void* p) {
-  const auto scale = V::set(scale2), empty = V::set(kEmpty), low = V::set(kUnseen), zero = V::set(0.0f);
+void absorb_some(const float* s, const float* seen, int64_t n, float scale2, float* state, float* o,
+                 int64_t dim, void* p) {
+  const auto scale = V::set(scale2), empty = V::set(kEmpty), low = V::set(kUnseen),
+             zero = V::set(0.0f);
   const auto exponent = [&](int64_t j) {
     if (!masked) return V::mul(V::load(s + j), scale);
     const auto mark = V::load(seen + j);
@@ -47,7 +49,8 @@ void absorb_some(const float* s, const float* seen, int64_t n, float scale2, flo
     auto weight = exp2_low<V>(V::sub(exponent(j), m));
     if (masked) weight = V::where_less(V::load(seen + j), low, zero, weight);
     if constexpr (bf16) {
-      V::store_bf16(static_cast<uint16_t*>(p) + j, weight);  // summed as it was: backward needs lse with all its bits
+      V::store_bf16(static_cast<uint16_t*>(p) + j,
+                    weight);  // summed as it was: backward needs lse with all its bits
     } else {
       V::store(static_cast<float*>(p) + j, weight);
     }
@@ -57,12 +60,15 @@ void absorb_some(const float* s, const float* seen, int64_t n, float scale2, flo
 }
 
 template <class V, bool bf16>
-void absorb(const float* s, const float* seen, int64_t n, float scale2, float* state, float* o, int64_t dim, void* p) {
-  (seen ? absorb_some<V, bf16, true> : absorb_some<V, bf16, false>)(s, seen, n, scale2, state, o, dim, p);
+void absorb(const float* s, const float* seen, int64_t n, float scale2, float* state, float* o,
+            int64_t dim, void* p) {
+  (seen ? absorb_some<V, bf16, true> : absorb_some<V, bf16, false>)(s, seen, n, scale2, state, o,
+                                                                    dim, p);
 }
 
 template <class V, bool masked>
-void slope_some(float* s, float* dp, const float* seen, int64_t n, float scale2, float lse2, float delta) {
+void slope_some(float* s, float* dp, const float* seen, int64_t n, float scale2, float lse2,
+                float delta) {
   const auto scale = V::set(scale2), down = V::set(-lse2), shift = V::set(delta);
   const auto low = V::set(kUnseen), zero = V::set(0.0f);
   for (int64_t j = 0; j < n; j += V::lanes) {
@@ -79,7 +85,8 @@ void slope_some(float* s, float* dp, const float* seen, int64_t n, float scale2,
 }
 
 template <class V>
-void slope(float* s, float* dp, const float* seen, int64_t n, float scale2, float lse2, float delta) {
+void slope(float* s, float* dp, const float* seen, int64_t n, float scale2, float lse2,
+           float delta) {
   (seen ? slope_some<V, true> : slope_some<V, false>)(s, dp, seen, n, scale2, lse2, delta);
 }
 

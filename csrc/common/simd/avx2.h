@@ -10,7 +10,9 @@ namespace {
 
 struct Avx2 {
   using F = __m256;
-  static constexpr int64_t lanes = 8, columns = 2;  // 6 x 2 sums, 2 right and 1 left factor: 15 of 16 registers
+  static constexpr int64_t lanes = 8,
+                           columns =
+                               2;  // 6 x 2 sums, 2 right and 1 left factor: 15 of 16 registers
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
@@ -27,8 +29,10 @@ struct Avx2 {
   static F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F scale(F a, F n) {  // a · 2^n; 0 where the result would be below the normal numbers
-    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    const F small = _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_LT_OQ), nan = _mm256_cmp_ps(n, n, _CMP_UNORD_Q);
+    const __m256i power =
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    const F small = _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_LT_OQ),
+            nan = _mm256_cmp_ps(n, n, _CMP_UNORD_Q);
     return _mm256_or_ps(_mm256_andnot_ps(small, _mm256_mul_ps(a, _mm256_castsi256_ps(power))), nan);
   }
   static F exponent(F a) {
@@ -36,7 +40,8 @@ struct Avx2 {
     return _mm256_sub_ps(_mm256_cvtepi32_ps(e), _mm256_set1_ps(127.0f));
   }
   static F mantissa(F a) {  // in [1, 2)
-    return _mm256_or_ps(_mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffff))), _mm256_set1_ps(1.0f));
+    return _mm256_or_ps(_mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffff))),
+                        _mm256_set1_ps(1.0f));
   }
   static float sum(F a) {
     __m128 v = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -53,7 +58,9 @@ struct Avx2 {
     const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
     return _mm256_blendv_ps(other, a, _mm256_castsi256_ps(mask));
   }
-  static F where_less(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+  static F where_less(F a, F b, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+  }
   static F with_sign_of(F a, F b) {
     const F sign = _mm256_set1_ps(-0.0f);
     return _mm256_or_ps(_mm256_and_ps(sign, b), _mm256_andnot_ps(sign, a));
@@ -66,7 +73,8 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
   }
   static void store_f16(uint16_t* p, F v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   static void store_bf16(uint16_t* p, F v) {  // nearest even; NaN keeps its upper bits, made quiet
     const __m256i bits = _mm256_castps_si256(v),

@@ -10,7 +10,9 @@ namespace {
 
 struct Avx512 {
   using F = __m512;
-  static constexpr int64_t lanes = 16, columns = 4;  // 6 x 4 sums, 4 right and 1 left factor: 29 of 32 registers
+  static constexpr int64_t lanes = 16,
+                           columns =
+                               4;  // 6 x 4 sums, 4 right and 1 left factor: 29 of 32 registers
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
@@ -25,10 +27,14 @@ struct Avx512 {
   static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b if either is NaN
   static F min(F a, F b) { return _mm512_min_ps(a, b); }  // b if either is NaN
   static F abs(F a) { return _mm512_abs_ps(a); }
-  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F round(F a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
   static F scale(F a, F n) { return _mm512_scalef_ps(a, n); }  // a · 2^n
   static F exponent(F a) { return _mm512_getexp_ps(a); }
-  static F mantissa(F a) { return _mm512_getmant_ps(a, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src); }  // in [1, 2)
+  static F mantissa(F a) {
+    return _mm512_getmant_ps(a, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  }  // in [1, 2)
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static float largest(F a) { return _mm512_reduce_max_ps(a); }
   static F keep(F a, int64_t count, F other) {
@@ -58,12 +64,15 @@ struct Avx512 {
     __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
   }
   // Words (low[j], high[j]) from two rows of bf16.
   static F words(const uint16_t* low, const uint16_t* high) {
-    const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
-    const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
+    const __m512i a =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+    const __m512i b =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
     return _mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
   }
 
@@ -93,7 +102,8 @@ struct Avx512 {
     // r[4a + b] holds column 4q + b of rows 4a … 4a+3 in quarter q; now gather equal quarters.
 #pragma GCC unroll 4
     for (int b = 0; b < 4; ++b) {
-      const F even_a = _mm512_shuffle_f32x4(r[b], r[4 + b], 0x88), odd_a = _mm512_shuffle_f32x4(r[b], r[4 + b], 0xdd);
+      const F even_a = _mm512_shuffle_f32x4(r[b], r[4 + b], 0x88),
+              odd_a = _mm512_shuffle_f32x4(r[b], r[4 + b], 0xdd);
       const F even_b = _mm512_shuffle_f32x4(r[8 + b], r[12 + b], 0x88),
               odd_b = _mm512_shuffle_f32x4(r[8 + b], r[12 + b], 0xdd);
       store(out + b * ld, _mm512_shuffle_f32x4(even_a, even_b, 0x88));

@@ -21,7 +21,8 @@ typename V::F exp2(typename V::F x) {
   return V::scale(p, n);
 }
 
-// 2^x for x from minus infinity up: below -200 it is 0 anyway, and exp2 wants a finite number. NaN stays.
+// 2^x for x from minus infinity up: below -200 it is 0 anyway, and exp2 wants a finite number. NaN
+// stays.
 template <class V>
 typename V::F exp2_low(typename V::F x) {
   return exp2<V>(V::max(V::set(-200.0f), x));

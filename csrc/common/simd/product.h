@@ -12,7 +12,9 @@ template <class V>
 struct FloatDot {
   using Number = float;
   static constexpr int64_t pair = 1;
-  static typename V::F dot(typename V::F c, typename V::F a, typename V::F b) { return V::fma(a, b, c); }
+  static typename V::F dot(typename V::F c, typename V::F a, typename V::F b) {
+    return V::fma(a, b, c);
+  }
 };
 
 template <class V, class Dot>
@@ -38,11 +40,12 @@ void fetch(const Matrix& a, int64_t i, int64_t width, void* to) {
 }
 
 template <class V, class Dot>
-void pack_across(const Matrix& a, int64_t first, int64_t count, int64_t width, void* stage, float* out) {
+void pack_across(const Matrix& a, int64_t first, int64_t count, int64_t width, void* stage,
+                 float* out) {
   using Number = typename Dot::Number;
   const int64_t words = width / Dot::pair;
-  const bool as_it_is =
-      a.dtype == (Dot::pair == 2 ? Dtype::bf16 : Dtype::f32) && a.column_stride == 1 && width == a.columns;
+  const bool as_it_is = a.dtype == (Dot::pair == 2 ? Dtype::bf16 : Dtype::f32) &&
+                        a.column_stride == 1 && width == a.columns;
   for (int64_t g = 0; g < V::lanes * V::columns; g += V::lanes) {
     const float* rows[V::lanes];
     for (int64_t l = 0; l < V::lanes; ++l) {
@@ -70,17 +73,19 @@ void pack_along(const void* row0, const void* row1, int64_t width, float* out, i
   for (int64_t j = 0; j < width; j += V::lanes) {
     float* to = out + j / panel * stride + j % panel;
     if constexpr (Dot::pair == 2) {
-      V::store(to, V::words(static_cast<const uint16_t*>(row0) + j, static_cast<const uint16_t*>(row1) + j));
+      V::store(to, V::words(static_cast<const uint16_t*>(row0) + j,
+                            static_cast<const uint16_t*>(row1) + j));
     } else {
       V::store(to, V::load(static_cast<const float*>(row0) + j));
     }
   }
 }
 
-// M x N·lanes sums in registers, added to c at the end: short sums first lose less than one long one (a fifth of the
-// error at 4,096 terms).
+// M x N·lanes sums in registers, added to c at the end: short sums first lose less than one long
+// one (a fifth of the error at 4,096 terms).
 template <class V, class Dot, int M, int N>
-void micro(int64_t words, const float* a, int64_t row, int64_t step, const float* b, float* c, int64_t ldc, bool add) {
+void micro(int64_t words, const float* a, int64_t row, int64_t step, const float* b, float* c,
+           int64_t ldc, bool add) {
   typename V::F sum[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
@@ -110,7 +115,8 @@ void micro(int64_t words, const float* a, int64_t row, int64_t step, const float
   }
 }
 
-using Micro = void (*)(int64_t, const float*, int64_t, int64_t, const float*, float*, int64_t, bool);
+using Micro = void (*)(int64_t, const float*, int64_t, int64_t, const float*, float*, int64_t,
+                       bool);
 
 template <class V, class Dot, int M>
 Micro micro_of(int64_t vectors) {
@@ -140,12 +146,15 @@ Micro micro_of(int64_t rows, int64_t vectors) {
 }
 
 template <class V, class Dot>
-void product(int64_t rows, int64_t columns, int64_t words, const float* a, int64_t row, int64_t step, const float* b,
-             int64_t stride, float* c, int64_t ldc, bool add) {
-  constexpr int64_t panel = V::lanes * V::columns, height = 6, depth = 256;  // depth x panel words: 128 KiB of L2
+void product(int64_t rows, int64_t columns, int64_t words, const float* a, int64_t row,
+             int64_t step, const float* b, int64_t stride, float* c, int64_t ldc, bool add) {
+  constexpr int64_t panel = V::lanes * V::columns, height = 6,
+                    depth = 256;  // depth x panel words: 128 KiB of L2
   for (int64_t j = 0; j < columns; j += panel) {
-    const int64_t vectors = columns - j < panel ? (columns - j + V::lanes - 1) / V::lanes : V::columns;
-    const Micro whole = micro_of<V, Dot>(height, vectors), rest = micro_of<V, Dot>(rows % height, vectors);
+    const int64_t vectors =
+        columns - j < panel ? (columns - j + V::lanes - 1) / V::lanes : V::columns;
+    const Micro whole = micro_of<V, Dot>(height, vectors),
+                rest = micro_of<V, Dot>(rows % height, vectors);
     for (int64_t k = 0; k < words; k += depth) {
       const int64_t some = words - k < depth ? words - k : depth;
       const float* right = b + j / panel * stride + k * panel;
@@ -153,7 +162,8 @@ void product(int64_t rows, int64_t columns, int64_t words, const float* a, int64
       for (; i + height <= rows; i += height) {
         whole(some, a + i * row + k * step, row, step, right, c + i * ldc + j, ldc, add || k > 0);
       }
-      if (i < rows) rest(some, a + i * row + k * step, row, step, right, c + i * ldc + j, ldc, add || k > 0);
+      if (i < rows)
+        rest(some, a + i * row + k * step, row, step, right, c + i * ldc + j, ldc, add || k > 0);
     }
   }
 }

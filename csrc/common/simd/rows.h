@@ -1,4 +1,5 @@
-// Rows of floats: a loop over whole vectors and the rest, and rounding to numbers, over a vector type V.
+// Rows of floats: a loop over whole vectors and the rest, and rounding to numbers, over a vector
+// type V.
 #pragma once
 
 #include <cstring>

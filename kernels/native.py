@@ -85,7 +85,9 @@ def _stale(info: dict[str, Any]) -> bool:
 
 def _source_digest(root: Path) -> str:
     """Hash of CMakeLists.txt and csrc/ of a checkout; the same as `source_digest` of setup.py."""
-    files = sorted(p.relative_to(root).as_posix() for p in (root / "csrc").rglob("*") if p.is_file())
+    files = sorted(
+        p.relative_to(root).as_posix() for p in (root / "csrc").rglob("*") if p.is_file()
+    )
     digest = hashlib.sha256()
     for path in ("CMakeLists.txt", *files):
         digest.update(path.encode() + b"\0" + (root / path).read_bytes())

@@ -47,11 +47,16 @@ def why_pure() -> str | None:
 PURE = why_pure()
 
 
+def native_files() -> list[str]:
+    """Every file under csrc/, relative to the checkout, in an order that no platform changes."""
+    return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file())
+
+
 def source_digest() -> str:
     """Hash of what the library is built from; appo._kernels.common.native compares it to notice a stale build."""
     digest = hashlib.sha256()
-    for path in [ROOT / "CMakeLists.txt", *sorted((ROOT / "csrc").glob("*"))]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in ("CMakeLists.txt", *native_files()):
+        digest.update(path.encode() + b"\0" + (ROOT / path).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -122,8 +127,7 @@ class BuildKernels(Command):
 
     # What setuptools asks of a build step (SubCommand protocol), needed for editable installs.
     def get_source_files(self) -> list[str]:
-        native = [Path("CMakeLists.txt"), *sorted(Path("csrc").glob("*"))]
-        return [str(p) for p in [*self.kernel_files(), *native]]
+        return [*map(str, self.kernel_files()), "CMakeLists.txt", *native_files()]
 
     def get_outputs(self) -> list[str]:
         return []

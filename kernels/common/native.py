@@ -2,6 +2,9 @@
 
 The library is `appo/_native/libappo_native.*`, beside the package in a wheel and in a checkout alike. Where it is
 absent the PyTorch definitions are used; where it is present but does not load, that is a fault and is reported.
+
+APPO_NO_NATIVE=1   the library is not used
+APPO_NATIVE_DIR    folder of another library, such as one built to be tested (tests/sanitizer/run.sh)
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 
 def _native_dir() -> Path:
-    return Path(appo.__file__).resolve().parent / "_native"
+    named = os.environ.get("APPO_NATIVE_DIR")
+    return Path(named) if named else Path(appo.__file__).resolve().parent / "_native"
 
 
 def library_path() -> Path:
@@ -76,10 +80,18 @@ def _stale(info: dict[str, Any]) -> bool:
     root = Path(appo.__file__).resolve().parents[1]
     if "sources" not in info or not (root / "csrc").is_dir():
         return False
+    return _source_digest(root) != info["sources"]
+
+
+def _source_digest(root: Path) -> str:
+    """Hash of CMakeLists.txt and csrc/ of a checkout; the same as `source_digest` of setup.py."""
+    files = sorted(
+        p.relative_to(root).as_posix() for p in (root / "csrc").rglob("*") if p.is_file()
+    )
     digest = hashlib.sha256()
-    for path in [root / "CMakeLists.txt", *sorted((root / "csrc").glob("*"))]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16] != info["sources"]
+    for path in ("CMakeLists.txt", *files):
+        digest.update(path.encode() + b"\0" + (root / path).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def backend_info() -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Where the native library comes from, and that its absence or damage is told, not swallowed."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from appo._kernels.common import native
@@ -19,7 +21,8 @@ ARGS = (torch.ones(3), torch.ones(3), torch.tensor([0, 3]), 0.5)
 @pytest.fixture
 def fresh(monkeypatch):
     """The loader remembers its answer; forget it before and after."""
-    monkeypatch.delenv("APPO_NO_NATIVE", raising=False)
+    for name in ("APPO_NO_NATIVE", "APPO_NATIVE_DIR"):
+        monkeypatch.delenv(name, raising=False)
     native.load.cache_clear()
     yield monkeypatch
     native.load.cache_clear()
@@ -60,6 +63,13 @@ def test_not_built(fresh, tmp_path):
     assert "no C++ compiler found" in backend_info()["reason"]
 
 
+def test_another_folder(fresh, tmp_path):
+    fresh.setenv("APPO_NATIVE_DIR", str(tmp_path))
+    info = backend_info()
+    assert (info["backend"], info["library"]) == ("torch", None)
+    assert str(tmp_path) in info["reason"]
+
+
 def test_damaged_library_is_reported(fresh, tmp_path):
     fresh.setattr(native, "_native_dir", lambda: tmp_path)
     native.library_path().write_bytes(b"not a library")
@@ -73,6 +83,28 @@ def test_library_of_another_version(fresh):
     fresh.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
     with pytest.warns(RuntimeWarning, match="its interface is version"):
         native.load()
+
+
+def test_one_digest_of_the_sources(monkeypatch, tmp_path):
+    """setup.py and the loader hash the same files; a changed or moved file changes both."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    root = tmp_path / "checkout"
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    for name in ("CMakeLists.txt", "setup.py"):
+        shutil.copy(ROOT / name, root / name)
+    built = runpy.run_path(str(root / "setup.py"))["source_digest"]
+
+    def both():
+        assert built() == native._source_digest(root)
+        return built()
+
+    seen = [both()]
+    nested = root / "csrc" / "common" / "simd" / "math.h"
+    nested.write_text(nested.read_text() + "// changed\n")
+    seen.append(both())
+    nested.rename(root / "csrc" / "common" / "math.h")
+    seen.append(both())
+    assert len(set(seen)) == 3
 
 
 TREE = """abort add base blocks_of check commit counts evict evict_path extend fork free_blocks kv layout length need

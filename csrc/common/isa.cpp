@@ -1,0 +1,26 @@
+// Which instruction set the kernels run with on this machine.
+
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/string.h>
+
+#ifdef APPO_LINEAR_KERNELS
+#include "common/isa.h"
+#endif
+
+namespace appo {
+namespace {
+
+// "": none, because of the processor or because the library was built without kernels.
+tvm::ffi::String linear_isa() {
+#ifdef APPO_LINEAR_KERNELS
+  return best_isa();
+#else
+  return "";
+#endif
+}
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_isa, linear_isa);
+
+}  // namespace appo

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The native library under AddressSanitizer and UndefinedBehaviorSanitizer: builds it into a temporary folder and runs
+# the tests of the kernels and of the segment tree with it. Linux and GCC; minutes.
+#
+#   tests/sanitizer/run.sh [PYTEST ARGUMENTS]      instead of the list below
+#
+# PYTHON names the interpreter (default: python), SANITIZE what to check (default: address,undefined).
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+python=${PYTHON:-python}
+compiler=${CXX:-c++}
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+# -s below: what ends the process must be seen.
+tests=(
+  tests/kernels/test_linear_cpu.py
+  tests/kernels/test_tree_attention.py
+  tests/kernels/test_glue.py
+  tests/kernels/test_branching.py
+  tests/kernels/test_policy_loss.py
+  tests/kernels/test_scan.py
+  tests/unit/test_native_attention.py
+  tests/unit/test_native_layer.py
+  tests/unit/test_sampler.py
+  tests/unit/test_segment_tree.py
+  tests/unit/test_tree_faults.py
+)
+
+cmake -S "$root" -B "$folder/build" -DAPPO_SANITIZE="${SANITIZE:-address,undefined}" \
+  -DPython_EXECUTABLE="$(command -v "$python")" -DCMAKE_INSTALL_PREFIX="$folder/native" >"$folder/log"
+cmake --build "$folder/build" --target install --parallel >>"$folder/log" || { cat "$folder/log" && exit 1; }
+
+# The interpreter knows nothing of sanitizers: theirs must be the first libraries, and a C++ library must be there for
+# them to find what throws. Leaks are those of Python.
+for name in libasan.so libubsan.so libstdc++.so; do
+  preload+="${preload:+:}$(realpath "$("$compiler" -print-file-name=$name)")"
+done
+cd "$root"
+export APPO_NATIVE_DIR=$folder/native PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONMALLOC=malloc
+export ASAN_OPTIONS=detect_leaks=0:${ASAN_OPTIONS:-} UBSAN_OPTIONS=print_stacktrace=1:${UBSAN_OPTIONS:-}
+LD_PRELOAD=$preload "$python" -c "
+import sys
+from appo.kernels import native
+module, reason = native.load()
+sys.exit(0 if module else f'the library was not loaded: {reason}')"
+# A process whose address space is limited has no room for the shadow memory: without the tests of "no memory".
+[ $# -gt 0 ] || set -- -k "not no_memory" "${tests[@]}"
+LD_PRELOAD=$preload "$python" -m pytest -q -s -p no:cacheprovider "$@"

@@ -109,42 +109,42 @@ FAULTS = [
     ),
     Fault(
         "columns past V not masked, C++",
-        "csrc/linear_rows.h",
+        "csrc/linear_logprob/rows.h",
         "    if (count < V::lanes) e = V::keep(e, count, zero);\n",
         "",
         "test_values and cpu and 1100",
     ),
     Fault(
         "targets shifted by one, C++",
-        "csrc/linear_stats.cpp",
+        "csrc/linear_logprob/stats.cpp",
         "const int64_t column = p_.column[n] - v0;",
         "const int64_t column = p_.column[n] - v0 - 1;",
         "test_values and cpu and 1100",
     ),
     Fault(
         "-inf mask dropped, C++",
-        "csrc/linear_rows.h",
+        "csrc/linear_logprob/rows.h",
         "const auto y = V::sub(V::max(low, V::mul(V::load(x + j), factor)), m);",
         "const auto y = V::sub(V::mul(V::load(x + j), factor), m);",
         "test_minus_infinity and cpu",
     ),
     Fault(
         "entropy gradient set to 0, C++",
-        "csrc/linear_grads.cpp",
+        "csrc/linear_logprob/grads.cpp",
         "g_.bent ? g_.bent[n] * scale : 0.0f",
         "0.0f",
         "test_gradients and cpu",
     ),
     Fault(
         "statistics merged in bf16, C++",
-        "csrc/linear_stats.cpp",
+        "csrc/linear_logprob/stats.cpp",
         "return {m, wa * a.s + wb * b.s,",
         f"const auto low = {LOW};\n  return {{m, low(wa * a.s + wb * b.s),",
         "test_values and cpu and 1100",
     ),
     Fault(
         "a block freed early, C++ tree",
-        "csrc/tree.cpp",
+        "csrc/kv_tree/kv_tree.cpp",
         "      cut(node, most, most);\n",
         "      cut(node, most, most - 1);\n",
         "NativeTree",
@@ -152,7 +152,7 @@ FAULTS = [
     ),
     Fault(
         "a block free while it may be read, C++ tree",
-        "csrc/tree.cpp",
+        "csrc/kv_tree/kv_tree.cpp",
         "if (!open_) blocks_.settle();",
         "blocks_.settle();",
         "NativeTree",
@@ -160,7 +160,7 @@ FAULTS = [
     ),
     Fault(
         "truncation drops what children inherit, C++ tree",
-        "csrc/tree.cpp",
+        "csrc/kv_tree/kv_tree.cpp",
         "if (length > node->base && node->inherited() < length - node->base) {",
         "if (length > node->base) {",
         "NativeTree",
@@ -168,7 +168,7 @@ FAULTS = [
     ),
     Fault(
         "KV of old weights stays, C++ tree",
-        "csrc/tree.cpp",
+        "csrc/kv_tree/kv_tree.cpp",
         "    keep(node.get(), 0);\n",
         "",
         "NativeTree",
@@ -176,7 +176,7 @@ FAULTS = [
     ),
     Fault(
         "a slot with KV overwritten, C++ tree",
-        "csrc/tree_layout.cpp",
+        "csrc/kv_tree/layout.cpp",
         "t.slots.push_back(i < node->kv ? -1 : node->slot(i));",
         "t.slots.push_back(node->slot(i));",
         "NativeTree",
@@ -184,7 +184,7 @@ FAULTS = [
     ),
     Fault(
         "one row under new weights makes a node fresh, C++ tree",
-        "csrc/tree.h",
+        "csrc/kv_tree/kv_tree.h",
         "return std::min(lost, count) > seen;",
         "return std::min(lost, count) > 0 && seen == 0;",
         "NativeTree",
@@ -192,7 +192,7 @@ FAULTS = [
     ),
     Fault(
         "a plan that failed stays open, C++ tree",
-        "csrc/tree_plan.cpp",
+        "csrc/kv_tree/plan.cpp",
         "    cancel();\n    throw;\n",
         "    throw;\n",
         "no_memory",
@@ -200,7 +200,7 @@ FAULTS = [
     ),
     Fault(
         "a node without a handle after a failed add, C++ tree",
-        "csrc/tree.cpp",
+        "csrc/kv_tree/kv_tree.cpp",
         "  made->tokens.assign(ids, ids + count);\n  Node* node = made.get();\n  node->id = next_node_;\n"
         "  nodes_.emplace(next_node_, std::move(made));\n",
         "  Node* node = made.get();\n  node->id = next_node_;\n"
@@ -234,7 +234,7 @@ FAULTS = [
     ),
     Fault(
         "a block of keys that some do not see taken as a whole, C++ attention",
-        "csrc/tree_attention_problem.h",
+        "csrc/tree_attention/problem.h",
         "least_[static_cast<size_t>(block)] >= b;",
         "least_[static_cast<size_t>(block)] > a;",
         "test_large_trees and cpu",
@@ -242,7 +242,7 @@ FAULTS = [
     ),
     Fault(
         "gradients of shared keys of the last queries only, C++ attention",
-        "csrc/tree_attention_backward.cpp",
+        "csrc/tree_attention/backward.cpp",
         "mine.dk.get() + low * s_.sum, s_.sum, true);",
         "mine.dk.get() + low * s_.sum, s_.sum, false);",
         "test_large_trees and cpu",
@@ -250,7 +250,7 @@ FAULTS = [
     ),
     Fault(
         "tiles take their gradients in any order, C++ attention",
-        "csrc/tree_attention_backward.cpp",
+        "csrc/tree_attention/backward.cpp",
         "turn_.wait(lock, [&] { return next_[static_cast<size_t>(tile)] == block; });",
         "(void)tile, (void)block;",
         "test_every_instruction_set_and_number_of_threads and float32",

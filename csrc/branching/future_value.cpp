@@ -1,6 +1,6 @@
 // Segmented reverse discounted scans: out[i] = mask[i] * x[i] + gamma * out[i+1] inside each
 // segment, and the same along a tree of segments. O(N) time, no workspace per token. Twins of the
-// definitions in kernels/scan.py; the two are tested against each other.
+// definitions in kernels/branching/future_value.py; the two are tested against each other.
 
 #include <tvm/ffi/function.h>
 

@@ -1,4 +1,4 @@
-// The Branching Score. Twin of kernels/branching.py; the two are tested against each other.
+// The Branching Score. Twin of kernels/branching/op.py; the two are tested against each other.
 //
 // One call, one segment at a time in a workspace that fits the second-level cache (24 bytes a
 // token). Reads entropy, log_ratio (4 or 8 bytes each) and mask (1), writes four vectors.

@@ -1,4 +1,4 @@
-// The choice of positions to branch at. Twin of kernels/selection.py; the two are tested against
+// The choice of positions to branch at. Twin of kernels/branching/selection.py; the two are tested against
 // each other.
 //
 // Reads three of the vectors that branch_scores writes, and eligible.

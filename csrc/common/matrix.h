@@ -12,7 +12,7 @@
 
 namespace appo {
 
-constexpr float kEmpty = -1e30f;  // stands for minus infinity, as in kernels/stats.py
+constexpr float kEmpty = -1e30f;  // stands for minus infinity, as in kernels/common/stats.py
 constexpr float kLog2e = 1.44269504088896341f;
 
 enum class Dtype { f32, bf16, f16 };

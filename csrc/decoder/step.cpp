@@ -24,7 +24,7 @@ int64_t length(const Tensor& t, const char* name) {
   return t.size(0);
 }
 
-// embed[vocab, hidden] and turn[context, dim/2, 2] as in appo/rollout/native/model.py; slots …
+// embed[vocab, hidden] and turn[context, dim/2, 2] as in appo/rollout/native/model/model.py; slots …
 // addresses are the tables of attention; out[rows of out_rows, or all][hidden] float32 or numbers.
 void step(Stack stack, Tensor embed, Tensor turn, Tensor norm, Tensor ids, Tensor positions,
           Tensor slots, Tensor segments, Tensor blocks, Tensor reads, Tensor limits,

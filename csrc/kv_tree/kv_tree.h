@@ -8,7 +8,7 @@
 //   check.cpp    every invariant, recomputed
 //   python.cpp   exported functions
 //
-// appo/rollout/native/segment_tree.py is the plain definition and says what each operation does;
+// appo/rollout/native/tree/segment_tree.py is the plain definition and says what each operation does;
 // the two give the same answers, tables and messages. Everything here is bookkeeping on whole
 // numbers: no KV, and no threads: callers hold Python's interpreter lock. A call that throws, for
 // want of memory too, has changed nothing.

@@ -116,7 +116,7 @@ LinearProblem problem_of(const ffi::TensorView& h, const ffi::TensorView& w,
   return p;
 }
 
-// out[4, N] = (m, s, u, z) per target; see kernels/linear_cpu.py for the arguments.
+// out[4, N] = (m, s, u, z) per target; see kernels/linear_logprob/backend_cpu.py for the arguments.
 void linear_stats(ffi::TensorView h, ffi::TensorView w, MaybeTensor rows, ffi::TensorView users,
                   ffi::TensorView column, ffi::TensorView scale, double softcap,
                   ffi::TensorView out, MaybeTensor prob_cache, ffi::String isa, int64_t threads) {

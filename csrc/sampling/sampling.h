@@ -10,7 +10,7 @@
 //
 // A token is sampled by an exponential race: token i wins with the smallest E_i / e^(z_i), z = x ·
 // inv_temp, where E_i is exponential noise from (seed, position, i) alone (see
-// appo/rollout/native/noise.py, the definition). E = -log(1-u) is at least u and u at least the
+// appo/rollout/native/sampling/noise.py, the definition). E = -log(1-u) is at least u and u at least the
 // upper 24 bits of its hash, so one multiplication and one comparison rule nearly every token out;
 // the others are compared exactly, in double. What is ruled out depends on the order of the work,
 // who wins does not.

@@ -1,5 +1,5 @@
 // What Python hands over for attention, checked once for all layers. See
-// appo/rollout/native/segments.py.
+// appo/rollout/native/attention/segments.py.
 #pragma once
 
 #include <tvm/ffi/container/tensor.h>

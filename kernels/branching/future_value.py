@@ -1,6 +1,6 @@
 """The segmented reverse discounted scan: what lies ahead of each token, in O(N) and without a T × T matrix.
 
-Along one segment (`future_value`) and along a tree of segments (`tree_future_value`). The native code (csrc/scan.cpp), the
+Along one segment (`future_value`) and along a tree of segments (`tree_future_value`). The native code (csrc/branching/future_value.cpp), the
 Triton kernels (kernels/branching/gpu/scan.py) and the PyTorch definitions below compute the same sums in float64 and are tested
 against each other.
 """

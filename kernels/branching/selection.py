@@ -1,6 +1,6 @@
 """The choice of positions to branch at: the best k of every group by strictness, value and position.
 
-The order is total, so selection has one result, whatever computes it: `_select_torch` (the definition), csrc/branching.cpp
+The order is total, so selection has one result, whatever computes it: `_select_torch` (the definition), csrc/branching/scores.cpp
 or kernels/branching/gpu/topk.py.
 """
 

@@ -1,4 +1,4 @@
-"""Backend "cpu": the native kernels of csrc/linear*. Logits exist as tiles of 48 KiB that never leave the cache.
+"""Backend "cpu": the native kernels of csrc/linear_logprob/. Logits exist as tiles of 48 KiB that never leave the cache.
 
 bf16 inputs are multiplied as bf16 with float32 sums where the machine has AVX512-BF16; all else as float32 (AVX-512 or
 AVX2), 16-bit numbers being widened on the way. w is read where it lies: each tile is packed as it is needed, and nothing
@@ -19,7 +19,7 @@ from appo._kernels.common.backends import linear_isa as isa
 from appo._kernels.linear_logprob.blocks import LinearCall, Upstream
 
 _WIDE_SUMS = 1 << 23  # numbers of dh up to which its float32 sums are simply kept (32 MiB)
-_TILE, _KEPT_HEAD, _KEPT_TILE = 256, 64, 576  # csrc/linear.h: columns, bytes of what forward keeps
+_TILE, _KEPT_HEAD, _KEPT_TILE = 256, 64, 576  # csrc/linear_logprob/linear_logprob.h: columns, bytes of what forward keeps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

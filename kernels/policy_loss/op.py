@@ -3,7 +3,7 @@
 The parts exist one by one as functions (appo/algo/losses.py holds the definitions of the presets); composed, they read the
 vectors a dozen times, once more for each metric, and keep their intermediates for backward. Here one pass reads
 logp, old_logp, advantage and mask and writes the gradient, so that backward is a single product. The native code
-(csrc/policy_loss.cpp), the Triton kernel (kernels/policy_loss/gpu/policy_loss.py) and `policy_loss_torch` are tested against each
+(csrc/policy_loss/policy_loss.cpp), the Triton kernel (kernels/policy_loss/gpu/policy_loss.py) and `policy_loss_torch` are tested against each
 other.
 """
 

@@ -1,4 +1,4 @@
-"""Backend "cpu" of tree attention: the native kernels of csrc/tree_attention*.
+"""Backend "cpu" of tree attention: the native kernels of csrc/tree_attention/.
 
 bfloat16 is multiplied as bf16 with float32 sums where the machine has AVX512-BF16 (weights and their gradients are rounded to
 bf16 before a product); all else as float32. Same bits for any number of threads.

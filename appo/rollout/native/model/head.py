@@ -1,4 +1,4 @@
-"""The output head in C++ (csrc/layer_head.cpp): its weight packed once, logits or drawn tokens from it.
+"""The output head in C++ (csrc/decoder/head.cpp): its weight packed once, logits or drawn tokens from it.
 
 Needs what the C++ layers need (layers.unavailable). A row's bits depend on that row, its draw and the weights: not on
 the batch it stands in, not on the number of threads.

@@ -1,4 +1,4 @@
-"""The model runner in C++ (csrc/layer*): one call per forward pass, weights packed once.
+"""The model runner in C++ (csrc/decoder/): one call per forward pass, weights packed once.
 
     ids[M] → embedding → all layers, attention over the block pool included → norm of the chosen rows → hidden[R, d]
 

@@ -1,4 +1,4 @@
-"""`draw` over logits in memory in C++ (csrc/sample*), and its noise. Behind the output head: head.py.
+"""`draw` over logits in memory in C++ (csrc/sampling/), and its noise. Behind the output head: head.py.
 
 Same tokens as the definition in draw.py; logp and entropy within float32 rounding. A row's bits depend on its logits
 and its draw alone: not on the rows beside it, not on the number of threads.

@@ -1,4 +1,4 @@
-"""The segment tree in C++ (csrc/tree*): the interface, answers and messages of `SegmentTree`, its definition.
+"""The segment tree in C++ (csrc/kv_tree/): the interface, answers and messages of `SegmentTree`, its definition.
 
 Handles, tokens and positions are whole numbers, as there; what is none is a TypeError here, whatever it is there. An
 operation is done or not done, also when memory is short or Ctrl-C comes.

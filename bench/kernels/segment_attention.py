@@ -30,7 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from appo.rollout.native.attention import segments
 from appo.rollout.native.attention.pool import KVPool
 from appo.rollout.native.attention.segments import attend_segments
-from appo.rollout.native.tree.layout import BLOCK
+from appo.rollout.native.tree.block_list import BLOCK
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the checkout, for `bench`
 

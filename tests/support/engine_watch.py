@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from appo.rollout.native.tree.layout import BLOCK, Layout
+from appo.rollout.native.tree.block_list import BLOCK
+from appo.rollout.native.tree.layout import Layout
 
 
 class Watch:

@@ -11,7 +11,8 @@ from appo.rollout.native.attention.pool import KVPool
 from appo.rollout.native.model.layers import NativeLayers
 from appo.rollout.native.model.model import Model
 from appo.rollout.native.model.weights import ModelConfig
-from appo.rollout.native.tree.layout import BLOCK, Layout
+from appo.rollout.native.tree.block_list import BLOCK
+from appo.rollout.native.tree.layout import Layout
 from appo.rollout.native.tree.native_tree import make_tree
 
 FLOATS = torch.float32

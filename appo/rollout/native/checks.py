@@ -6,7 +6,7 @@ import torch
 
 from appo.errors import EngineError
 from appo.rollout.engine import SamplingParams
-from appo.rollout.native.tree.layout import BLOCK
+from appo.rollout.native.tree.block_list import BLOCK
 
 COLDEST, HOTTEST = 1e-30, 1e30  # temperatures; beyond, their inverse is no float32 to reckon with
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -40,7 +40,7 @@ from appo.rollout.native.runner import make_runner
 from appo.rollout.native.sampling.sampler import Sampler
 from appo.rollout.native.scheduler import Run, Scheduler, State
 from appo.rollout.native.scoring import TreeScore
-from appo.rollout.native.tree.layout import BLOCK
+from appo.rollout.native.tree.block_list import BLOCK
 from appo.rollout.native.tree.native_tree import make_tree
 from appo.rollout.submission import Alone, checked_ids
 

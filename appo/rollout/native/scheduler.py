@@ -23,7 +23,8 @@ from enum import Enum
 from appo.errors import PoolTooSmallError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native.events import EventLog
-from appo.rollout.native.tree.layout import BLOCK, Layout
+from appo.rollout.native.tree.block_list import BLOCK
+from appo.rollout.native.tree.layout import Layout
 from appo.rollout.native.tree.segment_tree import SegmentTree
 from appo.rollout.submission import StopRule
 

@@ -16,8 +16,8 @@ from support.tree_shadow import TREES
 
 from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.native.tree import native_tree, segment_tree
-from appo.rollout.native.tree.block_list import BlockList
-from appo.rollout.native.tree.layout import blocks_for, lay_out
+from appo.rollout.native.tree.block_list import BlockList, blocks_for
+from appo.rollout.native.tree.layout import lay_out
 from appo.rollout.native.tree.native_tree import NativeTree
 from appo.rollout.native.tree.segment_tree import SegmentTree
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from appo.rollout.native.attention.pool import KVPool
 from appo.rollout.native.attention.segments import Reads
-from appo.rollout.native.tree.layout import BLOCK
+from appo.rollout.native.tree.block_list import BLOCK
 
 NO_KEYS = -1.0e30  # lse of a row without keys: finite, so that merging never computes inf - inf
 

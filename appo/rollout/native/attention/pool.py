@@ -22,7 +22,7 @@ from torch import Tensor
 
 from appo.errors import EngineError
 from appo.rollout.native.attention.segments import available
-from appo.rollout.native.tree.layout import BLOCK
+from appo.rollout.native.tree.block_list import BLOCK
 
 ARENA = 64 << 20  # bytes
 _HUGE = 2 << 20  # bytes of a huge page

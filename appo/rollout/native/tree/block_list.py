@@ -9,8 +9,14 @@ import heapq
 
 from appo.errors import EngineError
 
+BLOCK = 16  # positions per block
 FREE = -1  # owner of a block nobody has
 DEFERRED = -2  # … of one given back that may still be read
+
+
+def blocks_for(positions: int) -> int:
+    """Blocks that so many positions of a node take."""
+    return -(-positions // BLOCK)
 
 
 class BlockList:

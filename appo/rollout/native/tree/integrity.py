@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from appo.errors import EngineError
-from appo.rollout.native.tree.block_list import DEFERRED, FREE
-from appo.rollout.native.tree.layout import BLOCK, Layout, Unit, blocks_for
+from appo.rollout.native.tree.block_list import BLOCK, DEFERRED, FREE, blocks_for
+from appo.rollout.native.tree.layout import Layout, Unit
 
 if TYPE_CHECKING:
     from appo.rollout.native.tree.node import Node

@@ -8,20 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from appo.rollout.native.tree.node import Node
-
-BLOCK = 16  # positions per block
-
-
-def blocks_for(positions: int) -> int:
-    """Blocks that so many positions of a node take."""
-    return -(-positions // BLOCK)
+from appo.rollout.native.tree.block_list import blocks_for
+from appo.rollout.native.tree.node import Node
 
 
 @dataclass(eq=False)

@@ -15,7 +15,8 @@ import torch
 
 from appo._kernels.common import native
 from appo.errors import EngineError, StaleWeightsError
-from appo.rollout.native.tree.layout import BLOCK, Layout
+from appo.rollout.native.tree.block_list import BLOCK
+from appo.rollout.native.tree.layout import Layout
 from appo.rollout.native.tree.segment_tree import SegmentTree
 
 _FUNCTIONS = (

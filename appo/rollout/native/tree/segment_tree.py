@@ -24,9 +24,9 @@ from collections.abc import Mapping, Sequence
 from operator import index
 
 from appo.errors import EngineError, StaleWeightsError
-from appo.rollout.native.tree.block_list import BlockList
+from appo.rollout.native.tree.block_list import BLOCK, BlockList, blocks_for
 from appo.rollout.native.tree.integrity import check_tree
-from appo.rollout.native.tree.layout import BLOCK, Layout, Unit, blocks_for, lay_out
+from appo.rollout.native.tree.layout import Layout, Unit, lay_out
 from appo.rollout.native.tree.node import Node
 from appo.rollout.native.tree.plan import given_units, planned_units
 

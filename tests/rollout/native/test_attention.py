@@ -12,13 +12,12 @@ import torch
 
 from appo._kernels.common import native
 from appo.errors import EngineError
-from appo.rollout.native.attention import segments
 from appo.rollout.native.attention.attention import attend_segments_torch
-from appo.rollout.native.attention.pool import KVPool
+from appo.rollout.native.attention.pool import KVPool, available
 from appo.rollout.native.attention.segments import attend_segments
 
 pytestmark = pytest.mark.skipif(
-    not segments.available(torch.float32, 64, torch.device("cpu")), reason="no native attention"
+    not available(torch.float32, 64, torch.device("cpu")), reason="no native attention"
 )
 F32, BF16 = torch.float32, torch.bfloat16
 BEST = native.function("linear_isa")() if native.function("linear_isa") else ""

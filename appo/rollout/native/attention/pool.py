@@ -20,14 +20,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from appo._kernels.common import native
 from appo.errors import EngineError
-from appo.rollout.native.attention.segments import available
 from appo.rollout.native.tree.block_list import BLOCK
 
 ARENA = 64 << 20  # bytes
+MAX_HEAD_DIM = 256  # of native attention
 _HUGE = 2 << 20  # bytes of a huge page
 _SLACK = 64  # bytes behind an arena: where D is no multiple of 16, the last vector of values reads past its end
 _PACKED = (torch.float32, torch.bfloat16)
+
+
+def available(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
+    """Whether the native code is there and takes this cache: float32, or bfloat16 with an even head dimension."""
+    isa = native.function("linear_isa")
+    return (
+        isa is not None
+        and bool(isa())
+        and device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and head_dim <= MAX_HEAD_DIM
+        and (dtype == torch.float32 or head_dim % 2 == 0)
+    )
 
 
 class KVPool:
@@ -43,7 +57,7 @@ class KVPool:
         layout: str | None = None,
         limit: int | None = None,
     ):
-        """layout: "packed" | "plain"; by default packed where native attention takes it (see segments.py).
+        """layout: "packed" | "plain"; by default packed where native attention takes it (see `available`).
 
         limit   blocks that will ever be asked for: no memory is taken ahead beyond them (None: not known)
         """

@@ -9,31 +9,14 @@ they are grouped, or on the number of threads.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from appo._kernels.common import native
 from appo.errors import EngineError
-
-if TYPE_CHECKING:
-    from appo.rollout.native.attention.pool import KVPool
-
-MOST_DIM = 256
-
-
-def available(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
-    """Whether the native code is there and takes this cache: float32, or bfloat16 with an even head dimension."""
-    isa = native.function("linear_isa")
-    return (
-        isa is not None
-        and bool(isa())
-        and device.type == "cpu"
-        and dtype in (torch.float32, torch.bfloat16)
-        and head_dim <= MOST_DIM
-        and (dtype == torch.float32 or head_dim % 2 == 0)
-    )
+from appo.rollout.native.attention.pool import KVPool
 
 
 class Reads(Protocol):
@@ -84,8 +67,8 @@ def attend_segments(
         raise EngineError(
             f"k has shape {tuple(k.shape)} and dtype {k.dtype}; the pool has (heads, head dimension, dtype) {like}"
         )
-    most = torch.get_num_threads() if threads is None else threads
+    limit = torch.get_num_threads() if threads is None else threads
     native.function("attend_segments", "cpu")(
         q, k, v, layout.slots, layout.segments, layout.blocks, layout.reads, layout.limits, pool.addresses,
-        pool.layers, layer, out, tile_rows, isa, most,
+        pool.layers, layer, out, tile_rows, isa, limit,
     )  # fmt: skip

@@ -20,12 +20,11 @@ from torch import Tensor
 from appo._kernels.common import native
 from appo._kernels.linear_logprob import backend_cpu as linear_cpu
 from appo.errors import EngineError
-from appo.rollout.native.attention import segments
+from appo.rollout.native.attention.pool import MAX_HEAD_DIM, KVPool, available
 from appo.rollout.native.model.head import NativeHead
 from appo.rollout.native.model.weights import ModelConfig
 
 if TYPE_CHECKING:
-    from appo.rollout.native.attention.pool import KVPool
     from appo.rollout.native.model.model import Layer, Linear, Model
     from appo.rollout.native.tree.layout import Layout
 
@@ -62,8 +61,8 @@ def unavailable(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
         return f"bfloat16 layers need AVX512-BF16, this processor has {isa}"
     if config.hidden % 2 or config.ff % 2 or config.head_dim % 2:
         return "hidden_size, intermediate_size and head_dim must be even"
-    if not segments.available(dtype, config.head_dim, device):
-        return f"native attention takes head_dim up to {segments.MOST_DIM}, not {config.head_dim}"
+    if not available(dtype, config.head_dim, device):
+        return f"native attention takes head_dim up to {MAX_HEAD_DIM}, not {config.head_dim}"
     return None
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from appo.rollout.native.tree.integrity import check_tree
 from appo.rollout.native.tree.layout import Layout
 from appo.rollout.native.tree.native_tree import NativeTree, make_tree
 from appo.rollout.native.tree.segment_tree import SegmentTree
@@ -119,7 +120,7 @@ def soak(make: Callable[[int], Any], operations: int) -> tuple[float, int]:
     start = time.perf_counter()
     life(tree, operations, seed=0)
     seconds = time.perf_counter() - start
-    tree.check()
+    check_tree(tree)
     return seconds, tree.used + tree.live_nodes
 
 

@@ -17,6 +17,7 @@ from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
 from appo.rollout.native import engine as engine_module
+from appo.rollout.native.tree.integrity import check_tree
 from appo.rollout.native.tree.segment_tree import SegmentTree
 from appo.rollout.seeds import derive_seed
 
@@ -63,7 +64,7 @@ def test_a_parent_goes_on_bit_by_bit_as_without_children(data, length, n):
             child = engine.fork(seq, data.draw(st.integers(1, engine.length(seq))))
             engine.submit(child, SamplingParams(data.draw(st.integers(1, 9))), child)
     assert got[seq] == wanted
-    engine.tree.check()
+    check_tree(engine.tree)
 
 
 @settings(max_examples=15, deadline=None)
@@ -102,7 +103,7 @@ def test_same_bits_in_every_circumstance(
         deterministic=True, max_batch=max_batch, prefill_chunk=prefill_chunk, kv_tokens=kv_tokens
     )
     assert grow(engine, shuffle, preempt, cold) == WANTED
-    engine.tree.check()
+    check_tree(engine.tree)
 
 
 # -- versions ---------------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def test_no_read_of_old_blocks(seed, kv_tokens):
             for seq, scored in zip(some, engine.score(some)):
                 logp = dense(MODELS[version % 2], engine.tokens(seq))[0]
                 np.testing.assert_allclose(scored.logprobs, logp, atol=3e-5)
-        engine.tree.check()
+        check_tree(engine.tree)
 
 
 # -- what is drawn ----------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def test_every_line_ends_however_small_the_pool(lines, turns, max_batch, blocks,
         for seq in seqs:
             engine.append(seq, prompt(rng.randint(1, 6), turn))
     assert engine.stats()["blocks_peak"] <= blocks
-    engine.tree.check()
+    check_tree(engine.tree)
 
 
 @settings(max_examples=15, deadline=None)
@@ -259,7 +260,7 @@ def decoding(plain: bool = True) -> NativeEngine:
         engine.submit(engine.fork(root, 40), SamplingParams(30), i)
     for _ in range(4):
         engine.step()
-    engine.tree.check()
+    check_tree(engine.tree)
     return engine
 
 
@@ -268,7 +269,7 @@ def test_a_block_freed_early_is_noticed():
     shared = engine.tree.nodes[0]
     engine.tree.blocks.give_back(shared.blocks[1:2], shared.id, defer=False)
     with pytest.raises(EngineError, match="block"):
-        engine.tree.check()
+        check_tree(engine.tree)
     with pytest.raises(
         (AssertionError, EngineError)
     ):  # not finite: the watch had filled it with NaN

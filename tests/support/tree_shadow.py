@@ -16,6 +16,7 @@ import torch
 from appo._kernels.common import native
 from appo.errors import EngineError
 from appo.rollout.native.tree.block_list import BLOCK
+from appo.rollout.native.tree.integrity import check_tree
 from appo.rollout.native.tree.layout import Layout
 from appo.rollout.native.tree.native_tree import NativeTree
 from appo.rollout.native.tree.segment_tree import SegmentTree
@@ -47,6 +48,9 @@ class Both:
 
     def layout(self, units: Sequence[tuple[int, int, int]]) -> Layout | int:
         return self._open([_outcome(tree.layout, (units,)) for tree in self.trees])
+
+    def check(self) -> None:
+        self._same([_outcome(check_tree, (tree,)) for tree in self.trees], "check_tree")
 
     def close(self, how: str) -> None:
         """ "commit" or "abort" what is open."""

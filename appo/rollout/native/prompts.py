@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from appo.rollout.native.tree.segment_tree import SegmentTree
+from appo.rollout.native.tree.native_tree import Tree
 
 MIN_SHARED = 16  # tokens; a shorter common prefix is not worth a segment of its own
 
@@ -17,7 +17,7 @@ class Prompts:
     Call `forget` before a sequence is released, and `truncated` when one is cut: its tokens are not compared again.
     """
 
-    def __init__(self, tree: SegmentTree):
+    def __init__(self, tree: Tree):
         self.tree = tree
         self._by_start: dict[
             tuple[int, ...], dict[int, np.ndarray]

@@ -25,7 +25,7 @@ from appo.rollout.engine import SamplingParams
 from appo.rollout.native.events import EventLog
 from appo.rollout.native.tree.block_list import BLOCK
 from appo.rollout.native.tree.layout import Layout
-from appo.rollout.native.tree.segment_tree import SegmentTree
+from appo.rollout.native.tree.native_tree import Tree
 from appo.rollout.submission import StopRule
 
 Path = list[tuple[int, int]]  # (node, how many of its own positions), root first
@@ -72,7 +72,7 @@ class Scheduler:
 
     def __init__(
         self,
-        tree: SegmentTree,
+        tree: Tree,
         limit: int | None,
         max_batch: int,
         prefill_chunk: int,

@@ -23,7 +23,7 @@ from appo.rollout.engine import Scored
 from appo.rollout.native.runner import Runner
 from appo.rollout.native.scheduler import Scheduler
 from appo.rollout.native.tree.layout import Layout
-from appo.rollout.native.tree.segment_tree import SegmentTree
+from appo.rollout.native.tree.native_tree import Tree
 
 Unit = tuple[int, int, int]  # node, first own position, count
 Reads = tuple[tuple[int, int], ...]  # (node, how many of its own positions), root first
@@ -47,7 +47,7 @@ class TreeScore:
 
     def __init__(
         self,
-        tree: SegmentTree,
+        tree: Tree,
         scheduler: Scheduler,
         runner: Runner,
         seqs: Sequence[int],

@@ -10,6 +10,7 @@ from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
 from appo.rollout.native.model.weights import read_tensors
 from appo.rollout.native.scheduler import State
+from appo.rollout.native.tree.integrity import check_tree
 
 torch.set_num_threads(1)
 
@@ -166,9 +167,9 @@ def test_cancel_and_release_in_every_state(engine):
                 known = [engine.tokens(kid) for kid in kids]
                 if end == "cancel":
                     engine.cancel(seq)
-                    engine.tree.check()
+                    check_tree(engine.tree)
                 engine.release(seq)
-                engine.tree.check()
+                check_tree(engine.tree)
                 for kid, tokens in zip(kids, known):
                     assert engine.tokens(kid) == tokens
                     engine.submit(kid, SamplingParams(2), seed=0)
@@ -233,7 +234,7 @@ def test_an_exception_in_a_step_leaves_everything_as_it_was(folder, where, monke
         assert [after[0][k] for k in ("blocks_used", "steps", "prefill_tokens")] == [
             before[0][k] for k in ("blocks_used", "steps", "prefill_tokens")
         ]
-        engine.tree.check()
+        check_tree(engine.tree)
     finish(engine)
     assert engine.tokens(seq) == plain.tokens(expected)
     if where != "draw":
@@ -311,7 +312,7 @@ def test_an_event_nobody_was_told_of_goes_with_its_sequence(engine, end):
         assert engine.state(late) is State.CANCELLED and engine.tokens(late) == PROMPT[:7]
         engine.submit(late, SamplingParams(3), seed=0)
         assert len(finish(engine)[late].token_ids) == 3
-    engine.tree.check()
+    check_tree(engine.tree)
 
 
 def test_until_it_was_told_a_sequence_counts_as_decoding(engine, folder):
@@ -364,7 +365,7 @@ def test_an_interrupt_between_two_parts_of_a_step(engine, monkeypatch, what, whe
         m.setattr(engine.tree, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             act()
-    engine.tree.check()
+    check_tree(engine.tree)
     assert engine.tree.open is None
     act()
 
@@ -393,7 +394,7 @@ def test_stop_callbacks_that_use_the_engine(engine):
     assert engine.length(seqs[0]) == engine.length(seqs[1]) == 40
     with pytest.raises(EngineError, match="released"):
         engine.length(seqs[2])
-    engine.tree.check()
+    check_tree(engine.tree)
 
 
 # -- versions ---------------------------------------------------------------------------------------------------------
@@ -422,7 +423,7 @@ def test_weights_while_nodes_are_alive(engine, tmp_path):
     engine.score([waiting])
     engine.submit(waiting, SamplingParams(2), seed=0)
     assert finish(engine)[waiting].policy_version == 1
-    engine.tree.check()
+    check_tree(engine.tree)
 
 
 def test_a_weight_push_that_breaks_off(folder, monkeypatch):

@@ -10,6 +10,7 @@ from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
 from appo.rollout.native.model.weights import read_tensors
 from appo.rollout.native.scheduler import State
+from appo.rollout.native.tree.integrity import check_tree
 
 torch.set_num_threads(1)
 
@@ -35,7 +36,7 @@ def released(engine, seqs):
     """Nothing is left when all handles are given back."""
     for seq in seqs:
         engine.release(seq)
-    engine.tree.check()
+    check_tree(engine.tree)
     stats = engine.stats()
     return [stats[k] for k in ("blocks_used", "kv_tokens", "live_nodes", "live_sequences")] == [
         0
@@ -251,7 +252,7 @@ def test_the_youngest_running_one_gives_way_to_a_score(make):
         assert finish(alone)[same].token_ids == events[seq].token_ids
     with pytest.raises(EngineError, match="blocks of KV are lacking.*raise kv_tokens"):
         engine.score([engine.add_prompt(ids(8, 200))])
-    engine.tree.check()
+    check_tree(engine.tree)
 
 
 def grown(engine):
@@ -279,7 +280,7 @@ def test_a_score_of_more_than_the_pool_holds(make, folder, kv_tokens, prefill_ch
         seqs = grown(engine)
         engine.load_weights(read_tensors(folder), 1)
         scored, rows = engine.score(seqs), engine.stats()["scored_tokens"]
-        engine.tree.check()
+        check_tree(engine.tree)
         assert not any(engine.tree.stale(seq) for seq in seqs)
         again = [engine.fork(seq, engine.length(seq) - 3) for seq in seqs]
         for seq in again:

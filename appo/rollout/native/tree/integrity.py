@@ -6,19 +6,24 @@ Tests call it after every step; an engine may, at the cost of a walk over all no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from appo.errors import EngineError
 from appo.rollout.native.tree.block_list import BLOCK, DEFERRED, FREE, blocks_for
 from appo.rollout.native.tree.layout import Layout, Unit
+from appo.rollout.native.tree.native_tree import NativeTree, Tree
+from appo.rollout.native.tree.node import Node
+from appo.rollout.native.tree.segment_tree import SegmentTree
 
-if TYPE_CHECKING:
-    from appo.rollout.native.tree.node import Node
-    from appo.rollout.native.tree.segment_tree import SegmentTree
 
+def check_tree(tree: Tree) -> None:
+    """Recompute every invariant of a tree in Python or in C++, its open layout included.
 
-def check_tree(tree: SegmentTree, layout: Layout | None, units: Sequence[Unit]) -> None:
-    """Raises EngineError with the first thing that is wrong; `layout` is the open one, of `units`."""
+    Raises EngineError with the first thing that is wrong.
+    """
+    if isinstance(tree, NativeTree):
+        tree.check()
+        return
+    layout, units = tree._open, tree._open_units
     holder: dict[int, int] = {}  # block → node
     ends = {u.node.id: u.start + u.count for u in units} if layout is not None else {}
     for node in tree.nodes.values():

@@ -26,7 +26,7 @@ _FUNCTIONS = (
 )  # fmt: skip
 
 
-def make_tree(max_blocks: int | None = None) -> SegmentTree | NativeTree:
+def make_tree(max_blocks: int | None = None) -> Tree:
     """A tree of at most so many blocks of 16 positions (None: no limit), in C++ where the native library is there."""
     return SegmentTree(max_blocks) if native.load()[0] is None else NativeTree(max_blocks)
 
@@ -192,7 +192,7 @@ class NativeTree:
         return self._call.need(self._tree, _packed(seqs), _packed(ends))
 
     def check(self) -> None:
-        """Recompute every invariant; raises EngineError that says what is wrong."""
+        """Recompute every invariant: see `integrity.check_tree`."""
         slots = b"" if self.open is None else _packed(self.open.slots.tolist())
         self._call.check(self._tree, slots)
 
@@ -244,3 +244,6 @@ class NativeTree:
         """The number of a layout that may be open; 0, which none has, of any other."""
         number, last = self._last
         return number if layout is last else 0
+
+
+Tree = SegmentTree | NativeTree  # the same contract

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from appo.rollout.native.model.head import NativeHead
-from appo.rollout.native.model.model import Linear
+from appo.rollout.native.model.linear import Linear
 from appo.rollout.native.sampling import native_sample as native_draw
 from appo.rollout.native.sampling.definition import Rows
 

@@ -303,7 +303,7 @@ def engine_weights(folder):
 
 
 def test_a_cpu_without_bfloat16_support_falls_back_to_plain_linears(tmp_path, monkeypatch):
-    from appo.rollout.native.model import model
+    from appo.rollout.native.model import linear
 
     class Ops:
         _reorder_linear_weight = _linear_pointwise = staticmethod(lambda *a: pytest.fail("packed"))
@@ -313,5 +313,5 @@ def test_a_cpu_without_bfloat16_support_falls_back_to_plain_linears(tmp_path, mo
         mkldnn = Ops
 
     weight = torch.zeros(4, 4, dtype=torch.bfloat16)
-    monkeypatch.setattr(model.torch, "ops", Torch)
-    assert not model.can_pack(weight, torch.bfloat16) and model.can_pack(weight, torch.float32)
+    monkeypatch.setattr(linear.torch, "ops", Torch)
+    assert not linear.can_pack(weight, torch.bfloat16) and linear.can_pack(weight, torch.float32)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +22,9 @@ from appo._kernels.linear_logprob import backend_cpu as linear_cpu
 from appo.errors import EngineError
 from appo.rollout.native.attention.pool import MAX_HEAD_DIM, KVPool, available
 from appo.rollout.native.model.head import NativeHead
+from appo.rollout.native.model.linear import Layer, Linear, Weights
 from appo.rollout.native.model.weights import ModelConfig
-
-if TYPE_CHECKING:
-    from appo.rollout.native.model.model import Layer, Linear, Model
-    from appo.rollout.native.tree.layout import Layout
+from appo.rollout.native.tree.layout import Layout
 
 RUNNERS = ("auto", "torch", "native")
 PARTS = ("qkv", "o", "gate_up", "down")
@@ -91,8 +89,8 @@ class NativeLayers:
         self.pack_seconds = 0.0
         self._packed = False
 
-    def pack(self, model: Model, changed: Iterable[str]) -> None:
-        """Copy the layers, and the head, that have a tensor among `changed` (names as in `Model.targets`).
+    def pack(self, model: Weights, changed: Iterable[str]) -> None:
+        """Copy the layers, and the head, that have a tensor among `changed` (names as in its `targets`).
 
         To be called after every change of weights; the first call copies everything.
         """
@@ -116,7 +114,7 @@ class NativeLayers:
                 self._stack, index, part, linear.weight, bias, self._threads()
             )
 
-    def adapt(self, model: Model) -> None:
+    def adapt(self, model: Weights) -> None:
         """Take over the adapters that changed since the last call."""
         for i, layer in enumerate(model.layers):
             for part in PARTS:
@@ -126,7 +124,7 @@ class NativeLayers:
                     self._adapters[i, part] = adapter
 
     def forward(
-        self, model: Model, layout: Layout, pool: KVPool, rows: Tensor | None = None
+        self, model: Weights, layout: Layout, pool: KVPool, rows: Tensor | None = None
     ) -> Tensor:
         """Run a layout; → final hidden states, normed, of `rows` (int64, any order; None: all), [R, d] as the head
         wants them. KV goes into the pool, which must have the layout's blocks.

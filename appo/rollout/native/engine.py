@@ -89,7 +89,7 @@ class NativeEngine:
         fp32_logits     halve the error of bfloat16 logprobs for about a tenth of the speed (see `Model`)
         runner          what runs the layers: "native" (C++), "torch", "device" (Triton; for device="cuda"), or "auto":
                         C++ on a CPU that can
-        record          write the event log to this file, for `events.replay`
+        record          write the event log to this file, for `replay.replay`
         """
         start = time.perf_counter()
         check_settings(dtype, max_batch, prefill_chunk, kv_tokens)

@@ -12,7 +12,7 @@ from support.tiny_models import VOCAB, build, finish
 from appo.errors import EngineError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
-from appo.rollout.native.events import _Replay, read_events, replay
+from appo.rollout.native.replay import _Replay, read_events, replay
 from appo.rollout.native.tree.integrity import check_tree
 
 torch.set_num_threads(1)

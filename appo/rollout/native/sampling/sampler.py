@@ -8,7 +8,7 @@ position depends on its logits, its seed and that position.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,10 +20,17 @@ from appo.rollout.native.sampling import native_sample as native_draw
 from appo.rollout.native.sampling.definition import Drawn, Rows, draw, draw_kept, kept
 from appo.rollout.native.sampling.noise import M64
 
-if TYPE_CHECKING:
-    from appo.rollout.native.model.model import Model
-
 Results = tuple[list[int], list[float], list[float]]  # tokens, logprobs, entropies
+
+
+class OutputHead(Protocol):
+    """What the sampler needs of a model, for hidden[R, d]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, V]."""
+
+    def draw(self, hidden: Tensor, rows: Rows) -> Drawn | None:
+        """One token per row, without logits in memory; None where the model cannot do that."""
 
 
 class Sampler:
@@ -34,7 +41,7 @@ class Sampler:
     Rows with NaN, +inf or nothing but -inf among their logits raise EngineError, and then nothing is drawn.
     """
 
-    def __init__(self, vocab: int, device: torch.device, model: Model | None = None):
+    def __init__(self, vocab: int, device: torch.device, model: OutputHead | None = None):
         self.vocab, self.model = vocab, model
         self._from_logits = _for_logits(device)
         self.rows([])
@@ -58,14 +65,12 @@ class Sampler:
         seeds: any integers, modulo 2⁶⁴ · positions: absolute, of the tokens that are drawn
         """
         assert self.model is not None, "a sampler without a model draws from logits: sample()"
-        layers = self.model.native
-        if layers is None:
-            return self.sample(self.model.logits(hidden), seeds, positions)
         rows = self._rows_of(seeds, positions)
-        hidden = hidden[: len(seeds)]
-        drawn = layers.head.draw(hidden, rows)
+        drawn = self.model.draw(hidden[: len(seeds)], rows)
+        if drawn is None:
+            return self.sample(self.model.logits(hidden), seeds, positions)
         cut = list(self._cut)
-        return self._finish(drawn, rows, layers.logits(hidden[cut]) if cut else ())
+        return self._finish(drawn, rows, self.model.logits(hidden[cut]) if cut else ())
 
     def sample(self, logits: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Results:
         """The same from logits[R, V] that exist anyway."""

@@ -85,7 +85,7 @@ class Step:
         return self.m.native.forward(self.m, self.layout, self.pool, self.layout.out_rows)
 
     def run(self) -> None:
-        self.sampler.draw(self.forward(), self.seeds, self.positions)
+        self.sampler.sample(self.forward(), self.seeds, self.positions)
 
 
 def layers_in_torch(m: Model, rows: int) -> Callable[[], Tensor]:
@@ -138,7 +138,7 @@ def step_case(ours: Model, products: Products, rows: int, own: int, repeats: int
         "ours": step.run,
         "products alone": products.run(rows, head=True),
         "forward": step.forward,
-        "head and draw": lambda: step.sampler.draw(hidden, step.seeds, step.positions),
+        "head and draw": lambda: step.sampler.sample(hidden, step.seeds, step.positions),
     }
     found = {name: 1e3 * seconds for name, seconds in medians(runs, repeats).items()}
     whole = found.pop("ours")

@@ -61,7 +61,7 @@ class Request:
     sampling_params: Params
     num_computed_tokens: int = 0
     kv: list = field(default_factory=list)
-    drawn: list = field(default_factory=list)
+    sampled: list = field(default_factory=list)
     cached: int = 0
     generator: Any = None
     row: int = -1
@@ -74,7 +74,7 @@ class Core:
     def __init__(self, embed, processors, chunk=None, limits=None):
         self.embed, self.head, self.chunk = embed, embed.clone(), chunk
         self.cache, self.requests, self.seen = {}, {}, []
-        self.entropies = tap.DrawnEntropies() if processors else None
+        self.entropies = tap.SampledEntropies() if processors else None
         self.label, self.labels, self.aborted, self.extra = "default", [], [], 0
         self.most = limits["max_num_seqs"]
         self.runner = SimpleNamespace(
@@ -127,7 +127,9 @@ class Core:
             if r.row < 0:
                 self._lookup(r)
             if r.row != n and self.entropies is not None:  # rows move up when others leave
-                self.entropies.update([], [(n, r.sampling_params, r.prompt_token_ids, r.drawn)], [])
+                self.entropies.update(
+                    [], [(n, r.sampling_params, r.prompt_token_ids, r.sampled)], []
+                )
             r.row = n
             count = min(len(r.ids) - r.num_computed_tokens, self.chunk or 10**9)
             starts.append(len(hidden))
@@ -165,12 +167,12 @@ class Core:
                 int(row.argmax()) if p.temperature == 0 else int(torch.multinomial(row.exp(), 1, generator=r.generator))
             )  # fmt: skip
             new.append(token)
-        first = not r.drawn
-        r.drawn += new
+        first = not r.sampled
+        r.sampled += new
         r.ids += new
-        reason = "stop" if new[-1] in p.stop_token_ids else "length" if len(r.drawn) >= p.max_tokens else None  # fmt: skip
+        reason = "stop" if new[-1] in p.stop_token_ids else "length" if len(r.sampled) >= p.max_tokens else None  # fmt: skip
         spans = (
-            [SimpleNamespace(version=self.label, start=0, end=len(r.drawn))]
+            [SimpleNamespace(version=self.label, start=0, end=len(r.sampled))]
             if reason and self.labels
             else None
         )
@@ -243,8 +245,8 @@ class FakeLLM:
     def appo_attach(self):
         tap.attach(self.llm_engine.runner)
 
-    def appo_take_drawn(self, keys):
-        return tap.take_drawn(keys)
+    def appo_take_sampled(self, keys):
+        return tap.take_sampled(keys)
 
     def appo_take_scored(self, keys):
         return tap.take_scored(keys)

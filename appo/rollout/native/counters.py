@@ -35,13 +35,13 @@ class Counters:
             self.independent_tokens - self.prefill_tokens - self.decode_tokens - self.scored_tokens
         )
 
-    def forward(self, rows: int, drawing: list[Run]) -> None:
+    def forward(self, rows: int, sampling: list[Run]) -> None:
         """One forward of `rows`, at the end of which these runs draw a token (it is not in `run.tokens` yet)."""
-        decoded = sum(1 for run in drawing if run.tokens)
+        decoded = sum(1 for run in sampling if run.tokens)
         self.steps += 1
         self.decode_tokens += decoded
         self.prefill_tokens += rows - decoded
-        for run in drawing:
+        for run in sampling:
             self.independent_tokens += run.length - self._covered.get(run.seq, 0)
             self._covered[run.seq] = run.length
 

@@ -1,4 +1,4 @@
-"""The one loop of the engine: plan → forward → draw → commit.
+"""The one loop of the engine: plan → forward → sample → commit.
 
 The tree changes only in commit, so whatever goes wrong before it leaves every sequence as it was. What goes wrong in
 commit can only be a stop callback: by then all tokens are drawn, and all of them are kept.
@@ -14,12 +14,10 @@ from appo.rollout.engine import Stopped
 from appo.rollout.native.counters import Counters
 from appo.rollout.native.events import EventLog
 from appo.rollout.native.runner import Runner
-from appo.rollout.native.sampling.sampler import Sampler
+from appo.rollout.native.sampling.sampler import Results, Sampler
 from appo.rollout.native.scheduler import Run, Scheduler, State
 from appo.rollout.native.tree.layout import Layout
 from appo.rollout.submission import Reason
-
-Drawn = tuple[list[int], list[float], list[float]]  # tokens, logprobs, entropies
 
 
 class Loop:
@@ -44,7 +42,7 @@ class Loop:
         if self.scheduler.by_seq:
             try:
                 layout = self.scheduler.plan()
-                runs, drawn = self._run(layout, runner)
+                runs, sampled = self._run(layout, runner)
                 self.tree.commit(layout)
             except BaseException:
                 if self.tree.open is not None:  # neither before a plan nor after commit
@@ -52,7 +50,7 @@ class Loop:
                 raise
             self.counters.forward(len(layout.ids), runs)
             self.log.step += 1
-            self._commit(runs, drawn, version)
+            self._commit(runs, sampled, version)
         events, self._late = self._late, []
         return events
 
@@ -66,8 +64,8 @@ class Loop:
         self._late = [event for event in self._late if event.seq != seq]
         return sum(len(event.token_ids) for event in dropped)
 
-    def _run(self, layout: Layout, runner: Runner) -> tuple[list[Run], Drawn]:
-        """Forward and draw; → whose rows were sampled, and what."""
+    def _run(self, layout: Layout, runner: Runner) -> tuple[list[Run], Results]:
+        """Forward and sample; → whose rows were sampled, and what."""
         runs = [self.scheduler.by_seq[seq] for seq in layout.seqs]
         runner.pool.ensure(self.tree.span)
         hidden = runner.forward(layout, layout.out_rows)
@@ -77,12 +75,12 @@ class Loop:
             self.sampler.rows([run.params for run in runs], layout.seqs)
             self._runs = runs
         seeds, positions = [run.seed for run in runs], [run.length for run in runs]
-        return runs, self.sampler.draw(hidden, seeds, positions)
+        return runs, self.sampler.sample(hidden, seeds, positions)
 
-    def _commit(self, runs: list[Run], drawn: Drawn, version: int) -> None:
+    def _commit(self, runs: list[Run], sampled: Results, version: int) -> None:
         """Every token into its sequence; what stops goes to `_late`. The first callback that raised is reported after."""
         failed: tuple[int, BaseException] | None = None
-        for run, token, logprob, entropy in zip(runs, *drawn):
+        for run, token, logprob, entropy in zip(runs, *sampled):
             if self.scheduler.by_seq.get(run.seq) is not run:
                 continue  # a callback of this step cancelled it
             run.take(token, logprob, entropy)

@@ -82,7 +82,7 @@ class Decoder:
             self.core.abort_request([run.key])
         del self.by_seq[run.seq.handle]
         if self.statistics == "exact":
-            self.call("appo_take_drawn", [run.key])
+            self.call("appo_take_sampled", [run.key])
 
     def step(self, other: Callable[[Any], None]) -> None:
         """One step of vLLM; outputs of requests that are no runs go to `other`.
@@ -186,7 +186,7 @@ class Decoder:
         """Exact entropies of these runs, out of the worker, which forgets them."""
         if not runs:
             return
-        found = self.call("appo_take_drawn", [run.key for run in runs])
+        found = self.call("appo_take_sampled", [run.key for run in runs])
         lost = []
         for run in runs:
             mine = found.get(run.key, {})

@@ -22,7 +22,7 @@ ROWS = 32  # rows of logits at a time: two float32 copies of a 150k vocabulary a
 Piece = tuple[int, list[float], list[float]]  # first row, log-probs, entropies
 
 # By key; in the worker's process. A request that is cancelled is taken too, so nothing stays behind.
-_drawn: dict[str, dict[int, float]] = {}
+_sampled: dict[str, dict[int, float]] = {}
 _scored: dict[str, list[Piece]] = {}
 
 
@@ -33,7 +33,7 @@ def entropy(logits: Tensor, inv_temp: Tensor) -> Tensor:
     return -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)
 
 
-class DrawnEntropies:
+class SampledEntropies:
     """The batch as a logits processor sees it: which row is which request, and at which temperature it draws.
 
     Entropies are filed under the number of tokens already drawn. A prefill in several parts, or one that is done again
@@ -49,11 +49,11 @@ class DrawnEntropies:
         """removed: rows · added: (row, SamplingParams, prompt ids, live list of drawn ids) · moved: (a, b, swap)."""
         for row in removed:
             self.rows.pop(row, None)
-        for row, params, _, drawn in added:
+        for row, params, _, sampled in added:
             self.rows.pop(row, None)
             key = (params.extra_args or {}).get(KEY)
             if key is not None and SCORE not in params.extra_args:
-                self.rows[row] = (key, params.temperature or 1.0, drawn)
+                self.rows[row] = (key, params.temperature or 1.0, sampled)
         for a, b, swap in moved:
             first, second = self.rows.pop(a, None), self.rows.pop(b, None)
             if first is not None:
@@ -69,8 +69,8 @@ class DrawnEntropies:
             temp = torch.tensor([[self.rows[r][1]] for r in part], dtype=torch.float32)
             values = entropy(logits[part], (1.0 / temp).to(logits.device)).tolist()
             for row, value in zip(part, values):
-                key, _, drawn = self.rows[row]
-                _drawn.setdefault(key, {})[len(drawn)] = value
+                key, _, sampled = self.rows[row]
+                _sampled.setdefault(key, {})[len(sampled)] = value
 
 
 def see_prompts(runner: Any, hidden: Tensor, scheduled: dict[str, int]) -> None:
@@ -97,9 +97,9 @@ def see_prompts(runner: Any, hidden: Tensor, scheduled: dict[str, int]) -> None:
             _scored.setdefault(extra[KEY], []).append(piece)
 
 
-def take_drawn(keys: Iterable[str]) -> dict[str, dict[int, float]]:
+def take_sampled(keys: Iterable[str]) -> dict[str, dict[int, float]]:
     """Entropies by number of tokens drawn before, of these requests; they are forgotten here."""
-    return {key: _drawn.pop(key) for key in keys if key in _drawn}
+    return {key: _sampled.pop(key) for key in keys if key in _sampled}
 
 
 def take_scored(keys: Iterable[str]) -> dict[str, list[Piece]]:

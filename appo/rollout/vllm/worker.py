@@ -20,7 +20,7 @@ class EntropyProcessor(LogitsProcessor):
     """Files the entropy of the full distribution, before top-k and top-p, at the request's temperature."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
-        self.entropies = tap.DrawnEntropies()
+        self.entropies = tap.SampledEntropies()
 
     def is_argmax_invariant(self) -> bool:
         """False: processors that are get no call in a batch of greedy requests."""
@@ -43,8 +43,8 @@ class WorkerExtension:
         """Exact scoring from now on."""
         tap.attach(self.model_runner)  # type: ignore[attr-defined]
 
-    def appo_take_drawn(self, keys: list[str]) -> dict[str, dict[int, float]]:
-        return tap.take_drawn(keys)
+    def appo_take_sampled(self, keys: list[str]) -> dict[str, dict[int, float]]:
+        return tap.take_sampled(keys)
 
     def appo_take_scored(self, keys: list[str]) -> dict[str, list[tap.Piece]]:
         return tap.take_scored(keys)

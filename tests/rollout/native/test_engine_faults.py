@@ -203,7 +203,7 @@ class Broken(Exception):
     pass
 
 
-@pytest.mark.parametrize("where", ["forward", "pool", "draw"])
+@pytest.mark.parametrize("where", ["forward", "pool", "sample"])
 def test_an_exception_in_a_step_leaves_everything_as_it_was(folder, where, monkeypatch):
     """Prefill, decode and a score are interrupted once each; the results are those of an undisturbed engine."""
     plain = NativeEngine(folder, dtype="float32", prefill_chunk=16)
@@ -214,7 +214,7 @@ def test_an_exception_in_a_step_leaves_everything_as_it_was(folder, where, monke
     owner, name = {
         "forward": (engine.runner, "forward"),
         "pool": (engine.runner.pool, "ensure"),
-        "draw": (engine.sampler, "draw"),
+        "sample": (engine.sampler, "sample"),
     }[where]
 
     def fails(*_, **__):
@@ -226,7 +226,7 @@ def test_an_exception_in_a_step_leaves_everything_as_it_was(folder, where, monke
         before = engine.stats(), engine.tokens(seq), engine.tree.kv(seq)
         with monkeypatch.context() as m:
             m.setattr(owner, name, fails)
-            if where != "draw" or steps:  # the first chunk draws nothing
+            if where != "sample" or steps:  # the first chunk draws nothing
                 with pytest.raises(Broken):
                     engine.step()
         after = engine.stats(), engine.tokens(seq), engine.tree.kv(seq)
@@ -237,7 +237,7 @@ def test_an_exception_in_a_step_leaves_everything_as_it_was(folder, where, monke
         check_tree(engine.tree)
     finish(engine)
     assert engine.tokens(seq) == plain.tokens(expected)
-    if where != "draw":
+    if where != "sample":
         with monkeypatch.context() as m:
             m.setattr(owner, name, fails)
             with pytest.raises(Broken):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from appo.rollout.native.sampling import native_sample as native_draw
+from appo.rollout.native.sampling import native_sample
 from appo.rollout.native.sampling.noise import halves, key, uniform, uniforms
 
 torch.set_num_threads(1)
 needs_native = pytest.mark.skipif(
-    not native_draw.available(), reason="no native library or no AVX2"
+    not native_sample.available(), reason="no native library or no AVX2"
 )
 ISAS = ["", "avx2"]
 
@@ -50,7 +50,7 @@ def test_cpp_has_the_same_bits(isa):
     for seed, position in [(0, 0), (-1, 1), (2**63 - 1, 17), (-(2**63), 2**40), (12345, 4096)]:
         for count in (1, 15, 16, 17, 1000, 151_936):
             want = bits(seed, position, torch.arange(count))
-            assert torch.equal(native_draw.noise_bits(seed, position, count, isa), want)
+            assert torch.equal(native_sample.noise_bits(seed, position, count, isa), want)
 
 
 def test_small_noise_keeps_its_digits():

@@ -42,10 +42,10 @@ def clean(monkeypatch):
                  "VLLM_LOGGING_LEVEL", "VLLM_CPU_OMP_THREADS_BIND"):  # fmt: skip
         monkeypatch.setenv(name, "")  # restored afterwards
         monkeypatch.delenv(name)
-    tap._drawn.clear()
+    tap._sampled.clear()
     tap._scored.clear()
     yield
-    assert tap._drawn == {} and tap._scored == {}  # nothing may be left in the worker
+    assert tap._sampled == {} and tap._scored == {}  # nothing may be left in the worker
 
 
 def make(folder, cpu=True, **more):
@@ -386,9 +386,9 @@ def test_a_sequence_that_vllm_ends_takes_no_other_with_it(folder):
 def test_entropies_that_the_worker_does_not_have(folder):
     engine = make(folder)
     seqs = three(engine, None)
-    take = FakeLLM.last.appo_take_drawn
+    take = FakeLLM.last.appo_take_sampled
     lost = FakeLLM.last.llm_engine.seen[0].key
-    FakeLLM.last.appo_take_drawn = lambda keys: {k: v for k, v in take(keys).items() if k != lost}
+    FakeLLM.last.appo_take_sampled = lambda keys: {k: v for k, v in take(keys).items() if k != lost}
     with pytest.raises(EngineError, match="no distribution for token 0 of sequence 0"):
         engine.step()
     assert sorted(run(engine)) == seqs[1:]
@@ -844,7 +844,7 @@ def test_entropy_with_excluded_tokens():
 
 
 def test_rows_follow_the_batch():
-    rows = tap.DrawnEntropies()
+    rows = tap.SampledEntropies()
     p = SimpleNamespace(extra_args={tap.KEY: "a"}, temperature=2.0)
     q = SimpleNamespace(extra_args={tap.KEY: "b"}, temperature=0.0)
     other = SimpleNamespace(extra_args=None, temperature=1.0)

@@ -1,4 +1,4 @@
-"""The output head in C++ (csrc/decoder/head.cpp): its weight packed once, logits or drawn tokens from it.
+"""The output head in C++ (csrc/layer_head.cpp): its weight packed once, logits or sampled tokens from it.
 
 Needs what the C++ layers need (layers.unavailable). A row's bits depend on that row, its draw and the weights: not on
 the batch it stands in, not on the number of threads.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from appo._kernels.common import native
-from appo.rollout.native.sampling.definition import Drawn, Rows
+from appo.rollout.native.sampling.definition import Sampled, SamplingRows
 
 
 class NativeHead:
@@ -45,9 +45,9 @@ class NativeHead:
         self._logits(self._head, hidden, out, self.thread_count())
         return out
 
-    def draw(self, hidden: Tensor, rows: Rows) -> Drawn:
+    def sample(self, hidden: Tensor, rows: SamplingRows) -> Sampled:
         """One token per row of hidden[R, d], from `logits(hidden)` of which only ever a tile is in memory."""
-        out = Drawn.empty(len(hidden))
+        out = Sampled.empty(len(hidden))
         self._sample(
             self._head, hidden.contiguous(),
             rows.seeds, rows.positions, rows.inv_temp, rows.greedy,

@@ -21,7 +21,7 @@ from appo.rollout.native.model import layers as native_layers
 from appo.rollout.native.model.adapters import Adapters
 from appo.rollout.native.model.linear import Layer, Linear, Slice, Target
 from appo.rollout.native.model.weights import ModelConfig, inverse_frequencies
-from appo.rollout.native.sampling.definition import Drawn, Rows
+from appo.rollout.native.sampling.definition import Sampled, SamplingRows
 
 # attention(layer, q[M,Hq,D], k[M,Hkv,D], v[M,Hkv,D]) -> [M, Hq*D]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -168,9 +168,9 @@ class Model:
         """[R, V], float32 if fp32_logits or from the C++ head, else in the weights' dtype."""
         return self.head(hidden) if self.native is None else self.native.logits(hidden)
 
-    def draw(self, hidden: Tensor, rows: Rows) -> Drawn | None:
+    def sample(self, hidden: Tensor, rows: SamplingRows) -> Sampled | None:
         """One token per row by the C++ head, from a tile of logits at a time; None where PyTorch is the runner."""
-        return None if self.native is None else self.native.head.draw(hidden, rows)
+        return None if self.native is None else self.native.head.sample(hidden, rows)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.eps).to(self.dtype)

@@ -1,4 +1,4 @@
-"""Draw tokens from logits by an exponential race, in PyTorch: the definition, and what runs where C++ and Triton cannot.
+"""Sample tokens from logits by an exponential race, in PyTorch: the definition, and what runs where C++ and Triton cannot.
 
     z_i = x_i / τ        token = argmin_i E_i / e^(z_i) = argmin_i (log E_i - z_i)
 
@@ -28,7 +28,7 @@ MARGIN = 1.0001  # of the bound on u: e^z in float32 is off by less than 3e-5
 
 
 @dataclass(frozen=True)
-class Rows:
+class SamplingRows:
     """How each row of a batch is drawn: CPU tensors [R].
 
     seeds, positions int64 (position: the absolute one of the token that is drawn) · inv_temp float32 above 0, greedy
@@ -42,7 +42,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Sampled:
     """tokens[R] int64, -1 where there is nothing to draw from (NaN, +inf, all -inf) · logp[R], entropy[R] float32, nats."""
 
     tokens: Tensor
@@ -50,8 +50,8 @@ class Drawn:
     entropy: Tensor
 
     @staticmethod
-    def empty(rows: int) -> Drawn:
-        return Drawn(torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows))
+    def empty(rows: int) -> Sampled:
+        return Sampled(torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows))
 
 
 def race(words: noise.Key, ids: Tensor, x: Tensor, inv_temp: float) -> Tensor:
@@ -59,20 +59,20 @@ def race(words: noise.Key, ids: Tensor, x: Tensor, inv_temp: float) -> Tensor:
     return torch.log(-torch.log1p(-noise.uniforms(words, ids))) - x.double() * inv_temp
 
 
-def draw(logits: Tensor, rows: Rows) -> Drawn:
+def sample(logits: Tensor, rows: SamplingRows) -> Sampled:
     """One token per row of logits[R, V], any float dtype, on any device."""
-    out = Drawn.empty(len(logits))
+    out = Sampled.empty(len(logits))
     ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
     for i, x in enumerate(logits):  # one by one: what a row needs stays in the cache
         words = noise.key(int(rows.seeds[i]), int(rows.positions[i]))
-        token, logp, entropy = _draw_row(
+        token, logp, entropy = _sample_row(
             x.float(), ids, None if rows.greedy[i] else words, float(rows.inv_temp[i])
         )
         out.tokens[i], out.logp[i], out.entropy[i] = token, logp, entropy
     return out
 
 
-def _draw_row(
+def _sample_row(
     x: Tensor, ids: Tensor, words: noise.Key | None, inv_temp: float
 ) -> tuple[int, float, float]:
     """(token, logp, entropy) of x[V] float32; words: the key, None: greedy."""
@@ -131,7 +131,7 @@ def _weights(x: Tensor, top: Tensor, inv_temp: float) -> Tensor:
     return ((x.double() - top.double()) * inv_temp).exp()
 
 
-def draw_kept(
+def sample_kept(
     x: Tensor, ids: Tensor, seed: int, position: int, inv_temp: float
 ) -> tuple[int, float]:
     """(token, logp) of a draw from softmax(z) renormalised over ids[n] int64."""

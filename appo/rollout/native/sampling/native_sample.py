@@ -1,6 +1,6 @@
-"""`draw` over logits in memory in C++ (csrc/sampling/), and its noise. Behind the output head: head.py.
+"""`sample` over logits in memory in C++ (csrc/sample*), and its noise. Behind the output head: head.py.
 
-Same tokens as the definition in draw.py; logp and entropy within float32 rounding. A row's bits depend on its logits
+Same tokens as definition.py; logp and entropy within float32 rounding. A row's bits depend on its logits
 and its draw alone: not on the rows beside it, not on the number of threads.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from appo._kernels.common import native
 from appo._kernels.linear_logprob import backend_cpu as linear_cpu
-from appo.rollout.native.sampling.definition import Drawn, Rows
+from appo.rollout.native.sampling.definition import Sampled, SamplingRows
 
 
 def available() -> bool:
@@ -21,9 +21,11 @@ def available() -> bool:
     return linear_cpu.isa() is not None
 
 
-def draw(logits: Tensor, rows: Rows, threads: int | None = None, isa: str = "") -> Drawn:
+def sample(
+    logits: Tensor, rows: SamplingRows, threads: int | None = None, isa: str = ""
+) -> Sampled:
     """One token per row of logits[R, V] on the CPU. isa: "avx512", "avx2"; "" is the best. threads: None: torch's."""
-    out = Drawn.empty(len(logits))
+    out = Sampled.empty(len(logits))
     _function("sample_logits")(
         logits.float().contiguous(),
         rows.seeds, rows.positions, rows.inv_temp, rows.greedy,

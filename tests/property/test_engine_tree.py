@@ -15,7 +15,7 @@ from support.tiny_models import VOCAB, build, dense, finish
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
 from appo.rollout.native import engine as engine_module
-from appo.rollout.native.scheduler import State
+from appo.rollout.native.requests import SequenceState
 from appo.rollout.native.tree.integrity import check_tree
 from appo.rollout.native.tree.segment_tree import SegmentTree
 
@@ -114,7 +114,11 @@ class Life:
         check_tree(engine.tree)
         for seq, ids in self.shadow.items():
             if seq in self.running:
-                assert engine.state(seq) in (State.WAITING, State.PREFILL, State.DECODE)
+                assert engine.state(seq) in (
+                    SequenceState.WAITING,
+                    SequenceState.PREFILL,
+                    SequenceState.DECODE,
+                )
                 assert engine.tokens(seq)[: len(ids)] == ids
             else:
                 assert engine.tokens(seq) == ids

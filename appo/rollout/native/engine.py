@@ -36,9 +36,10 @@ from appo.rollout.native.loop import Loop
 from appo.rollout.native.model.model import Model
 from appo.rollout.native.model.weights import read_config, read_tensors
 from appo.rollout.native.prompts import Prompts
+from appo.rollout.native.requests import Request, SequenceState
 from appo.rollout.native.runner import make_runner
 from appo.rollout.native.sampling.sampler import Sampler
-from appo.rollout.native.scheduler import Run, Scheduler, State
+from appo.rollout.native.scheduler import Scheduler
 from appo.rollout.native.scoring import TreeScore
 from appo.rollout.native.tree.block_list import BLOCK
 from appo.rollout.native.tree.native_tree import make_tree
@@ -168,9 +169,9 @@ class NativeEngine:
         self.tree.length(seq)  # known and live
         if self.loop.is_late(seq):
             self.cancel(seq)
-        run = self.scheduler.by_seq.get(seq)
-        if run is not None:
-            self._take_out(run)
+        request = self.scheduler.by_seq.get(seq)
+        if request is not None:
+            self._take_out(request)
         self.scheduler.forget(seq)
         self.prompts.forget(seq)
         self.tree.release(seq)
@@ -187,7 +188,7 @@ class NativeEngine:
         """All token ids of the sequence."""
         return self.tree.tokens(seq)
 
-    def state(self, seq: int) -> State:
+    def state(self, seq: int) -> SequenceState:
         """Where the sequence stands; DONE for a handle that was given back."""
         return self.scheduler.state(seq)
 
@@ -216,12 +217,12 @@ class NativeEngine:
         as decoding: the event is dropped.
         """
         length = self.tree.length(seq)
-        run = self.scheduler.by_seq.get(seq)
-        if run is not None:
-            self._take_out(run)
-            sampled = len(run.tokens)
+        request = self.scheduler.by_seq.get(seq)
+        if request is not None:
+            self._take_out(request)
+            sampled = len(request.tokens)
         elif sampled := self.loop.take_back(seq):
-            self.scheduler.rest(seq, State.CANCELLED)
+            self.scheduler.rest(seq, SequenceState.CANCELLED)
         else:
             return
         self._cut(seq, length - sampled)
@@ -233,11 +234,11 @@ class NativeEngine:
         self._cut(seq, length)
         self.log.write("rewind", seq, length=length)
 
-    def _take_out(self, run: Run) -> None:
-        """The run ends without an event."""
-        if run in self.scheduler.active and not run.tokens:
-            self._count.gave_up(run.seq, self.tree.kv(run.seq))
-        self.scheduler.remove(run, State.CANCELLED)
+    def _take_out(self, request: Request) -> None:
+        """The request ends without an event."""
+        if request in self.scheduler.active and not request.tokens:
+            self._count.gave_up(request.seq, self.tree.kv(request.seq))
+        self.scheduler.remove(request, SequenceState.CANCELLED)
 
     def _cut(self, seq: int, length: int) -> None:
         self.tree.truncate(seq, length)
@@ -247,12 +248,12 @@ class NativeEngine:
     def preempt(self, seq: int) -> None:
         """Take a running sequence out and drop its private KV, as for want of room. It goes on by itself, and the same."""
         self.tree.length(seq)  # known and live
-        run = self.scheduler.by_seq.get(seq)
-        if run is None or run not in self.scheduler.active:
+        request = self.scheduler.by_seq.get(seq)
+        if request is None or request not in self.scheduler.active:
             raise EngineError(
                 f"preempt(seq={seq}): it is {self.state(seq).value}; only a running one can be preempted"
             )
-        self.scheduler.preempt(run)
+        self.scheduler.preempt(request)
 
     def has_work(self) -> bool:
         return self.loop.has_work()

@@ -13,9 +13,10 @@ from appo.errors import EngineError
 from appo.rollout.engine import Stopped
 from appo.rollout.native.counters import Counters
 from appo.rollout.native.events import EventLog
+from appo.rollout.native.requests import Request, SequenceState
 from appo.rollout.native.runner import Runner
 from appo.rollout.native.sampling.sampler import Results, Sampler
-from appo.rollout.native.scheduler import Run, Scheduler, State
+from appo.rollout.native.scheduler import Scheduler
 from appo.rollout.native.tree.layout import Layout
 from appo.rollout.submission import Reason
 
@@ -26,7 +27,7 @@ class Loop:
     def __init__(self, scheduler: Scheduler, sampler: Sampler, log: EventLog, counters: Counters):
         self.scheduler, self.tree, self.sampler = scheduler, scheduler.tree, sampler
         self.log, self.counters = log, counters
-        self._runs: list[Run] = []  # whose rows the sampler is set up for
+        self._requests: list[Request] = []  # whose rows the sampler is set up for
         self._late: list[Stopped] = []  # events that an exception kept from being returned
 
     @property
@@ -42,15 +43,15 @@ class Loop:
         if self.scheduler.by_seq:
             try:
                 layout = self.scheduler.plan()
-                runs, sampled = self._run(layout, runner)
+                requests, sampled = self._run(layout, runner)
                 self.tree.commit(layout)
             except BaseException:
                 if self.tree.open is not None:  # neither before a plan nor after commit
                     self.tree.abort(self.tree.open)
                 raise
-            self.counters.forward(len(layout.ids), runs)
+            self.counters.forward(len(layout.ids), requests)
             self.log.step += 1
-            self._commit(runs, sampled, version)
+            self._commit(requests, sampled, version)
         events, self._late = self._late, []
         return events
 
@@ -64,33 +65,34 @@ class Loop:
         self._late = [event for event in self._late if event.seq != seq]
         return sum(len(event.token_ids) for event in dropped)
 
-    def _run(self, layout: Layout, runner: Runner) -> tuple[list[Run], Results]:
+    def _run(self, layout: Layout, runner: Runner) -> tuple[list[Request], Results]:
         """Forward and sample; → whose rows were sampled, and what."""
-        runs = [self.scheduler.by_seq[seq] for seq in layout.seqs]
+        requests = [self.scheduler.by_seq[seq] for seq in layout.seqs]
         runner.pool.ensure(self.tree.span)
         hidden = runner.forward(layout, layout.out_rows)
-        if not runs:
-            return runs, ([], [], [])
-        if runs != self._runs:
-            self.sampler.rows([run.params for run in runs], layout.seqs)
-            self._runs = runs
-        seeds, positions = [run.seed for run in runs], [run.length for run in runs]
-        return runs, self.sampler.sample(hidden, seeds, positions)
+        if not requests:
+            return requests, ([], [], [])
+        if requests != self._requests:
+            self.sampler.rows([request.params for request in requests], layout.seqs)
+            self._requests = requests
+        seeds = [request.seed for request in requests]
+        positions = [request.length for request in requests]
+        return requests, self.sampler.sample(hidden, seeds, positions)
 
-    def _commit(self, runs: list[Run], sampled: Results, version: int) -> None:
+    def _commit(self, requests: list[Request], sampled: Results, version: int) -> None:
         """Every token into its sequence; what stops goes to `_late`. The first callback that raised is reported after."""
         failed: tuple[int, BaseException] | None = None
-        for run, token, logprob, entropy in zip(runs, *sampled):
-            if self.scheduler.by_seq.get(run.seq) is not run:
+        for request, token, logprob, entropy in zip(requests, *sampled):
+            if self.scheduler.by_seq.get(request.seq) is not request:
                 continue  # a callback of this step cancelled it
-            run.take(token, logprob, entropy)
-            self.tree.extend(run.seq, [token])
+            request.take(token, logprob, entropy)
+            self.tree.extend(request.seq, [token])
             try:
-                reason = run.reason_to_stop(token)
+                reason = request.reason_to_stop(token)
             except BaseException as e:  # raised again below
-                failed, reason = failed or (run.seq, e), run.at_end(token)
-            if reason is not None and self.scheduler.by_seq.get(run.seq) is run:
-                self._stop(run, reason, version)
+                failed, reason = failed or (request.seq, e), request.at_end(token)
+            if reason is not None and self.scheduler.by_seq.get(request.seq) is request:
+                self._stop(request, reason, version)
         if failed is None:
             return
         seq, error = failed
@@ -101,7 +103,10 @@ class Loop:
             "the sequence"
         ) from error
 
-    def _stop(self, run: Run, reason: Reason, version: int) -> None:
-        self.scheduler.remove(run, State.TOOL_WAIT if reason == "stop" else State.FORK_READY)
-        self.log.write("stop", run.seq, reason=reason, ids=run.tokens)
-        self._late.append(Stopped(run.seq, run.tokens, run.logprobs, run.entropy, reason, version))
+    def _stop(self, request: Request, reason: Reason, version: int) -> None:
+        state = SequenceState.TOOL_WAIT if reason == "stop" else SequenceState.FORK_READY
+        self.scheduler.remove(request, state)
+        self.log.write("stop", request.seq, reason=reason, ids=request.tokens)
+        self._late.append(
+            Stopped(request.seq, request.tokens, request.logprobs, request.entropy, reason, version)
+        )

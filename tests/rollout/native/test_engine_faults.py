@@ -9,7 +9,7 @@ from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
 from appo.rollout.native.model.weights import read_tensors
-from appo.rollout.native.scheduler import State
+from appo.rollout.native.requests import SequenceState
 from appo.rollout.native.tree.integrity import check_tree
 
 torch.set_num_threads(1)
@@ -154,10 +154,10 @@ def test_cancel_and_release_in_every_state(engine):
         engine.cancel(seq)
 
     states = {
-        State.WAITING: waiting, State.PREFILL: prefill, State.DECODE: decode, State.TOOL_WAIT: tool,
-        State.CANCELLED: cancelled, State.FORK_READY: lambda seq: sampled(engine, 3),
+        SequenceState.WAITING: waiting, SequenceState.PREFILL: prefill, SequenceState.DECODE: decode, SequenceState.TOOL_WAIT: tool,
+        SequenceState.CANCELLED: cancelled, SequenceState.FORK_READY: lambda seq: sampled(engine, 3),
     }  # fmt: skip
-    for name, reach in [*states.items(), (State.WAITING, preempted)]:
+    for name, reach in [*states.items(), (SequenceState.WAITING, preempted)]:
         for children in (0, 1):
             for end in ("cancel", "release"):
                 seq = engine.add_prompt(PROMPT)
@@ -309,7 +309,7 @@ def test_an_event_nobody_was_told_of_goes_with_its_sequence(engine, end):
     getattr(engine, end)(late)
     assert not engine.has_work() and engine.step() == []
     if end == "cancel":
-        assert engine.state(late) is State.CANCELLED and engine.tokens(late) == PROMPT[:7]
+        assert engine.state(late) is SequenceState.CANCELLED and engine.tokens(late) == PROMPT[:7]
         engine.submit(late, SamplingParams(3), seed=0)
         assert len(finish(engine)[late].token_ids) == 3
     check_tree(engine.tree)

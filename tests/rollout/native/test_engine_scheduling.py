@@ -9,7 +9,7 @@ from appo.errors import EngineError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
 from appo.rollout.native.model.weights import read_tensors
-from appo.rollout.native.scheduler import State
+from appo.rollout.native.requests import SequenceState
 from appo.rollout.native.tree.integrity import check_tree
 
 torch.set_num_threads(1)
@@ -49,32 +49,34 @@ def released(engine, seqs):
 def test_a_sequence_goes_through_the_states(make):
     engine = make(max_batch=1)
     seq, other = engine.add_prompt(PROMPT), engine.add_prompt(ids(1, 20))
-    assert engine.state(seq) is State.FORK_READY
+    assert engine.state(seq) is SequenceState.FORK_READY
     calls = []
     params = SamplingParams(30, stop=lambda t: calls.append(t) or len(calls) == 3)
     engine.submit(seq, params, seed=0)
     engine.submit(other, SamplingParams(3), seed=0)
-    assert engine.state(seq) is engine.state(other) is State.WAITING
+    assert engine.state(seq) is engine.state(other) is SequenceState.WAITING
     engine.step()
-    assert engine.state(seq) is State.PREFILL and engine.state(other) is State.WAITING
+    assert (
+        engine.state(seq) is SequenceState.PREFILL and engine.state(other) is SequenceState.WAITING
+    )
     engine.step()
     engine.step()  # 40 tokens in chunks of 16: the last chunk draws the first token
-    assert engine.state(seq) is State.DECODE
+    assert engine.state(seq) is SequenceState.DECODE
     events = []
     while not events:
         events = engine.step()
-    assert [e.seq for e in events] == [seq] and engine.state(seq) is State.TOOL_WAIT
+    assert [e.seq for e in events] == [seq] and engine.state(seq) is SequenceState.TOOL_WAIT
     engine.append(seq, [1, 2])
-    assert engine.state(seq) is State.TOOL_WAIT
+    assert engine.state(seq) is SequenceState.TOOL_WAIT
     engine.submit(seq, SamplingParams(5), seed=0)
-    assert engine.state(seq) is State.WAITING  # behind the other one
+    assert engine.state(seq) is SequenceState.WAITING  # behind the other one
     engine.step()
     engine.cancel(other)
-    assert engine.state(other) is State.CANCELLED and engine.length(other) == 20
+    assert engine.state(other) is SequenceState.CANCELLED and engine.length(other) == 20
     finish(engine)
-    assert engine.state(seq) is State.FORK_READY
+    assert engine.state(seq) is SequenceState.FORK_READY
     engine.release(seq)
-    assert engine.state(seq) is State.DONE
+    assert engine.state(seq) is SequenceState.DONE
     with pytest.raises(EngineError, match="unknown"):
         engine.state(99)
 
@@ -118,7 +120,7 @@ def test_a_large_one_is_not_overtaken(make):
     engine.submit(large, SamplingParams(10), seed=0)  # 4 blocks
     engine.submit(small, SamplingParams(2), seed=0)  # 1 block: there would be room
     engine.step()
-    assert engine.state(large) is engine.state(small) is State.WAITING
+    assert engine.state(large) is engine.state(small) is SequenceState.WAITING
     finish(engine)
     assert [s for _, s in kinds(engine, "admit")] == [first, large, small]
 
@@ -153,7 +155,7 @@ def test_a_pool_too_small_for_one_sequence_says_what_it_needs(make):
     message = r"grow to 60 tokens it needs 4 blocks.*the pool has 3; raise kv_tokens to 64"
     with pytest.raises(EngineError, match=message):
         engine.submit(seq, SamplingParams(20), seed=0)
-    assert not engine.has_work() and engine.state(seq) is State.FORK_READY
+    assert not engine.has_work() and engine.state(seq) is SequenceState.FORK_READY
     engine.submit(seq, SamplingParams(9), seed=0)  # 48 positions
     assert len(finish(engine)) == 1
     branch = engine.fork(
@@ -243,7 +245,7 @@ def test_the_youngest_running_one_gives_way_to_a_score(make):
     sampled = engine.tokens(seqs[1])
     engine.score([idle])
     assert kinds(engine, "preempt") == [("preempt", seqs[1])]
-    assert engine.state(seqs[1]) is State.WAITING and engine.tokens(seqs[1]) == sampled
+    assert engine.state(seqs[1]) is SequenceState.WAITING and engine.tokens(seqs[1]) == sampled
     events = finish(engine)
     alone = make()
     for seq in seqs:
@@ -326,7 +328,7 @@ def test_a_preempted_run_goes_on_identically_and_first(make):
         engine.step()
     held = engine.stats()["kv_tokens"]
     engine.preempt(seq)
-    assert engine.stats()["kv_tokens"] == 0 < held and engine.state(seq) is State.WAITING
+    assert engine.stats()["kv_tokens"] == 0 < held and engine.state(seq) is SequenceState.WAITING
     with pytest.raises(EngineError, match="it is waiting; only a running one"):
         engine.preempt(seq)
     events = finish(engine)

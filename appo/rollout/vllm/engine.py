@@ -20,7 +20,7 @@ from appo.rollout.engine import SamplingParams, Scored, Stopped
 from appo.rollout.submission import Alone, checked_ids
 from appo.rollout.vllm.decoding import Decoder
 from appo.rollout.vllm.scoring import ScorePass
-from appo.rollout.vllm.sequences import Run, Sequences, check_fresh, check_params
+from appo.rollout.vllm.sequences import DecodeRequest, Sequences, check_fresh, check_params
 from appo.rollout.vllm.start import (
     STATISTICS,
     Api,
@@ -117,7 +117,7 @@ class VLLMEngine:
         return {
             **self.decoder.count,
             "live_sequences": len(self.sequences.by_handle),
-            "running": len(self.decoder.runs),
+            "running": len(self.decoder.requests),
             "load_seconds": self._load_seconds,
             "entropy_exact": float(self.entropy_exact),
         }
@@ -172,16 +172,16 @@ class VLLMEngine:
                 f"submit(seq={seq}): {length} tokens leave no room in max_context={self.max_context}"
             )
         end = min(length + params.max_new_tokens, self.max_context)
-        run = Run(self.decoder.key(), s, params, self.policy_version, length, end)
-        self.decoder.submit(run, seed)
+        request = DecodeRequest(self.decoder.key(), s, params, self.policy_version, length, end)
+        self.decoder.submit(request, seed)
 
     def cancel(self, seq: int) -> None:
         """Stop decoding and drop what was sampled since submit; no effect on a sequence that is not decoding."""
         self.sequences.get(seq)  # known and live
-        run = self.decoder.by_seq.get(seq)  # also one that stopped, but nobody knows yet
-        if run is not None:
-            self.decoder.cancel(run)
-            self.sequences.truncate(seq, run.start)
+        request = self.decoder.by_seq.get(seq)  # also one that stopped, but nobody knows yet
+        if request is not None:
+            self.decoder.cancel(request)
+            self.sequences.truncate(seq, request.start)
 
     def has_work(self) -> bool:
         return bool(self.decoder.by_seq)
@@ -194,7 +194,7 @@ class VLLMEngine:
         """
         self._usable()
         with self._alone("step"):
-            if self.decoder.runs:
+            if self.decoder.requests:
                 self.decoder.step(other=lambda output: None)  # of requests cancelled since
             return self.decoder.hand_out()
 
@@ -203,9 +203,9 @@ class VLLMEngine:
     def load_weights(self, named_tensors: Iterable[tuple[str, object]], version: int) -> None:
         """Replace weights in place (names as in the folder, adapters merged; a part of them is enough)."""
         self._usable()
-        if self.decoder.runs:
+        if self.decoder.requests:
             raise EngineError(
-                f"load_weights: {len(self.decoder.runs)} sequences are decoding; let them stop or cancel them first"
+                f"load_weights: {len(self.decoder.requests)} sequences are decoding; let them stop or cancel them first"
             )
         start = time.perf_counter()
         tensors, asked = self.weights.collect(named_tensors)

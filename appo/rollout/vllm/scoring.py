@@ -81,12 +81,12 @@ class ScorePass:
             skip_reading_prefix_cache=not cached,
             **reports[d.statistics],
         )
-        d.request(key, self.tokens[i], sampling, self.salt)
+        d.send(key, self.tokens[i], sampling, self.salt)
         self.waiting[key] = i
         self._sent.append(key)
 
     def take(self, output: Any) -> None:
-        """An output that belongs to no run."""
+        """An output that belongs to no `DecodeRequest`."""
         i = self.waiting.get(output.request_id)
         if i is None or not output.finished:
             return

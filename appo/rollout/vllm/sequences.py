@@ -48,7 +48,7 @@ class Sequence:
 
 
 @dataclass
-class Run(StopRule):
+class DecodeRequest(StopRule):
     """A submitted sequence and what it has drawn since.
 
     end        length at which it must stop

@@ -244,13 +244,13 @@ class Operations(RuleBasedStateMachine):
     def score_the_beginning(self, number, end):
         """Positions before `end` of a sequence: what stands on later ones stays as stale as it was."""
         seq = self.seq(number)
-        end, units = 1 + end % len(self.shadow.seqs[seq]), []
+        end, ranges = 1 + end % len(self.shadow.seqs[seq]), []
         for node, count in self.tree.path(seq):
-            units.append((node, 0, min(count, end)))
-            end -= units[-1][2]
+            ranges.append((node, 0, min(count, end)))
+            end -= ranges[-1][2]
             if not end:
                 break
-        layout = self.tree.layout(units)
+        layout = self.tree.layout(ranges)
         if not isinstance(layout, int):
             self.opened(layout)
             self.commit()

@@ -46,8 +46,8 @@ class Both:
     def plan(self, seqs: Sequence[int], budget: int) -> Layout | int:
         return self._open([_outcome(tree.plan, (seqs, budget)) for tree in self.trees])
 
-    def layout(self, units: Sequence[tuple[int, int, int]]) -> Layout | int:
-        return self._open([_outcome(tree.layout, (units,)) for tree in self.trees])
+    def layout(self, ranges: Sequence[tuple[int, int, int]]) -> Layout | int:
+        return self._open([_outcome(tree.layout, (ranges,)) for tree in self.trees])
 
     def check(self) -> None:
         self._same([_outcome(check_tree, (tree,)) for tree in self.trees], "check_tree")

@@ -25,7 +25,7 @@ from appo.rollout.native.scheduler import Scheduler
 from appo.rollout.native.tree.layout import Layout
 from appo.rollout.native.tree.native_tree import Tree
 
-Unit = tuple[int, int, int]  # node, first own position, count
+NodeRows = tuple[int, int, int]  # node, first own position, count
 Reads = tuple[tuple[int, int], ...]  # (node, how many of its own positions), root first
 
 
@@ -83,7 +83,7 @@ class TreeScore:
 
     def run(self) -> int:
         """Run everything in chunks; returns the number of rows. A chunk that fails leaves those before it committed."""
-        rest = self._units()
+        rest = self._ranges()
         while rest:
             try:
                 layout, rest = self._plan(rest)
@@ -96,24 +96,24 @@ class TreeScore:
                 raise
         return sum(span.count for span in self.spans.values())
 
-    def _units(self) -> list[Unit]:
+    def _ranges(self) -> list[NodeRows]:
         """All there is to run, in depth-first order; see the module's text."""
         order, stack = [], [node for node, above in self._above.items() if not above][::-1]
         while stack:
             node = stack.pop()
             order.append((node, 0, self.spans[node].count))
             stack += sorted(self._below[node], key=self._below[node].__getitem__)
-        return [unit for unit in order if unit[2]]
+        return [row_range for row_range in order if row_range[2]]
 
-    def _plan(self, units: list[Unit]) -> tuple[Layout, list[Unit]]:
+    def _plan(self, ranges: list[NodeRows]) -> tuple[Layout, list[NodeRows]]:
         """The layout of the next chunk, and what comes after it. Chunks are smaller where the pool has little room."""
         rows = self.scheduler.prefill_chunk
         while True:
-            chunk, rest = _cut(units, rows)
+            chunk, rest = _cut(ranges, rows)
             layout = self.tree.layout(chunk)
             if isinstance(layout, Layout):
                 return layout, rest
-            if self.scheduler.make_room(layout, self.seqs, self._reads(units)):
+            if self.scheduler.make_room(layout, self.seqs, self._reads(ranges)):
                 continue
             rows = sum(count for _, _, count in chunk) // 2
             if not rows:
@@ -123,10 +123,10 @@ class TreeScore:
                     "not hold the longest sequence; raise kv_tokens"
                 )
 
-    def _reads(self, units: list[Unit]) -> dict[int, int]:
-        """Node → own positions, run by now, that these units read."""
+    def _reads(self, ranges: list[NodeRows]) -> dict[int, int]:
+        """Node → own positions, run by now, that these ranges read."""
         reads: dict[int, int] = {}
-        for node, start, _ in units:
+        for node, start, _ in ranges:
             for id, count in (*self._above[node], (node, start)):
                 reads[id] = max(reads.get(id, 0), count)
         return reads
@@ -158,11 +158,11 @@ class TreeScore:
         return Scored(logprobs, entropy, version)
 
 
-def _cut(units: Iterable[Unit], rows: int) -> tuple[list[Unit], list[Unit]]:
+def _cut(ranges: Iterable[NodeRows], rows: int) -> tuple[list[NodeRows], list[NodeRows]]:
     """The first so many rows, and the others."""
-    first: list[Unit] = []
-    rest: list[Unit] = []
-    for node, start, count in units:
+    first: list[NodeRows] = []
+    rest: list[NodeRows] = []
+    for node, start, count in ranges:
         take = min(count, rows)
         rows -= take
         if take:

@@ -348,17 +348,17 @@ class LeaksAborted(SegmentTree):
     """Blocks taken for rows that were not run stay taken."""
 
     def abort(self, layout):
-        for unit in self._closing(layout, "abort"):
-            unit.node.planned = 0
-            del unit.node.blocks[blocks_for(unit.node.kv) :]
+        for row_range in self._closing(layout, "abort"):
+            row_range.node.planned = 0
+            del row_range.node.blocks[blocks_for(row_range.node.kv) :]
         self.blocks.settle()
 
 
 class ReadsTooFar(SegmentTree):
     """Forks read one position more than they inherit."""
 
-    def _settle(self, units, decode_rows):
-        layout = super()._settle(units, decode_rows)
+    def _settle(self, ranges, decode_rows):
+        layout = super()._settle(ranges, decode_rows)
         if not isinstance(layout, int):
             for read in layout.reads.tolist():
                 segment, first, last, start = read
@@ -398,12 +398,12 @@ def test_random_operations_see_the_fault(monkeypatch, fault):
 
 
 def test_random_operations_see_a_row_that_overwrites_kv(monkeypatch):
-    def faulty(units, decode_rows):
-        layout = lay_out(units, decode_rows)
-        for unit in units:
-            row, start, count = layout.rows_of[unit.node.id]
+    def faulty(ranges, decode_rows):
+        layout = lay_out(ranges, decode_rows)
+        for row_range in ranges:
+            row, start, count = layout.rows_of[row_range.node.id]
             layout.slots[row : row + count] = layout.slots.new_tensor(
-                [unit.node.slot(i) for i in range(start, start + count)]
+                [row_range.node.slot(i) for i in range(start, start + count)]
             )
         return layout
 

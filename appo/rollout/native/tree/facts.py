@@ -6,7 +6,7 @@ from operator import index
 
 from appo.errors import EngineError
 from appo.rollout.native.tree.block_list import BLOCK, BlockList
-from appo.rollout.native.tree.layout import Layout, Unit
+from appo.rollout.native.tree.layout import Layout, RowRange
 from appo.rollout.native.tree.node import Node
 
 
@@ -28,7 +28,7 @@ class TreeFacts:
         self._seqs: dict[int, Node] = {}
         self._next_node = self._next_seq = 0
         self._open: Layout | None = None
-        self._open_units: list[Unit] = []  # its rows
+        self._open_ranges: list[RowRange] = []  # its rows
 
     # -- facts ------------------------------------------------------------------------------------------------------
 

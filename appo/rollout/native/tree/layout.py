@@ -46,7 +46,7 @@ class Layout:
 
 
 @dataclass
-class Unit:
+class RowRange:
     """Run own positions start … start + count - 1 of a node."""
 
     node: Node
@@ -55,16 +55,16 @@ class Unit:
     sampled: int | None = None  # the sequence that gets a token from the last row
 
 
-def lay_out(units: Sequence[Unit], decode_rows: int) -> Layout:
-    """The tables of a set of units, at most one per node; blocks for what they write have been taken."""
-    units = sorted(units, key=lambda u: _order(u.node))
+def lay_out(ranges: Sequence[RowRange], decode_rows: int) -> Layout:
+    """The tables of a set of ranges, at most one per node; blocks for what they write have been taken."""
+    ranges = sorted(ranges, key=lambda u: _order(u.node))
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     rows_of: dict[int, tuple[int, int, int]] = {}
     sampled: list[tuple[int, int]] = []
     readers: dict[int, tuple[Node, int, list[int]]] = {}  # node → itself, first row, limits
-    for u in units:
+    for u in ranges:
         node, row, own = u.node, len(ids), range(u.start, u.start + u.count)
         for ancestor, count in [*node.chain()][::-1]:
             readers.setdefault(ancestor.id, (ancestor, row, []))[2].extend([count] * u.count)

@@ -174,8 +174,8 @@ class NativeTree:
     def plan(self, seqs: Sequence[int], budget: int) -> Layout | int:
         return self._opened(self._call.plan, _packed(seqs), budget)
 
-    def layout(self, units: Sequence[tuple[int, int, int]]) -> Layout | int:
-        flat = _packed(number for unit in units for number in unit)
+    def layout(self, ranges: Sequence[tuple[int, int, int]]) -> Layout | int:
+        flat = _packed(number for row_range in ranges for number in row_range)
         return self._opened(self._call.layout, flat)
 
     def commit(self, layout: Layout) -> None:

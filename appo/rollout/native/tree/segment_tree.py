@@ -26,9 +26,9 @@ from operator import index
 from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.native.tree.block_list import blocks_for
 from appo.rollout.native.tree.facts import TreeFacts
-from appo.rollout.native.tree.layout import Layout, Unit, lay_out
+from appo.rollout.native.tree.layout import Layout, RowRange, lay_out
 from appo.rollout.native.tree.node import Node
-from appo.rollout.native.tree.plan import given_units, planned_units
+from appo.rollout.native.tree.plan import given_ranges, planned_ranges
 
 
 class SegmentTree(TreeFacts):
@@ -130,20 +130,20 @@ class SegmentTree(TreeFacts):
                 raise EngineError(f"plan: sequence {seq} is named twice; name it once")
             named.add(seq)
             self._check_fresh(leaves[-1], leaves[-1].length, "plan")
-        return self._settle(*planned_units(leaves, budget))
+        return self._settle(*planned_ranges(leaves, budget))
 
-    def layout(self, units: Sequence[tuple[int, int, int]]) -> Layout | int:
+    def layout(self, ranges: Sequence[tuple[int, int, int]]) -> Layout | int:
         """Rows given as (node id, first own position, count), each node at most once, ancestors covered or among them.
 
         Rows that have KV already are run again and write nothing. Nothing is sampled. Returns as `plan` does.
         """
         self._check_closed("layout")
-        return self._settle(given_units(self.nodes, units, self.version), 0)
+        return self._settle(given_ranges(self.nodes, ranges, self.version), 0)
 
     def commit(self, layout: Layout) -> None:
         """The rows have been run: their KV counts from now on. Blocks given back meanwhile are free."""
-        for unit in self._closing(layout, "commit"):
-            node = unit.node
+        for row_range in self._closing(layout, "commit"):
+            node = row_range.node
             if node.planned:
                 self.tokens_held += node.planned - node.kv
                 node.kv, node.planned = node.planned, 0
@@ -232,33 +232,33 @@ class SegmentTree(TreeFacts):
             self.blocks.give_back(spare, node.id, defer=self._open is not None)
         return len(spare)
 
-    def _settle(self, units: list[Unit], decode_rows: int) -> Layout | int:
-        """Take the blocks that the units fill and open their layout, or tell how many are lacking."""
-        ends = [u.start + u.count for u in units]
-        more = [max(0, blocks_for(end) - len(u.node.blocks)) for u, end in zip(units, ends)]
+    def _settle(self, ranges: list[RowRange], decode_rows: int) -> Layout | int:
+        """Take the blocks that the ranges fill and open their layout, or tell how many are lacking."""
+        ends = [u.start + u.count for u in ranges]
+        more = [max(0, blocks_for(end) - len(u.node.blocks)) for u, end in zip(ranges, ends)]
         lacking = self.blocks.lacking(sum(more))
         if lacking:
             return lacking
-        self._check_versions(units)
+        self._check_versions(ranges)
         try:
-            for unit, end, count in zip(units, ends, more):
-                unit.node.blocks += self.blocks.take(count, unit.node.id, self.version)
-                unit.node.planned = end if end > unit.node.kv else 0
-            self._open, self._open_units = lay_out(units, decode_rows), units
+            for row_range, end, count in zip(ranges, ends, more):
+                row_range.node.blocks += self.blocks.take(count, row_range.node.id, self.version)
+                row_range.node.planned = end if end > row_range.node.kv else 0
+            self._open, self._open_ranges = lay_out(ranges, decode_rows), ranges
         except BaseException:
-            self._cancel(units)
+            self._cancel(ranges)
             raise
         return self._open
 
-    def _cancel(self, units: Sequence[Unit]) -> None:
+    def _cancel(self, ranges: Sequence[RowRange]) -> None:
         """The rows are not run: give back what was taken for them."""
-        for unit in units:
-            unit.node.planned = 0
-            self._keep(unit.node, unit.node.kv)
+        for row_range in ranges:
+            row_range.node.planned = 0
+            self._keep(row_range.node, row_range.node.kv)
         self.blocks.settle()
 
-    def _check_versions(self, units: list[Unit]) -> None:
-        nodes = {node.id: node for unit in units for node, _ in unit.node.path()}
+    def _check_versions(self, ranges: list[RowRange]) -> None:
+        nodes = {node.id: node for row_range in ranges for node, _ in row_range.node.path()}
         for node in nodes.values():
             for block in node.blocks:
                 if self.blocks.version[block] != self.version:
@@ -267,10 +267,10 @@ class SegmentTree(TreeFacts):
                         f"the weights are version {self.version}; it must not be read"
                     )
 
-    def _closing(self, layout: Layout, what: str) -> list[Unit]:
+    def _closing(self, layout: Layout, what: str) -> list[RowRange]:
         if layout is None or layout is not self._open:
             raise EngineError(
                 f"{what}: this layout is not open; each one is committed or aborted once"
             )
-        units, self._open, self._open_units = self._open_units, None, []
-        return [u for u in units if u.node.id in self.nodes]
+        ranges, self._open, self._open_ranges = self._open_ranges, None, []
+        return [u for u in ranges if u.node.id in self.nodes]

@@ -7,7 +7,7 @@ from operator import index
 from appo.errors import EngineError
 from appo.rollout.native.tree.block_list import BLOCK, BlockList
 from appo.rollout.native.tree.layout import Layout, RowRange
-from appo.rollout.native.tree.node import Node
+from appo.rollout.native.tree.node import SegmentNode
 
 
 class TreeFacts:
@@ -23,9 +23,9 @@ class TreeFacts:
             raise EngineError(f"max_blocks={max_blocks}: must be at least 1")
         self.version = 0
         self.tokens_held = 0
-        self.nodes: dict[int, Node] = {}
+        self.nodes: dict[int, SegmentNode] = {}
         self.blocks = BlockList(max_blocks)
-        self._seqs: dict[int, Node] = {}
+        self._seqs: dict[int, SegmentNode] = {}
         self._next_node = self._next_seq = 0
         self._open: Layout | None = None
         self._open_ranges: list[RowRange] = []  # its rows
@@ -112,7 +112,7 @@ class TreeFacts:
 
     # -- inside ---
 
-    def _get(self, seq: int) -> Node:
+    def _get(self, seq: int) -> SegmentNode:
         node = self._seqs.get(index(seq))
         if node is None:
             known = 0 <= seq < self._next_seq

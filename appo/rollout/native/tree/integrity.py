@@ -11,7 +11,7 @@ from appo.errors import EngineError
 from appo.rollout.native.tree.block_list import BLOCK, DEFERRED, FREE, blocks_for
 from appo.rollout.native.tree.layout import Layout, RowRange
 from appo.rollout.native.tree.native_tree import NativeTree, Tree
-from appo.rollout.native.tree.node import Node
+from appo.rollout.native.tree.node import SegmentNode
 from appo.rollout.native.tree.segment_tree import SegmentTree
 
 
@@ -53,7 +53,7 @@ def check_tree(tree: Tree) -> None:
         _check_slots(tree, layout, ranges)
 
 
-def _check_node(node: Node, tree: SegmentTree) -> None:
+def _check_node(node: SegmentNode, tree: SegmentTree) -> None:
     name, parent = f"node {node.id}", node.parent
     refs = len(node.children) + (node.handle is not None)
     _must(node.refs == refs > 0, f"{name} counts {node.refs} references, {refs} are there")

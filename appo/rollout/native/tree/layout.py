@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from appo.rollout.native.tree.block_list import blocks_for
-from appo.rollout.native.tree.node import Node
+from appo.rollout.native.tree.node import SegmentNode
 
 
 @dataclass(eq=False)
@@ -49,7 +49,7 @@ class Layout:
 class RowRange:
     """Run own positions start … start + count - 1 of a node."""
 
-    node: Node
+    node: SegmentNode
     start: int
     count: int
     sampled: int | None = None  # the sequence that gets a token from the last row
@@ -63,7 +63,7 @@ def lay_out(ranges: Sequence[RowRange], decode_rows: int) -> Layout:
     slots: list[int] = []
     rows_of: dict[int, tuple[int, int, int]] = {}
     sampled: list[tuple[int, int]] = []
-    readers: dict[int, tuple[Node, int, list[int]]] = {}  # node → itself, first row, limits
+    readers: dict[int, tuple[SegmentNode, int, list[int]]] = {}  # node → itself, first row, limits
     for u in ranges:
         node, row, own = u.node, len(ids), range(u.start, u.start + u.count)
         for ancestor, count in [*node.chain()][::-1]:
@@ -106,6 +106,6 @@ def _table(values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def _order(node: Node) -> list[tuple[int, int]]:
+def _order(node: SegmentNode) -> list[tuple[int, int]]:
     path = [(node.base, node.id)] + [(a.base, a.id) for a, _ in node.chain()]
     return path[::-1]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from appo.rollout.native.tree.block_list import BLOCK
 
 
-class Node:
+class SegmentNode:
     """One segment. Own position i is absolute position base + i.
 
     refs     children + handle; the node goes when nobody refers to it
@@ -21,12 +21,12 @@ class Node:
         "id", "parent", "base", "tokens", "children", "handle", "refs", "blocks", "kv", "planned", "seen", "lost",
     )  # fmt: skip
 
-    def __init__(self, id: int, parent: Node | None, base: int, tokens: list[int]):
+    def __init__(self, id: int, parent: SegmentNode | None, base: int, tokens: list[int]):
         self.id = id
         self.parent = parent
         self.base = base
         self.tokens = tokens
-        self.children: dict[int, Node] = {}
+        self.children: dict[int, SegmentNode] = {}
         self.handle: int | None = None
         self.refs = 0
         self.blocks: list[int] = []
@@ -41,14 +41,14 @@ class Node:
         """Own positions that some child reads."""
         return max((child.base - self.base for child in self.children.values()), default=0)
 
-    def chain(self) -> Iterator[tuple[Node, int]]:
+    def chain(self) -> Iterator[tuple[SegmentNode, int]]:
         """(ancestor, how many of its own positions are on the path), nearest first."""
         node = self
         while node.parent is not None:
             yield node.parent, node.base - node.parent.base
             node = node.parent
 
-    def path(self) -> list[tuple[Node, int]]:
+    def path(self) -> list[tuple[SegmentNode, int]]:
         """(node, how many of its own positions are on the path), root first."""
         return [*self.chain()][::-1] + [(self, len(self.tokens))]
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.native.tree.layout import RowRange
-from appo.rollout.native.tree.node import Node
+from appo.rollout.native.tree.node import SegmentNode
 
 
-def planned_ranges(leaves: Sequence[Node], budget: int) -> tuple[list[RowRange], int]:
+def planned_ranges(leaves: Sequence[SegmentNode], budget: int) -> tuple[list[RowRange], int]:
     """(ranges, rows of sequences that lack just one): see SegmentTree.plan."""
     ranges: dict[int, RowRange] = {}
     decode_rows = 0
@@ -32,7 +32,7 @@ def planned_ranges(leaves: Sequence[Node], budget: int) -> tuple[list[RowRange],
 
 
 def given_ranges(
-    nodes: Mapping[int, Node], ranges: Sequence[tuple[int, int, int]], version: int
+    nodes: Mapping[int, SegmentNode], ranges: Sequence[tuple[int, int, int]], version: int
 ) -> list[RowRange]:
     """(node id, first own position, count) each, checked: see SegmentTree.layout."""
     chosen: dict[int, RowRange] = {}
@@ -58,13 +58,13 @@ def given_ranges(
     return list(chosen.values())
 
 
-def _done(ranges: dict[int, RowRange], node: Node) -> int:
+def _done(ranges: dict[int, RowRange], node: SegmentNode) -> int:
     """Own positions that have KV or are planned."""
     row_range = ranges.get(node.id)
     return node.kv if row_range is None else max(node.kv, row_range.start + row_range.count)
 
 
-def _extend(ranges: dict[int, RowRange], node: Node, count: int, budget: int) -> int:
+def _extend(ranges: dict[int, RowRange], node: SegmentNode, count: int, budget: int) -> int:
     """Plan own positions of a node up to `count` as far as the budget goes; returns what is left of it."""
     done = _done(ranges, node)
     take = min(count - done, budget)

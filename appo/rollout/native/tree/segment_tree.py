@@ -27,7 +27,7 @@ from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.native.tree.block_list import blocks_for
 from appo.rollout.native.tree.facts import TreeFacts
 from appo.rollout.native.tree.layout import Layout, RowRange, lay_out
-from appo.rollout.native.tree.node import Node
+from appo.rollout.native.tree.node import SegmentNode
 from appo.rollout.native.tree.plan import given_ranges, planned_ranges
 
 
@@ -94,7 +94,7 @@ class SegmentTree(TreeFacts):
                (the union of the paths of those that go on): what neither these nor descendants with KV need is freed on
                the whole path, so that prompts whose descendants are all evicted can be evicted too.
         """
-        node: Node | None = self._get(seq)
+        node: SegmentNode | None = self._get(seq)
         assert node is not None
         if keep is None:
             return self._keep(node, node.inherited)
@@ -160,7 +160,7 @@ class SegmentTree(TreeFacts):
             raise EngineError(
                 f"need: {len(seqs)} sequences and {len(ends)} ends; give one for each"
             )
-        want: dict[int, tuple[Node, int]] = {}
+        want: dict[int, tuple[SegmentNode, int]] = {}
         for seq, end in zip(seqs, ends):
             leaf = self._get(seq)
             for node, count in (*leaf.chain(), (leaf, end - 1 - leaf.base)):
@@ -170,7 +170,7 @@ class SegmentTree(TreeFacts):
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _check_fresh(self, node: Node, end: int, what: str) -> None:
+    def _check_fresh(self, node: SegmentNode, end: int, what: str) -> None:
         if node.stale(end):
             raise StaleWeightsError(
                 f"{what}(seq={node.handle}): its KV was computed before version {self.version}; "
@@ -181,10 +181,10 @@ class SegmentTree(TreeFacts):
         if self._open is not None:
             raise EngineError(f"{what}: a layout is open; commit or abort it first")
 
-    def _grow(self, parent: Node | None, base: int, tokens: list[int]) -> Node:
+    def _grow(self, parent: SegmentNode | None, base: int, tokens: list[int]) -> SegmentNode:
         while parent is not None and base <= parent.base:
             parent = parent.parent  # nothing of this one is inherited
-        node = Node(self._next_node, parent, base, tokens)
+        node = SegmentNode(self._next_node, parent, base, tokens)
         self._next_node += 1
         self.nodes[node.id] = node
         if parent is not None:
@@ -192,14 +192,14 @@ class SegmentTree(TreeFacts):
             parent.refs += 1
         return node
 
-    def _name(self, node: Node) -> int:
+    def _name(self, node: SegmentNode) -> int:
         seq = node.handle = self._next_seq
         self._next_seq += 1
         node.refs += 1
         self._seqs[seq] = node
         return seq
 
-    def _drop(self, node: Node | None) -> None:
+    def _drop(self, node: SegmentNode | None) -> None:
         """One reference less; what nobody refers to goes, what only children need is trimmed to what they inherit."""
         while node is not None:
             node.refs -= 1
@@ -214,13 +214,13 @@ class SegmentTree(TreeFacts):
                 del node.parent.children[node.id]
             node = node.parent
 
-    def _cut(self, node: Node, size: int, count: int) -> None:
+    def _cut(self, node: SegmentNode, size: int, count: int) -> None:
         """Drop own tokens from `size` on, and from `count` on all that is known of their KV."""
         del node.tokens[size:]
         self._keep(node, count)
         node.seen, node.lost = min(node.seen, count), min(node.lost, count)
 
-    def _keep(self, node: Node, count: int) -> int:
+    def _keep(self, node: SegmentNode, count: int) -> int:
         """Forget the KV of own positions from `count` on; returns the number of blocks that gives back."""
         self.tokens_held -= max(0, node.kv - count)
         node.kv = min(node.kv, count)

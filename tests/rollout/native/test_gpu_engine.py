@@ -19,7 +19,7 @@ from appo.rollout.native.device.graphs import Graphs
 
 pytest.importorskip("triton")
 from appo.rollout.native.device.device import BUCKETS, FIXED_ROWS, DeviceRunner
-from appo.rollout.native.device.device_tables import Shape, Stage
+from appo.rollout.native.device.device_tables import Stage, TableShape
 
 torch.set_num_threads(1)
 interpreted = [*marks_of("triton"), pytest.mark.skipif(ON_DEVICE, reason="the CPU is tested in Triton's interpreter")]  # fmt: skip
@@ -92,7 +92,7 @@ class TestInterpreted:
             plain = runner.forward(layout, layout.out_rows[1:]).clone()
             runner.graphs = Eager()
             padded = runner.forward(layout, layout.out_rows[1:])
-        assert runner.graphs.keys == [Shape(FIXED_ROWS if deterministic else 4, *(64,) if deterministic else (8,))]  # fmt: skip
+        assert runner.graphs.keys == [TableShape(FIXED_ROWS if deterministic else 4, *(64,) if deterministic else (8,))]  # fmt: skip
         assert plain[:2].any() and torch.equal(plain, padded)
         assert len(plain) == (FIXED_ROWS if deterministic else 2)
 
@@ -292,7 +292,7 @@ def test_a_decode_step_keeps_its_shape_as_sequences_grow():
         layout = tree.plan(leaves, 0)
         cut = Cut(3, 3, (64, 16), 132, False)
         what = work(layout.segments, layout.reads, layout.limits, (0, 12), cut)
-        shape = Shape.fitting(rows, what, len(layout.blocks))
+        shape = TableShape.fitting(rows, what, len(layout.blocks))
         assert shape.size >= what.partials and 4 * shape.size >= len(layout.blocks)
         shapes.add(shape)
         tree.abort(layout)
@@ -301,7 +301,7 @@ def test_a_decode_step_keeps_its_shape_as_sequences_grow():
 
 def test_tables_lie_where_they_lay():
     """A buffer that is too small is replaced; otherwise the place of a table follows from the shape alone."""
-    stage, shape = Stage(torch.device("cpu")), Shape(8, 64)
+    stage, shape = Stage(torch.device("cpu")), TableShape(8, 64)
     assert sum(shape.sections().values()) < len(stage.host)
     assert list(shape.sections())[:4] == ["ids", "positions", "slots", "out"]
     assert shape.sections()["tall"] == 8 * 64 and shape.sections()["starts"] == 9

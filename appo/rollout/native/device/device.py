@@ -29,7 +29,7 @@ from appo._kernels.segment_attention.gpu.work import Cut, work
 from appo.errors import EngineError
 from appo.rollout.native.attention import flash as flash_attn
 from appo.rollout.native.attention.pool import KVPool
-from appo.rollout.native.device.device_tables import Inputs, Shape, Stage
+from appo.rollout.native.device.device_tables import Inputs, Stage, TableShape
 from appo.rollout.native.device.graphs import Graphs
 from appo.rollout.native.model.model import Model
 from appo.rollout.native.tree.layout import Layout
@@ -122,7 +122,7 @@ class DeviceRunner:
             None if chunks is None else chunks.rows,
         )
         captured = rows is not None and self.graphs.why_not is None
-        shape = Shape.fitting(rows or last - first, what, len(layout.blocks))
+        shape = TableShape.fitting(rows or last - first, what, len(layout.blocks))
         given = self.stage.put(shape, layout, first, last, what, out, trim=not captured)
         # Sizes too: grown memory may lie where smaller memory did before, and its parts lie elsewhere in it.
         arena, buffer = self.pool.arena, self.stage.buffer

@@ -22,14 +22,14 @@ ROWS = ("ids", "positions", "slots", "starts")  # have an entry for every row, p
 
 
 @dataclass(frozen=True)
-class Shape:
+class TableShape:
     """rows: padded ones · size: entries of each table that grows with what the rows read, rows · a power of two"""
 
     rows: int
     size: int
 
     @classmethod
-    def fitting(cls, rows: int, what: Work, blocks: int) -> Shape:
+    def fitting(cls, rows: int, what: Work, blocks: int) -> TableShape:
         most = max(
             len(what.tall), len(what.low), len(what.limits), what.partials, -(-blocks // BLOCKS)
         )
@@ -72,7 +72,7 @@ class Stage:
         self.buffer = torch.zeros_like(self.host, device=self.device) if pinned else self.host
 
     def put(
-        self, shape: Shape, layout: Layout, first: int, last: int, what: Work, out: Tensor, trim: bool
+        self, shape: TableShape, layout: Layout, first: int, last: int, what: Work, out: Tensor, trim: bool
     ) -> Inputs:  # fmt: skip
         """Rows first … last-1 of a layout. out: rows wanted, counted from `first`.
 

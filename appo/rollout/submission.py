@@ -35,7 +35,7 @@ class StopRule:
         return "length" if self.length >= self.end else None
 
 
-class Alone:
+class ReentrancyGuard:
     """Refuses a step or score inside a step (from a stop callback)."""
 
     def __init__(self) -> None:

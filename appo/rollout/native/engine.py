@@ -43,7 +43,7 @@ from appo.rollout.native.scheduler import Scheduler
 from appo.rollout.native.scoring import TreeScore
 from appo.rollout.native.tree.block_list import BLOCK
 from appo.rollout.native.tree.native_tree import make_tree
-from appo.rollout.submission import Alone, checked_ids
+from appo.rollout.submission import ReentrancyGuard, checked_ids
 
 
 class NativeEngine:
@@ -118,7 +118,7 @@ class NativeEngine:
         self._torn = False  # a load_weights broke off: some weights are new, some old
         self._count = Counters()
         self.loop = Loop(self.scheduler, self.sampler, self.log, self._count)
-        self._alone = Alone()
+        self._guard = ReentrancyGuard()
         self._load_seconds = time.perf_counter() - start
 
     def _load_all(self, model_dir: Path) -> None:
@@ -265,7 +265,7 @@ class NativeEngine:
         If anything raises before commit, nothing has changed and the step can be tried again. A stop callback that
         raises is reported when all tokens of the step are in: its sequence goes on, other events come with the next step.
         """
-        with self._alone("step"):
+        with self._guard("step"):
             return self.loop.step(self.runner, self.policy_version)
 
     # -- weights and scores -----------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ class NativeEngine:
         not run, as nothing follows it. If the pool is full, other KV gives way, running sequences go on later, and in
         the end the KV of what has been scored goes, but for the path that is being run: that must fit.
         """
-        with self._alone("score"):
+        with self._guard("score"):
             self._check_whole("score")
             if not temperature > 0:
                 raise EngineError(f"score: temperature={temperature}; must be above 0")

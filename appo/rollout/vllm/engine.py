@@ -17,7 +17,7 @@ from typing import Any
 
 from appo.errors import EngineError
 from appo.rollout.engine import SamplingParams, Scored, Stopped
-from appo.rollout.submission import Alone, checked_ids
+from appo.rollout.submission import ReentrancyGuard, checked_ids
 from appo.rollout.vllm.decoding import Decoder
 from appo.rollout.vllm.scoring import ScorePass
 from appo.rollout.vllm.sequences import DecodeRequest, Sequences, check_fresh, check_params
@@ -86,7 +86,7 @@ class VLLMEngine:
         self.vocab, self.statistics, self.policy_version = shape.vocab, statistics, policy_version
         self.decoder = Decoder(api, self.llm, statistics, shape.vocab)
         self.sequences = Sequences()
-        self._alone = Alone()
+        self._guard = ReentrancyGuard()
         self._loads = 0
         self._broken: str | None = None
         self._relabel()
@@ -193,7 +193,7 @@ class VLLMEngine:
         the next step.
         """
         self._usable()
-        with self._alone("step"):
+        with self._guard("step"):
             if self.decoder.requests:
                 self.decoder.step(other=lambda output: None)  # of requests cancelled since
             return self.decoder.hand_out()
@@ -232,7 +232,7 @@ class VLLMEngine:
                 f"score: temperature={temperature} with statistics='top': vLLM scores prompts at temperature 1 only; use "
                 "statistics='exact'"
             )
-        with self._alone("score"):
+        with self._guard("score"):
             lines = [self.sequences.get(seq) for seq in seqs]
             for seq in seqs:
                 self._not_decoding(seq, "score")

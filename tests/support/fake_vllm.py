@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from appo.rollout.vllm import tap
+from appo.rollout.vllm import worker_statistics
 from appo.rollout.vllm.start import Api
 
 VOCAB, WIDTH, BLOCK = 23, 6, 32
@@ -74,7 +74,7 @@ class Core:
     def __init__(self, embed, processors, chunk=None, limits=None):
         self.embed, self.head, self.chunk = embed, embed.clone(), chunk
         self.cache, self.requests, self.seen = {}, {}, []
-        self.entropies = tap.SampledEntropies() if processors else None
+        self.entropies = worker_statistics.SampledEntropies() if processors else None
         self.label, self.labels, self.aborted, self.extra = "default", [], [], 0
         self.most = limits["max_num_seqs"]
         self.runner = SimpleNamespace(
@@ -243,13 +243,13 @@ class FakeLLM:
         return [getattr(self, method)(*args, **(kwargs or {}))]
 
     def appo_attach(self):
-        tap.attach(self.llm_engine.runner)
+        worker_statistics.attach(self.llm_engine.runner)
 
     def appo_take_sampled(self, keys):
-        return tap.take_sampled(keys)
+        return worker_statistics.take_sampled(keys)
 
     def appo_take_scored(self, keys):
-        return tap.take_scored(keys)
+        return worker_statistics.take_scored(keys)
 
     def appo_load(self, items=None, path=None):
         if items is None:

@@ -14,7 +14,7 @@ from appo.rollout.submission import Reason
 from appo.rollout.vllm.reports import at_temperature, flat_row, logprob_of, top_entropy
 from appo.rollout.vllm.sequences import DecodeRequest
 from appo.rollout.vllm.start import TOP, Api, Statistics
-from appo.rollout.vllm.tap import KEY
+from appo.rollout.vllm.worker_statistics import KEY
 
 COUNTERS = (
     "prefill_tokens", "decode_tokens", "scored_tokens", "forks", "prefix_hits_tokens", "steps",

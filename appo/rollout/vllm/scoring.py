@@ -16,7 +16,7 @@ from appo.rollout.vllm.decoding import Decoder
 from appo.rollout.vllm.reports import at_temperature, flat_row, logprob_of, top_entropy
 from appo.rollout.vllm.sequences import Sequence
 from appo.rollout.vllm.start import TOP
-from appo.rollout.vllm.tap import KEY, SCORE
+from appo.rollout.vllm.worker_statistics import KEY, SCORE
 
 MIN_SHARED = 16  # tokens; the smallest block of vLLM
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from appo.rollout.vllm import tap
+from appo.rollout.vllm import worker_statistics
 from appo.rollout.vllm.head import check_head, retie
 
 
@@ -20,7 +20,7 @@ class EntropyProcessor(LogitsProcessor):
     """Files the entropy of the full distribution, before top-k and top-p, at the request's temperature."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
-        self.entropies = tap.SampledEntropies()
+        self.entropies = worker_statistics.SampledEntropies()
 
     def is_argmax_invariant(self) -> bool:
         """False: processors that are get no call in a batch of greedy requests."""
@@ -41,13 +41,13 @@ class WorkerExtension:
 
     def appo_attach(self) -> None:
         """Exact scoring from now on."""
-        tap.attach(self.model_runner)  # type: ignore[attr-defined]
+        worker_statistics.attach(self.model_runner)  # type: ignore[attr-defined]
 
     def appo_take_sampled(self, keys: list[str]) -> dict[str, dict[int, float]]:
-        return tap.take_sampled(keys)
+        return worker_statistics.take_sampled(keys)
 
-    def appo_take_scored(self, keys: list[str]) -> dict[str, list[tap.Piece]]:
-        return tap.take_scored(keys)
+    def appo_take_scored(self, keys: list[str]) -> dict[str, list[worker_statistics.Piece]]:
+        return worker_statistics.take_scored(keys)
 
     def appo_load(
         self, items: list[tuple[str, Tensor]] | None = None, path: str | None = None

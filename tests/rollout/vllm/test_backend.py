@@ -15,7 +15,7 @@ from appo.config import load_config
 from appo.errors import ConfigError, EngineError, ModelError, StaleWeightsError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native.tree.segment_tree import SegmentTree
-from appo.rollout.vllm import VLLMEngine, head, reports, start, tap, weights
+from appo.rollout.vllm import VLLMEngine, head, reports, start, weights, worker_statistics
 from appo.rollout.vllm.sequences import Sequences
 from appo.run.plan import _check_engine
 
@@ -42,10 +42,12 @@ def clean(monkeypatch):
                  "VLLM_LOGGING_LEVEL", "VLLM_CPU_OMP_THREADS_BIND"):  # fmt: skip
         monkeypatch.setenv(name, "")  # restored afterwards
         monkeypatch.delenv(name)
-    tap._sampled.clear()
-    tap._scored.clear()
+    worker_statistics._sampled.clear()
+    worker_statistics._scored.clear()
     yield
-    assert tap._sampled == {} and tap._scored == {}  # nothing may be left in the worker
+    assert (
+        worker_statistics._sampled == {} and worker_statistics._scored == {}
+    )  # nothing may be left in the worker
 
 
 def make(folder, cpu=True, **more):
@@ -534,7 +536,7 @@ def test_score_needs_temperature_one_without_full_rows(folder):
 
 def test_unknown_model_runner_is_refused():
     with pytest.raises(EngineError, match="_get_prompt_logprobs_dict.*VLLM_USE_V2_MODEL_RUNNER=0"):
-        tap.attach(SimpleNamespace(requests={}))
+        worker_statistics.attach(SimpleNamespace(requests={}))
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -839,16 +841,18 @@ def test_top_entropy_is_an_upper_bound_and_exact_when_all_is_seen():
 
 def test_entropy_with_excluded_tokens():
     logits = torch.tensor([[0.0, float("-inf"), 0.0], [1.0, 1.0, 1.0]])
-    got = tap.entropy(logits, torch.ones(2, 1))
+    got = worker_statistics.entropy(logits, torch.ones(2, 1))
     np.testing.assert_allclose(got, [np.log(2), np.log(3)], atol=1e-6)
 
 
 def test_rows_follow_the_batch():
-    rows = tap.SampledEntropies()
-    p = SimpleNamespace(extra_args={tap.KEY: "a"}, temperature=2.0)
-    q = SimpleNamespace(extra_args={tap.KEY: "b"}, temperature=0.0)
+    rows = worker_statistics.SampledEntropies()
+    p = SimpleNamespace(extra_args={worker_statistics.KEY: "a"}, temperature=2.0)
+    q = SimpleNamespace(extra_args={worker_statistics.KEY: "b"}, temperature=0.0)
     other = SimpleNamespace(extra_args=None, temperature=1.0)
-    scored = SimpleNamespace(extra_args={tap.KEY: "c", tap.SCORE: 1.0}, temperature=0.0)
+    scored = SimpleNamespace(
+        extra_args={worker_statistics.KEY: "c", worker_statistics.SCORE: 1.0}, temperature=0.0
+    )
     rows.update([], [(0, p, [], []), (1, q, [], []), (2, other, [], []), (3, scored, [], [])], [])
     assert set(rows.rows) == {0, 1}
     rows.update([], [], [(0, 1, True)])

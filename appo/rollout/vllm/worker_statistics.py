@@ -122,8 +122,8 @@ def attach(runner: Any) -> None:
         )
     original = getattr(runner, hook)
 
-    def with_tap(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+    def with_statistics(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
         see_prompts(runner, hidden_states, num_scheduled_tokens)
         return original(hidden_states, num_scheduled_tokens)
 
-    setattr(runner, hook, with_tap)
+    setattr(runner, hook, with_statistics)

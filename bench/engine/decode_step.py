@@ -29,7 +29,7 @@ from appo.rollout.native.attention.pool import KVPool
 from appo.rollout.native.model.layers import PARTS
 from appo.rollout.native.model.model import Model
 from appo.rollout.native.model.weights import read_config, read_tensors
-from appo.rollout.native.sampling.sampler import Sampler
+from appo.rollout.native.sampling.sampler import TokenSampler
 from appo.rollout.native.tree.layout import Layout
 from appo.rollout.native.tree.native_tree import make_tree
 
@@ -67,7 +67,7 @@ class Step:
             arena.normal_(std=0.1)
         self.layout = self._plan(seqs)
         assert len(self.layout.ids) == rows
-        self.sampler = Sampler(c.vocab, torch.device("cpu"), m)
+        self.sampler = TokenSampler(c.vocab, torch.device("cpu"), m)
         self.sampler.rows([SamplingParams(1)] * rows, seqs)
         self.seeds, self.positions = [*range(rows)], [shared + own + 1] * rows
 

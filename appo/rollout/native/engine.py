@@ -38,7 +38,7 @@ from appo.rollout.native.model.weights import read_config, read_tensors
 from appo.rollout.native.prompts import Prompts
 from appo.rollout.native.requests import Request, SequenceState
 from appo.rollout.native.runner import make_runner
-from appo.rollout.native.sampling.sampler import Sampler
+from appo.rollout.native.sampling.sampler import TokenSampler
 from appo.rollout.native.scheduler import Scheduler
 from appo.rollout.native.scoring import TreeScore
 from appo.rollout.native.tree.block_list import BLOCK
@@ -113,7 +113,7 @@ class NativeEngine:
             self.model = Model(config, DTYPES[dtype], where, self.max_context, fp32_logits, layers)
             self._load_all(model_dir)
             self.runner = make_runner(self.model, deterministic, runner == "device", limit)
-            self.sampler = Sampler(config.vocab, where, self.model)
+            self.sampler = TokenSampler(config.vocab, where, self.model)
         self.loaded: set[str] = set()  # names written by the last load_weights
         self._torn = False  # a load_weights broke off: some weights are new, some old
         self._count = Counters()

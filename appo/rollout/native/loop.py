@@ -15,7 +15,7 @@ from appo.rollout.native.counters import Counters
 from appo.rollout.native.events import EventLog
 from appo.rollout.native.requests import Request, SequenceState
 from appo.rollout.native.runner import Runner
-from appo.rollout.native.sampling.sampler import Results, Sampler
+from appo.rollout.native.sampling.sampler import Results, TokenSampler
 from appo.rollout.native.scheduler import Scheduler
 from appo.rollout.native.tree.layout import Layout
 from appo.rollout.submission import Reason
@@ -24,7 +24,9 @@ from appo.rollout.submission import Reason
 class Loop:
     """Steps over the submissions of a scheduler."""
 
-    def __init__(self, scheduler: Scheduler, sampler: Sampler, log: EventLog, counters: Counters):
+    def __init__(
+        self, scheduler: Scheduler, sampler: TokenSampler, log: EventLog, counters: Counters
+    ):
         self.scheduler, self.tree, self.sampler = scheduler, scheduler.tree, sampler
         self.log, self.counters = log, counters
         self._requests: list[Request] = []  # whose rows the sampler is set up for

@@ -19,7 +19,7 @@ from appo.rollout.native.model.weights import read_config, read_tensors
 from appo.rollout.native.sampling import definition, native_sample
 from appo.rollout.native.sampling.definition import SamplingRows, race
 from appo.rollout.native.sampling.noise import key
-from appo.rollout.native.sampling.sampler import Sampler
+from appo.rollout.native.sampling.sampler import TokenSampler
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def how(n, seed=11, first=0, inv_temp=1.0, greedy=()):
 
 
 def sampled(logits, params, n=1, seed=11):
-    sampler = Sampler(logits.shape[-1], CPU)
+    sampler = TokenSampler(logits.shape[-1], CPU)
     sampler.rows([params] * n)
     return sampler.sample_logits(logits.expand(n, -1), [seed] * n, range(n))
 
@@ -293,7 +293,7 @@ def test_rows_that_cannot_be_drawn_are_marked_alone(backend, bad, at, greedy):
 
 
 def test_the_error_names_the_sequence():
-    sampler = Sampler(50, CPU)
+    sampler = TokenSampler(50, CPU)
     x = torch.randn(3, 50)
     x[1, 7] = math.nan
     params = [SamplingParams(1), SamplingParams(1, top_k=3), SamplingParams(1)]
@@ -335,7 +335,7 @@ def test_both_runners_draw_the_same_tokens(name, tmp_path):
     for runner in ("native", "torch"):
         model = Model(read_config(tmp_path), torch.float32, CPU, 64, runner=runner)
         model.load(read_tensors(tmp_path))
-        sampler = Sampler(VOCAB, CPU, model)
+        sampler = TokenSampler(VOCAB, CPU, model)
         sampler.rows(params)
         found.append(sampler.sample(hidden, seeds, range(13)))
         logits = model.logits(hidden)

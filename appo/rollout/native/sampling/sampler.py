@@ -32,7 +32,7 @@ class OutputHead(Protocol):
         """One token per row, without logits in memory; None where the model cannot do that."""
 
 
-class Sampler:
+class TokenSampler:
     """Draws for rows whose parameters are set by `rows`, once per batch composition.
 
     logprob: nats, of the distribution drawn from (top-k/top-p: renormalised over what was kept; greedy: temperature 1).

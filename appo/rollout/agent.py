@@ -15,7 +15,7 @@ from typing import Any
 
 from appo.data.prompts import budget_text, encode_plain, result_text
 from appo.errors import PoolTooSmallError
-from appo.rollout.engine import RolloutEngine, SamplingParams, Stopped
+from appo.rollout.engine import RolloutEngine, SamplingParams, SequenceStopped
 from appo.rollout.tags import ANSWER, TagEvent, TagParser, TokenText
 from appo.tools.base import ToolResult
 from appo.types import Finish, Leaf, Node, RolloutTree, ToolCall
@@ -94,7 +94,7 @@ class Agent:
                 rollout, Finish.LENGTH
             )  # tool results were longer than the pool is made for
 
-    def on_stopped(self, rollout: ActiveRollout, event: Stopped) -> TagEvent | None:
+    def on_stopped(self, rollout: ActiveRollout, event: SequenceStopped) -> TagEvent | None:
         """Record what was sampled; return the tool call to make, if any."""
         node = rollout.tree.nodes[rollout.record.node]
         if node.role != "model":

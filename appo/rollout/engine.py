@@ -29,7 +29,7 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
-class Stopped:
+class SequenceStopped:
     """A submitted sequence stopped decoding. Arrays cover the tokens sampled since `submit`.
 
     reason: "stop_token" (last id is in stop_token_ids) | "stop" (callback) | "length" (max_new_tokens or context)
@@ -74,7 +74,7 @@ class RolloutEngine(Protocol):
     def cancel(self, seq: int) -> None:
         """Stop decoding without an event. The sequence stays usable; sampled tokens are dropped from it."""
 
-    def step(self) -> list[Stopped]:
+    def step(self) -> list[SequenceStopped]:
         """One forward for what is runnable (prefill chunks + one token of each decoding sequence)."""
 
     def has_work(self) -> bool:

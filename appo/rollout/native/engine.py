@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from appo.errors import EngineError, ModelError, StaleWeightsError
-from appo.rollout.engine import SamplingParams, Scored, Stopped
+from appo.rollout.engine import SamplingParams, Scored, SequenceStopped
 from appo.rollout.native.checks import (
     DTYPES,
     check_params,
@@ -213,7 +213,7 @@ class NativeEngine:
     def cancel(self, seq: int) -> None:
         """Stop decoding and drop what was sampled since submit; no effect on a sequence that is not decoding.
 
-        One whose Stopped event was not returned yet (it stopped in a step whose callback raised, or calls this) counts
+        One whose SequenceStopped event was not returned yet (it stopped in a step whose callback raised, or calls this) counts
         as decoding: the event is dropped.
         """
         length = self.tree.length(seq)
@@ -259,7 +259,7 @@ class NativeEngine:
         return self.loop.has_work()
 
     @torch.inference_mode()
-    def step(self) -> list[Stopped]:
+    def step(self) -> list[SequenceStopped]:
         """One forward. Returns the sequences that stopped in it.
 
         If anything raises before commit, nothing has changed and the step can be tried again. A stop callback that
@@ -360,5 +360,5 @@ class NativeEngine:
     def _check_idle(self, seq: int, what: str) -> None:
         if seq in self.scheduler.by_seq or self.loop.is_late(seq):
             raise EngineError(
-                f"{what}(seq={seq}): it is decoding already; wait for its Stopped event or cancel it"
+                f"{what}(seq={seq}): it is decoding already; wait for its SequenceStopped event or cancel it"
             )

@@ -10,7 +10,7 @@ next step; a cancel or release of its sequence meanwhile takes it back.
 from __future__ import annotations
 
 from appo.errors import EngineError
-from appo.rollout.engine import Stopped
+from appo.rollout.engine import SequenceStopped
 from appo.rollout.native.counters import Counters
 from appo.rollout.native.events import EventLog
 from appo.rollout.native.requests import Request, SequenceState
@@ -30,17 +30,17 @@ class Loop:
         self.scheduler, self.tree, self.sampler = scheduler, scheduler.tree, sampler
         self.log, self.counters = log, counters
         self._requests: list[Request] = []  # whose rows the sampler is set up for
-        self._late: list[Stopped] = []  # events that an exception kept from being returned
+        self._late: list[SequenceStopped] = []  # events that an exception kept from being returned
 
     @property
     def decoding(self) -> int:
-        """Sequences whose Stopped event was not returned yet."""
+        """Sequences whose SequenceStopped event was not returned yet."""
         return len(self.scheduler.by_seq) + len(self._late)
 
     def has_work(self) -> bool:
         return self.decoding > 0
 
-    def step(self, runner: Runner, version: int) -> list[Stopped]:
+    def step(self, runner: Runner, version: int) -> list[SequenceStopped]:
         """One forward; → what stopped in it, and what stopped in one that raised."""
         if self.scheduler.by_seq:
             try:
@@ -110,5 +110,7 @@ class Loop:
         self.scheduler.remove(request, state)
         self.log.write("stop", request.seq, reason=reason, ids=request.tokens)
         self._late.append(
-            Stopped(request.seq, request.tokens, request.logprobs, request.entropy, reason, version)
+            SequenceStopped(
+                request.seq, request.tokens, request.logprobs, request.entropy, reason, version
+            )
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from appo.errors import EngineError
-from appo.rollout.engine import SamplingParams, Stopped
+from appo.rollout.engine import SamplingParams, SequenceStopped
 from appo.rollout.native.engine import NativeEngine
 from appo.rollout.native.events import Event
 
@@ -32,7 +32,7 @@ def replay(
     engine: NativeEngine,
     events: Iterable[Event],
     weights: Callable[[int], Iterable[tuple[str, object]]] | None = None,
-) -> dict[int, list[Stopped]]:
+) -> dict[int, list[SequenceStopped]]:
     """Ask a fresh engine the same things in the same order. → what stopped, under the handles of the recording.
 
     In deterministic mode tokens and statistics are those of the recording, bit by bit, even if batch size, chunk or pool
@@ -57,9 +57,9 @@ class _Replay:
         self.there: dict[int, int] = {}
         self.begun: dict[int, int] = {}  # submitted and not stopped: handle → length at submit
         self.cut: set[int] = set()  # of these, what did not stop by itself in the recording
-        self.stopped: dict[int, list[Stopped]] = {}
+        self.stopped: dict[int, list[SequenceStopped]] = {}
 
-    def run(self) -> dict[int, list[Stopped]]:
+    def run(self) -> dict[int, list[SequenceStopped]]:
         for at, event in enumerate(self.events):
             act = getattr(self, f"_{event.kind}", None)
             if act is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from appo.errors import EngineError, StaleWeightsError
-from appo.rollout.engine import SamplingParams, Stopped
+from appo.rollout.engine import SamplingParams, SequenceStopped
 from appo.rollout.seeds import derive_seed
 from appo.rollout.submission import Reason
 from appo.rollout.vllm.reports import at_temperature, flat_row, logprob_of, top_entropy
@@ -108,7 +108,7 @@ class Decoder:
         if failed is not None:
             raise failed
 
-    def hand_out(self) -> list[Stopped]:
+    def hand_out(self) -> list[SequenceStopped]:
         """Events of what has stopped. If it raises, the others come with the next call."""
         ended = [request for request in self.by_seq.values() if request.reason is not None]
         if self.statistics == "exact":
@@ -118,7 +118,7 @@ class Decoder:
             assert request.reason is not None
             del self.by_seq[request.seq.handle]
             events.append(
-                Stopped(
+                SequenceStopped(
                     request.seq.handle,
                     request.tokens,
                     request.logprobs,

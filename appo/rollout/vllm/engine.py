@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from appo.errors import EngineError
-from appo.rollout.engine import SamplingParams, Scored, Stopped
+from appo.rollout.engine import SamplingParams, Scored, SequenceStopped
 from appo.rollout.submission import ReentrancyGuard, checked_ids
 from appo.rollout.vllm.decoding import Decoder
 from appo.rollout.vllm.scoring import ScorePass
@@ -186,7 +186,7 @@ class VLLMEngine:
     def has_work(self) -> bool:
         return bool(self.decoder.by_seq)
 
-    def step(self) -> list[Stopped]:
+    def step(self) -> list[SequenceStopped]:
         """One step of vLLM. Returns the sequences that stopped in it.
 
         A stop callback that raises is reported when all tokens of the step are in: its sequence goes on, events come with
@@ -257,5 +257,5 @@ class VLLMEngine:
     def _not_decoding(self, seq: int, what: str) -> None:
         if seq in self.decoder.by_seq:
             raise EngineError(
-                f"{what}(seq={seq}): it is decoding; wait for its Stopped event or cancel it"
+                f"{what}(seq={seq}): it is decoding; wait for its SequenceStopped event or cancel it"
             )

@@ -109,7 +109,7 @@ def after(count):
 
 
 def live(engine, rng):
-    """A life with everything in it; → [Stopped] by handle."""
+    """A life with everything in it; → [SequenceStopped] by handle."""
     out = {}
 
     def steps(n):

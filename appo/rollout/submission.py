@@ -42,9 +42,9 @@ class ReentrancyGuard:
         self._busy = False
 
     @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
+    def __call__(self, operation: str) -> Iterator[None]:
         if self._busy:
-            raise EngineError(f"{what}: a step is under way (called from a stop callback?)")
+            raise EngineError(f"{operation}: a step is under way (called from a stop callback?)")
         self._busy = True
         try:
             yield

@@ -148,13 +148,13 @@ def merged(notes: dict[str, dict[str, str]]) -> dict[str, str]:
     """Section → engine → remark as one table: an engine's remarks, each with the sections it is true of if not all."""
     out: dict[str, str] = {}
     for name in dict.fromkeys(name for about in notes.values() for name in about):
-        said: dict[str, list[str]] = defaultdict(list)
+        messages: dict[str, list[str]] = defaultdict(list)
         for title, about in notes.items():
             if name in about:
-                said[about[name]].append(title)
+                messages[about[name]].append(title)
         parts = [
-            text if len(said) == 1 else f"{', '.join(titles)}: {text}"
-            for text, titles in said.items()
+            text if len(messages) == 1 else f"{', '.join(titles)}: {text}"
+            for text, titles in messages.items()
         ]
         out[name] = "; ".join(parts)
     return out

@@ -71,9 +71,9 @@ class Soak:
         self.engine.release(seq)
         self.drawing.discard(seq)
 
-    def _ids(self, most: int) -> list[int]:
+    def _ids(self, limit: int) -> list[int]:
         draw, vocab = self.random, self.engine.config.vocab
-        return [draw.randrange(vocab) for _ in range(draw.randint(1, most))]
+        return [draw.randrange(vocab) for _ in range(draw.randint(1, limit))]
 
 
 def soak(operations: int) -> list[Case]:

@@ -92,12 +92,12 @@ def test_a_result_that_does_not_fit_the_context_ends_the_leaf():
 
 
 class SmallPool(ScriptedEngine):
-    """Takes no sequence that may grow beyond `most` tokens."""
+    """Takes no sequence that may grow beyond `limit` tokens."""
 
-    most = len(PROMPT) + 60
+    limit = len(PROMPT) + 60
 
     def submit(self, seq, params, seed):
-        if len(self.seqs[seq].ids) + params.max_new_tokens > self.most:
+        if len(self.seqs[seq].ids) + params.max_new_tokens > self.limit:
             raise PoolTooSmallError(f"submit(seq={seq}): raise kv_tokens")
         super().submit(seq, params, seed)
 

@@ -76,7 +76,7 @@ class Core:
         self.cache, self.requests, self.seen = {}, {}, []
         self.entropies = worker_statistics.SampledEntropies() if processors else None
         self.label, self.labels, self.aborted, self.extra = "default", [], [], 0
-        self.most = limits["max_num_seqs"]
+        self.max_rows = limits["max_num_seqs"]
         self.runner = SimpleNamespace(
             requests=self.requests, model=SimpleNamespace(compute_logits=lambda h: h @ self.head.T),
             query_start_loc=SimpleNamespace(np=None), input_batch=SimpleNamespace(req_id_to_index={}),
@@ -121,7 +121,7 @@ class Core:
             r.num_computed_tokens = r.cached = len(key[1])
 
     def step(self):
-        active = list(self.requests.values())[: self.most]
+        active = list(self.requests.values())[: self.max_rows]
         hidden, scheduled, starts, index = [], {}, [], {}
         for n, r in enumerate(active):
             if r.row < 0:
@@ -139,7 +139,7 @@ class Core:
                 decay = 0.7 ** torch.arange(t, -1, -1, dtype=torch.float32)
                 hidden.append((torch.stack(r.kv) * decay[:, None]).sum(0))
         if self.entropies is not None:
-            self.entropies.update(range(len(active), self.most), [], [])
+            self.entropies.update(range(len(active), self.max_rows), [], [])
         self.runner.query_start_loc.np, self.runner.input_batch.req_id_to_index = (
             np.array(starts),
             index,

@@ -19,7 +19,7 @@ from support.tree_shadow import Both, Shadow, rows_read
 from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.native.tree.layout import Layout
 
-MOST_SEQS, MOST_TOKENS = 12, 150
+MAX_SEQS, MAX_TOKENS = 12, 150
 NUMBER = st.integers(0, 10**6)  # taken modulo what there is
 TOKENS = st.lists(st.integers(0, 99), min_size=1, max_size=40)
 
@@ -43,17 +43,17 @@ class Operations(RuleBasedStateMachine):
     some = precondition(lambda self: self.shadow.seqs)
     closed = precondition(lambda self: self.open is None)
     is_open = precondition(lambda self: self.open is not None)
-    room = precondition(lambda self: len(self.shadow.seqs) < MOST_SEQS)
+    below_limit = precondition(lambda self: len(self.shadow.seqs) < MAX_SEQS)
 
     # -- sequences --------------------------------------------------------------------------------------------------
 
-    @room
+    @below_limit
     @rule(tokens=TOKENS)
     def add(self, tokens):
         self.shadow.add(self.tree.add(tokens), tokens)
 
     @some
-    @room
+    @below_limit
     @rule(number=NUMBER, at=NUMBER, last=st.booleans())
     def fork(self, number, at, last):
         seq = self.seq(number)
@@ -66,14 +66,14 @@ class Operations(RuleBasedStateMachine):
             self.shadow.fork(self.tree.fork(seq, at), seq, at)
 
     @some
-    @room
+    @below_limit
     @rule(number=NUMBER, back=st.lists(st.integers(0, 17), min_size=1, max_size=4))
     def fork_of_a_fork(self, number, back):
         """A chain: each a fork of the one before, `back` tokens from its end, with some tokens of its own."""
         seq = self.seq(number)
         for n in back:
             length = len(self.shadow.seqs[seq])
-            if self.tree.stale(seq) or length + 20 > MOST_TOKENS:
+            if self.tree.stale(seq) or length + 20 > MAX_TOKENS:
                 return
             at = max(1, length - n)
             child = self.tree.fork(seq, at)
@@ -86,7 +86,7 @@ class Operations(RuleBasedStateMachine):
     @rule(number=NUMBER, tokens=TOKENS)
     def extend(self, number, tokens):
         seq = self.seq(number)
-        if len(self.shadow.seqs[seq]) + len(tokens) <= MOST_TOKENS:
+        if len(self.shadow.seqs[seq]) + len(tokens) <= MAX_TOKENS:
             self.tree.extend(seq, tokens)
             self.shadow.extend(seq, tokens)
 
@@ -160,8 +160,8 @@ class Operations(RuleBasedStateMachine):
         for node, (row, _, count) in layout.rows_of.items():
             # of the sequences with this node on their path one has all its rows
             holders = [s for s in self.shadow.seqs if node in dict(self.tree.path(s))]
-            most = max(holders, key=lambda s: dict(self.tree.path(s))[node])
-            origins = self.shadow.seqs[most]
+            longest = max(holders, key=lambda s: dict(self.tree.path(s))[node])
+            origins = self.shadow.seqs[longest]
             for i in range(row, row + count):
                 self.rows[i] = origins[positions[i]]
                 self.paths[i] = origins[: positions[i] + 1]
@@ -213,7 +213,7 @@ class Operations(RuleBasedStateMachine):
             sampled = self.open.seqs
             self.commit()
             for seq in sampled:
-                if len(self.shadow.seqs[seq]) < MOST_TOKENS:
+                if len(self.shadow.seqs[seq]) < MAX_TOKENS:
                     self.tree.extend(seq, [seq])
                     self.shadow.extend(seq, [seq])
 

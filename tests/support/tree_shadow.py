@@ -85,10 +85,10 @@ class Both:
         return self._same(outcomes, "plan")
 
     @staticmethod
-    def _same(outcomes: list[Any], what: Any) -> Any:
+    def _same(outcomes: list[Any], call: Any) -> Any:
         first = outcomes[0]
         for other in outcomes[1:]:
-            assert _plain(first) == _plain(other), (what, outcomes)
+            assert _plain(first) == _plain(other), (call, outcomes)
         if isinstance(first, Exception):
             raise first
         return first
@@ -121,10 +121,10 @@ def rows_read(layout: Layout) -> list[list[int]]:
     segments, limits = layout.segments.tolist(), layout.limits.tolist()
     rows: list[list[int]] = [[] for _ in layout.ids]
     for segment, first, last, start in reads:
-        begin, most = segments[segment]
+        begin, longest = segments[segment]
         for row in range(first, last):
             limit = limits[start + row - first]
-            assert 0 < limit <= most
+            assert 0 < limit <= longest
             rows[row] += [blocks[begin + i // BLOCK] * BLOCK + i % BLOCK for i in range(limit)]
     return rows
 

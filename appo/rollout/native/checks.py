@@ -39,9 +39,9 @@ def check_params(p: SamplingParams) -> None:
         )
 
 
-def check_room(what: str, length: int, more: int, max_context: int) -> None:
+def check_fits(operation: str, length: int, more: int, max_context: int) -> None:
     """`more` tokens after `length` fit the context."""
     if length + more > max_context:
         raise EngineError(
-            f"{what}: {length} + {more} tokens need {length + more}, which does not fit max_context={max_context}"
+            f"{operation}: {length} + {more} tokens need {length + more}, which does not fit max_context={max_context}"
         )

@@ -26,8 +26,8 @@ from appo.errors import EngineError, ModelError, StaleWeightsError
 from appo.rollout.engine import SamplingParams, Scored, SequenceStopped
 from appo.rollout.native.checks import (
     DTYPES,
+    check_fits,
     check_params,
-    check_room,
     check_settings,
 )
 from appo.rollout.native.counters import Counters
@@ -135,7 +135,7 @@ class NativeEngine:
         ids = checked_ids(token_ids, self.config.vocab)
         if not ids:
             raise EngineError("add_prompt: token_ids is empty; a prompt needs at least one token")
-        check_room("add_prompt", 0, len(ids), self.max_context)
+        check_fits("add_prompt", 0, len(ids), self.max_context)
         seq, shared = self.prompts.add(ids, self.share_prompts)
         self._count.prefix_hits_tokens += shared
         self.scheduler.rest(seq)
@@ -159,7 +159,7 @@ class NativeEngine:
         length = self.tree.length(seq)
         self._check_idle(seq, "append")
         ids = checked_ids(token_ids, self.config.vocab)
-        check_room(f"append(seq={seq})", length, len(ids), self.max_context)
+        check_fits(f"append(seq={seq})", length, len(ids), self.max_context)
         self.tree.extend(seq, ids)
         self.scheduler.touch(seq)
         self.log.write("append", seq, ids=ids)
@@ -205,7 +205,7 @@ class NativeEngine:
                 f"submit(seq={seq}): its KV was computed before version {self.policy_version}; call score([{seq}]) first, "
                 "or start again from add_prompt"
             )
-        check_room(f"submit(seq={seq})", length, 1, self.max_context)
+        check_fits(f"submit(seq={seq})", length, 1, self.max_context)
         end = min(length + params.max_new_tokens, self.max_context)
         self.scheduler.submit(seq, params, int(seed), length, end)
         self.log.submit(seq, params, int(seed))
@@ -351,14 +351,14 @@ class NativeEngine:
         """The last things that were asked and decided, oldest first."""
         return self.log.events
 
-    def _check_whole(self, what: str) -> None:
+    def _check_whole(self, operation: str) -> None:
         if self._torn:
             raise EngineError(
-                f"{what}: the last load_weights broke off, so some weights are old and some new; load all of them again"
+                f"{operation}: the last load_weights broke off, so some weights are old and some new; load all of them again"
             )
 
-    def _check_idle(self, seq: int, what: str) -> None:
+    def _check_idle(self, seq: int, operation: str) -> None:
         if seq in self.scheduler.by_seq or self.loop.is_late(seq):
             raise EngineError(
-                f"{what}(seq={seq}): it is decoding already; wait for its SequenceStopped event or cancel it"
+                f"{operation}(seq={seq}): it is decoding already; wait for its SequenceStopped event or cancel it"
             )

@@ -61,11 +61,11 @@ class Prompts:
                 del self._by_start[start]
 
     def _longest_common(self, prompt: np.ndarray) -> tuple[int | None, int]:
-        best, most = None, MIN_SHARED - 1
+        best, longest = None, MIN_SHARED - 1
         for seq, known in self._by_start.get(tuple(prompt[:MIN_SHARED].tolist()), {}).items():
             n = min(len(prompt), len(known))
             differs = np.flatnonzero(prompt[:n] != known[:n])
             common = int(differs[0]) if len(differs) else n
-            if common > most and not self.tree.stale(seq):  # ties go to the oldest: fewer levels
-                best, most = seq, common
-        return best, most if best is not None else 0
+            if common > longest and not self.tree.stale(seq):  # ties go to the oldest: fewer levels
+                best, longest = seq, common
+        return best, longest if best is not None else 0

@@ -100,10 +100,10 @@ def _rows(layout: Layout) -> list[_Row]:
             none,
             layout.segments,
             layout.blocks,
-            torch.tensor([[s, 0, 1, i] for i, s in enumerate(some)]),
-            torch.tensor(most),
+            torch.tensor([[s, 0, 1, i] for i, s in enumerate(read)]),
+            torch.tensor(counts),
         )
-        for some, most in zip(segments, limits)
+        for read, counts in zip(segments, limits)
     ]
 
 

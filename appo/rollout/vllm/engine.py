@@ -254,8 +254,8 @@ class VLLMEngine:
         if self._broken:
             raise EngineError(f"this vLLM engine cannot be used any more: {self._broken}")
 
-    def _not_decoding(self, seq: int, what: str) -> None:
+    def _not_decoding(self, seq: int, operation: str) -> None:
         if seq in self.decoder.by_seq:
             raise EngineError(
-                f"{what}(seq={seq}): it is decoding; wait for its SequenceStopped event or cancel it"
+                f"{operation}(seq={seq}): it is decoding; wait for its SequenceStopped event or cancel it"
             )

@@ -133,11 +133,11 @@ class Sequences:
         del self.by_handle[self.get(handle).handle]
 
 
-def check_fresh(seq: Sequence, end: int, version: int, what: str) -> None:
+def check_fresh(seq: Sequence, end: int, version: int, operation: str) -> None:
     """Raise StaleWeightsError if a position before `end` was computed under weights older than those of `version`."""
     if seq.stale(end):
         raise StaleWeightsError(
-            f"{what}(seq={seq.handle}): it was computed before version {version}; call score([{seq.handle}]) first, or "
+            f"{operation}(seq={seq.handle}): it was computed before version {version}; call score([{seq.handle}]) first, or "
             "start again from add_prompt"
         )
 

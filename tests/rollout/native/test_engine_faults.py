@@ -343,18 +343,18 @@ def test_a_callback_takes_back_what_stopped_before_it(engine, end):
         assert engine.tokens(first) == PROMPT[:7]
 
 
-@pytest.mark.parametrize("what", ["step", "score"])
+@pytest.mark.parametrize("action", ["step", "score"])
 @pytest.mark.parametrize("when", ["plan", "commit"])
-def test_an_interrupt_between_two_parts_of_a_step(engine, monkeypatch, what, when):
+def test_an_interrupt_between_two_parts_of_a_step(engine, monkeypatch, action, when):
     """After the layout was opened and before anybody holds it; after it was committed. The cause is what is reported."""
     seq = engine.add_prompt(PROMPT)
-    if what == "step":
+    if action == "step":
         engine.submit(seq, SamplingParams(2), seed=0)
 
     def act():
-        return engine.step() if what == "step" else engine.score([seq])
+        return engine.step() if action == "step" else engine.score([seq])
 
-    name = {"plan": "plan" if what == "step" else "layout"}.get(when, when)
+    name = {"plan": "plan" if action == "step" else "layout"}.get(when, when)
     inner = getattr(engine.tree, name)
 
     def interrupted(*given):

@@ -61,9 +61,9 @@ def test_every_family_agrees_with_transformers(name, tmp_path):
 def random_tree(engine, rng) -> list[int]:
     """Forks at every position modulo 16 off a root with a tool result in it, then forks of forks, four deep; → leaves."""
 
-    def grow(seqs, least, most):
+    def grow(seqs, least, limit):
         for seq in seqs:
-            params = SamplingParams(rng.randint(least, most), temperature=0.9)
+            params = SamplingParams(rng.randint(least, limit), temperature=0.9)
             engine.submit(seq, params, seed=rng.randrange(2**40))
         finish(engine)
 

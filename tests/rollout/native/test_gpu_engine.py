@@ -140,7 +140,7 @@ class TestInterpreted:
 
     def test_more_rows_than_a_pass_takes(self, folder, monkeypatch):
         """Passes of 8 rows one after another: what later rows read was written by earlier ones."""
-        monkeypatch.setattr("appo.rollout.native.device.device.MOST_ROWS", 8)
+        monkeypatch.setattr("appo.rollout.native.device.device.MAX_ROWS", 8)
         engine, host = engine_of(folder), engine_of(folder, "torch")
         ours, theirs = (e.score([e.add_prompt(list(range(30)))])[0] for e in (engine, host))
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=1e-5, atol=1e-5)
@@ -209,7 +209,7 @@ def pretend_flash(monkeypatch):
     """A module `flash_attn` with the varlen function in plain PyTorch; → the lengths it was called with."""
     calls = []
 
-    def flash_attn_varlen_func(q, k, v, cuts, cuts_k, most, most_k, causal, return_attn_probs):
+    def flash_attn_varlen_func(q, k, v, cuts, cuts_k, longest, most_k, causal, return_attn_probs):
         assert causal and return_attn_probs and cuts.dtype == torch.int32
         out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q))
         for a, b in zip(cuts.tolist(), cuts.tolist()[1:]):
@@ -223,7 +223,7 @@ def pretend_flash(monkeypatch):
 
     module = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(flash, "unavailable", lambda *what: None)
+    monkeypatch.setattr(flash, "unavailable", lambda *_: None)
     return calls
 
 
@@ -291,9 +291,9 @@ def test_a_decode_step_keeps_its_shape_as_sequences_grow():
             tree.extend(leaf, [1])
         layout = tree.plan(leaves, 0)
         cut = Cut(3, 3, (64, 16), 132, False)
-        what = work(layout.segments, layout.reads, layout.limits, (0, 12), cut)
-        shape = TableShape.fitting(rows, what, len(layout.blocks))
-        assert shape.size >= what.partials and 4 * shape.size >= len(layout.blocks)
+        pass_work = work(layout.segments, layout.reads, layout.limits, (0, 12), cut)
+        shape = TableShape.fitting(rows, pass_work, len(layout.blocks))
+        assert shape.size >= pass_work.partials and 4 * shape.size >= len(layout.blocks)
         shapes.add(shape)
         tree.abort(layout)
     assert {shape.rows for shape in shapes} == {16} and len(shapes) <= 4

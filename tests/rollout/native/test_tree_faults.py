@@ -243,8 +243,8 @@ class Short:
     def __enter__(self):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         self.limits = resource.getrlimit(resource.RLIMIT_AS)
-        most = pages * resource.getpagesize() + self.more
-        resource.setrlimit(resource.RLIMIT_AS, (most, self.limits[1]))
+        limit = pages * resource.getpagesize() + self.more
+        resource.setrlimit(resource.RLIMIT_AS, (limit, self.limits[1]))
 
     def __exit__(self, *_):
         resource.setrlimit(resource.RLIMIT_AS, self.limits)

@@ -691,16 +691,16 @@ def test_staleness_is_that_of_the_native_tree(seed):
         ours.get(seq).computed(len(ours.get(seq).tokens) - 1)
 
     for _ in range(120):
-        what = rng.choice(["add", "fork", "append", "turn", "cancel", "score", "release", "load"],
+        action = rng.choice(["add", "fork", "append", "turn", "cancel", "score", "release", "load"],
                           p=[0.1, 0.25, 0.1, 0.2, 0.1, 0.1, 0.07, 0.08])  # fmt: skip
-        if what == "add" or not live:
+        if action == "add" or not live:
             ids = [1] * int(rng.integers(1, 20))
             live.append(tree.add(ids))
             assert ours.add(None, 0, ids).handle == live[-1]
             continue
         seq = int(rng.choice(live))
         length = tree.length(seq)
-        if what == "fork":
+        if action == "fork":
             at = int(rng.integers(1, length + 1))
             try:
                 live.append(tree.fork(seq, at))
@@ -709,27 +709,27 @@ def test_staleness_is_that_of_the_native_tree(seed):
                     ours.fork(seq, at, tree.version)
             else:
                 assert ours.fork(seq, at, tree.version).handle == live[-1]
-        elif what == "append":
+        elif action == "append":
             tree.extend(seq, [1, 1])
             ours.get(seq).tokens += [1, 1]
-        elif what == "turn" and not tree.stale(seq):
+        elif action == "turn" and not tree.stale(seq):
             turn(seq)
-        elif what == "cancel" and not tree.stale(seq):
+        elif action == "cancel" and not tree.stale(seq):
             turn(seq)
             tree.truncate(seq, length)
             ours.truncate(seq, length)
-        elif what == "score":
+        elif action == "score":
             score(seq)
-        elif what == "release":
+        elif action == "release":
             live.remove(seq)
             tree.release(seq)
             ours.release(seq)
-        elif what == "load":
+        elif action == "load":
             tree.new_version(tree.version + 1)
             ours.new_weights()
         for seq in live:
             line = ours.get(seq)
-            assert line.stale(len(line.tokens)) == tree.stale(seq), (what, seq)
+            assert line.stale(len(line.tokens)) == tree.stale(seq), (action, seq)
             assert len(line.tokens) == tree.length(seq)
 
 

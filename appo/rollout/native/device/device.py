@@ -37,7 +37,7 @@ from appo.rollout.native.tree.layout import Layout
 # Deterministic mode: every pass has exactly so many rows, since a library may sum a product of another height in another
 # order. Rows beyond come in further passes; a row reads the KV of rows before it only.
 FIXED_ROWS = 64
-MOST_ROWS = 2048  # per pass otherwise: bounds the workspace of partial results
+MAX_ROWS = 2048  # per pass otherwise: bounds the workspace of partial results
 BUCKETS = (1, 2, 4, *range(8, 65, 8), *range(96, 257, 32))  # decode rows of a graph
 
 
@@ -96,7 +96,7 @@ class DeviceRunner:
         """
         total = len(layout.ids)
         wanted = torch.arange(total) if rows is None else rows
-        step = FIXED_ROWS if self.deterministic else MOST_ROWS
+        step = FIXED_ROWS if self.deterministic else MAX_ROWS
         parts = []
         for first in range(0, total, step):
             last = min(first + step, total)
@@ -113,7 +113,7 @@ class DeviceRunner:
         """Rows first … last-1; → hidden states of the rows `out` (counted from first), [n, d]."""
         rows = self._rows(layout, last - first)
         chunks = None if self.flash is None else flash_attn.chunks(layout, first, last)
-        what = work(
+        pass_work = work(
             layout.segments,
             layout.reads,
             layout.limits if chunks is None else chunks.limits,
@@ -122,8 +122,8 @@ class DeviceRunner:
             None if chunks is None else chunks.rows,
         )
         captured = rows is not None and self.graphs.why_not is None
-        shape = TableShape.fitting(rows or last - first, what, len(layout.blocks))
-        given = self.stage.put(shape, layout, first, last, what, out, trim=not captured)
+        shape = TableShape.fitting(rows or last - first, pass_work, len(layout.blocks))
+        given = self.stage.put(shape, layout, first, last, pass_work, out, trim=not captured)
         # Sizes too: grown memory may lie where smaller memory did before, and its parts lie elsewhere in it.
         arena, buffer = self.pool.arena, self.stage.buffer
         self.graphs.keep(arena.data_ptr(), self.pool.blocks, buffer.data_ptr(), len(buffer))

@@ -29,12 +29,16 @@ class TableShape:
     size: int
 
     @classmethod
-    def fitting(cls, rows: int, what: Work, blocks: int) -> TableShape:
-        most = max(
-            len(what.tall), len(what.low), len(what.limits), what.partials, -(-blocks // BLOCKS)
+    def fitting(cls, rows: int, pass_work: Work, blocks: int) -> TableShape:
+        longest = max(
+            len(pass_work.tall),
+            len(pass_work.low),
+            len(pass_work.limits),
+            pass_work.partials,
+            -(-blocks // BLOCKS),
         )
         size = rows
-        while size < most:
+        while size < longest:
             size *= 2
         return cls(rows, size)
 
@@ -72,7 +76,7 @@ class Stage:
         self.buffer = torch.zeros_like(self.host, device=self.device) if pinned else self.host
 
     def put(
-        self, shape: TableShape, layout: Layout, first: int, last: int, what: Work, out: Tensor, trim: bool
+        self, shape: TableShape, layout: Layout, first: int, last: int, pass_work: Work, out: Tensor, trim: bool
     ) -> Inputs:  # fmt: skip
         """Rows first … last-1 of a layout. out: rows wanted, counted from `first`.
 
@@ -89,27 +93,27 @@ class Stage:
             "positions": layout.positions[rows],
             "slots": layout.slots[rows],
             "out": out,
-            "starts": what.starts,
-            "tall": what.tall.view(-1),
-            "low": what.low.view(-1),
-            "limits": what.limits,
-            "entries": what.entries,
+            "starts": pass_work.starts,
+            "tall": pass_work.tall.view(-1),
+            "low": pass_work.low.view(-1),
+            "limits": pass_work.limits,
+            "entries": pass_work.entries,
             "blocks": layout.blocks,
         }
-        padding = {"slots": -1, "starts": int(what.starts[-1])}
+        padding = {"slots": -1, "starts": int(pass_work.starts[-1])}
         at, views = 0, {}
-        for name, room in sections.items():
+        for name, size in sections.items():
             have = len(given[name])
             self.host[at : at + have] = given[name]
-            self.host[at + have : at + room] = padding.get(name, 0)
-            show = have if trim and name not in ROWS else room
+            self.host[at + have : at + size] = padding.get(name, 0)
+            show = have if trim and name not in ROWS else size
             views[name] = self.buffer[at : at + show]
-            at += room
+            at += size
         if self._copied is not None:
             self.buffer[:at].copy_(self.host[:at], non_blocking=True)
             self._copied.record()
         items = (views[name].view(-1, len(COLUMNS)) for name in ("tall", "low"))
         lists = (views[name] for name in ("blocks", "limits", "starts", "entries"))
         rows_ = (views[name] for name in ("ids", "positions", "slots", "out"))
-        partials = what.partials if trim else shape.size
+        partials = pass_work.partials if trim else shape.size
         return Inputs(*rows_, Tables(*items, *lists), partials)

@@ -81,10 +81,10 @@ def lay_out(ranges: Sequence[RowRange], decode_rows: int) -> Layout:
     blocks: list[int] = []
     limits: list[int] = []
     for node, first, counts in readers.values():
-        most = max(counts)
+        longest = max(counts)
         reads.append((len(segments), first, first + len(counts), len(limits)))
-        segments.append((len(blocks), most))
-        blocks += node.blocks[: blocks_for(most)]
+        segments.append((len(blocks), longest))
+        blocks += node.blocks[: blocks_for(longest)]
         limits += counts
     return Layout(
         ids=_table(ids),

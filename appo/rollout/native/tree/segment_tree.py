@@ -164,22 +164,22 @@ class SegmentTree(TreeFacts):
         for seq, end in zip(seqs, ends):
             leaf = self._get(seq)
             for node, count in (*leaf.chain(), (leaf, end - 1 - leaf.base)):
-                most = want.get(node.id, (node, 0))[1]
-                want[node.id] = node, max(most, count)
+                known = want.get(node.id, (node, 0))[1]
+                want[node.id] = node, max(known, count)
         return sum(max(0, blocks_for(count) - len(node.blocks)) for node, count in want.values())
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _check_fresh(self, node: SegmentNode, end: int, what: str) -> None:
+    def _check_fresh(self, node: SegmentNode, end: int, operation: str) -> None:
         if node.stale(end):
             raise StaleWeightsError(
-                f"{what}(seq={node.handle}): its KV was computed before version {self.version}; "
+                f"{operation}(seq={node.handle}): its KV was computed before version {self.version}; "
                 f"call score([{node.handle}]) first, or start again from the prompt"
             )
 
-    def _check_closed(self, what: str) -> None:
+    def _check_closed(self, operation: str) -> None:
         if self._open is not None:
-            raise EngineError(f"{what}: a layout is open; commit or abort it first")
+            raise EngineError(f"{operation}: a layout is open; commit or abort it first")
 
     def _grow(self, parent: SegmentNode | None, base: int, tokens: list[int]) -> SegmentNode:
         while parent is not None and base <= parent.base:
@@ -267,10 +267,10 @@ class SegmentTree(TreeFacts):
                         f"the weights are version {self.version}; it must not be read"
                     )
 
-    def _closing(self, layout: Layout, what: str) -> list[RowRange]:
+    def _closing(self, layout: Layout, operation: str) -> list[RowRange]:
         if layout is None or layout is not self._open:
             raise EngineError(
-                f"{what}: this layout is not open; each one is committed or aborted once"
+                f"{operation}: this layout is not open; each one is committed or aborted once"
             )
         ranges, self._open, self._open_ranges = self._open_ranges, None, []
         return [u for u in ranges if u.node.id in self.nodes]

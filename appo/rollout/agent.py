@@ -67,8 +67,8 @@ class Agent:
 
     def resume(self, rollout: ActiveRollout, prefix: Sequence[int] = ()) -> None:
         """Start (or go on) sampling. `prefix`: ids of the current turn that a branch inherited, for the parser."""
-        room = self.settings.max_new_tokens - rollout.sampled
-        if room <= 0 or self.engine.length(rollout.seq) >= self.engine.max_context:
+        budget = self.settings.max_new_tokens - rollout.sampled
+        if budget <= 0 or self.engine.length(rollout.seq) >= self.engine.max_context:
             return self._finish(rollout, Finish.LENGTH)
         parser = TagParser([*self.settings.tools, ANSWER])
         parser.feed(self.text.join(prefix))
@@ -79,7 +79,7 @@ class Agent:
             return bool(rollout.closed)
 
         params = SamplingParams(
-            max_new_tokens=room,
+            max_new_tokens=budget,
             temperature=self.settings.temperature,
             stop_token_ids=self.text.eos_ids,
             stop=closes_block,

@@ -198,9 +198,9 @@ class Rollouts:
             logp, h = scored.get(rollout.seq, (before, v.entropy))
             entropy.append(np.where(v.mask, h, 0.0).astype(np.float32))
             ratio.append(np.where(v.mask, logp - before, 0.0).astype(np.float32))
-        room = self.settings.max_new_tokens - (1 if algo.resample == "after" else 0)
+        budget = self.settings.max_new_tokens - (1 if algo.resample == "after" else 0)
         eligible = [
-            eligible_positions(v, self._closing(g.tree, rollout), self.text.drawable, room)
+            eligible_positions(v, self._closing(g.tree, rollout), self.text.drawable, budget)
             for rollout, v in zip(g.roots, views, strict=True)
         ]
         masks = [v.mask for v in views]

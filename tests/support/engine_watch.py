@@ -32,7 +32,7 @@ class Watch:
     def forward(self, layout: Layout, rows: Tensor | None) -> Tensor:
         slots = layout.slots[layout.slots >= 0]
         taken = (slots[slots % BLOCK == 0] // BLOCK).tolist()  # nothing was written there before
-        self.pool.poison(self.engine.tree.free_blocks() + taken)
+        self.pool.fill_nan(self.engine.tree.free_blocks() + taken)
         self._check_owners(layout)
         before = self._bits()
         hidden = self.inner.forward(layout, rows)

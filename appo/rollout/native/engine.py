@@ -115,7 +115,7 @@ class NativeEngine:
             self.runner = make_runner(self.model, deterministic, runner == "device", limit)
             self.sampler = TokenSampler(config.vocab, where, self.model)
         self.loaded: set[str] = set()  # names written by the last load_weights
-        self._torn = False  # a load_weights broke off: some weights are new, some old
+        self._partially_loaded = False  # a load_weights broke off: some weights are new, some old
         self._count = Counters()
         self.loop = Loop(self.scheduler, self.sampler, self.log, self._count)
         self._guard = ReentrancyGuard()
@@ -287,10 +287,10 @@ class NativeEngine:
         except ModelError:
             raise  # found before anything was written
         except BaseException:
-            self._torn = True
+            self._partially_loaded = True
             self.tree.new_version(version)
             raise
-        self._torn &= not self.loaded >= set(self.model.targets)
+        self._partially_loaded &= not self.loaded >= set(self.model.targets)
         self.policy_version = version
         self.tree.new_version(version)
         self.runner.weights_changed()
@@ -352,7 +352,7 @@ class NativeEngine:
         return self.log.events
 
     def _check_whole(self, operation: str) -> None:
-        if self._torn:
+        if self._partially_loaded:
             raise EngineError(
                 f"{operation}: the last load_weights broke off, so some weights are old and some new; load all of them again"
             )

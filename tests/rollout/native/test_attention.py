@@ -49,7 +49,7 @@ def plant(kv: list[torch.Tensor], paths: list[Path], q: torch.Tensor, seed: int 
     counts = [-(-x.shape[3] // 16) for x in kv]
     order = iter(np.random.default_rng(seed).permutation(sum(counts) + 2).tolist())
     pool.ensure(sum(counts) + 2)
-    pool.poison(range(sum(counts) + 2))
+    pool.fill_nan(range(sum(counts) + 2))
     blocks = [[next(order) for _ in range(n)] for n in counts]
     for x, some in zip(kv, blocks, strict=True):
         slots = torch.tensor([b * 16 + i for b in some for i in range(16)])[: x.shape[3]]
@@ -282,7 +282,7 @@ def test_rows_are_written_before_they_are_read(dtype, dim):
         tree = plant([past], [], x)
         blocks = [*tree.blocks[0], 9, 7, 8, 5]
         tree.pool.ensure(10)
-        tree.pool.poison(blocks[1:])
+        tree.pool.fill_nan(blocks[1:])
         out = torch.full((rows, 2 * heads, dim), torch.nan, dtype=dtype)
         for a, b in zip(cuts, cuts[1:]):
             layout = SimpleNamespace(

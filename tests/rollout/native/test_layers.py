@@ -161,7 +161,7 @@ def test_the_chosen_rows_are_those_of_all_rows(dtype):
     whole = m.native.forward(m, layout, pool)
     kept = pool.read(range(20), 320).clone()
     for rows in ([3], [19, 0, 7], [5, 5, 5], [*range(20)], [*range(20)] * 2, []):
-        pool.poison(range(20))
+        pool.fill_nan(range(20))
         some = m.native.forward(m, layout, pool, torch.tensor(rows, dtype=torch.int64))
         assert torch.equal(some, whole[rows])
         slots = layout.slots

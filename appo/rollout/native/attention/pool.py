@@ -194,7 +194,7 @@ class KVPool:
             out = some.movedim(0, 3).flatten(3, 4)[:, :, :, :count]
         return out if layer is None else out[0]
 
-    def poison(self, blocks: Sequence[int]) -> None:
+    def fill_nan(self, blocks: Sequence[int]) -> None:
         """Fill blocks with NaN: for tests that nothing reads what was freed or never written."""
         for block in blocks:
             self._must_have(block)

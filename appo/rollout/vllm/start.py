@@ -52,14 +52,14 @@ def load_api() -> Api:
         raise EngineError(MISSING.format(why=f"{type(e).__name__}: {e}")) from e
 
 
-class Shape(NamedTuple):
+class ModelLimits(NamedTuple):
     """What the engine itself needs to know of a model."""
 
     vocab: int
     positions: int
 
 
-def read_shape(model_dir: Path) -> Shape:
+def read_limits(model_dir: Path) -> ModelLimits:
     """Vocabulary and positions from config.json, in the text part where a model has several."""
     path = Path(model_dir) / "config.json"
     if not path.is_file():
@@ -69,7 +69,7 @@ def read_shape(model_dir: Path) -> Shape:
     raw = json.loads(path.read_text())
     raw = raw.get("text_config") or raw
     try:
-        return Shape(int(raw["vocab_size"]), int(raw["max_position_embeddings"]))
+        return ModelLimits(int(raw["vocab_size"]), int(raw["max_position_embeddings"]))
     except KeyError as e:
         raise ModelError(f"{path}: {e} is missing") from e
 

@@ -23,7 +23,7 @@ from appo.errors import EngineError
 from appo.rollout.native.attention.pool import MAX_HEAD_DIM, KVPool, available
 from appo.rollout.native.model.head import NativeHead
 from appo.rollout.native.model.linear import Layer, Linear, Weights
-from appo.rollout.native.model.weights import ModelConfig
+from appo.rollout.native.model.weights import DecoderConfig
 from appo.rollout.native.tree.layout import Layout
 
 RUNNERS = ("auto", "torch", "native")
@@ -31,7 +31,7 @@ PARTS = ("qkv", "o", "gate_up", "down")
 
 
 def choose(
-    runner: str, config: ModelConfig, dtype: torch.dtype, device: torch.device
+    runner: str, config: DecoderConfig, dtype: torch.dtype, device: torch.device
 ) -> NativeLayers | None:
     """What runs the layers: None is PyTorch. "auto" takes C++ where it can run; "native" raises EngineError if not."""
     if runner not in RUNNERS:
@@ -46,7 +46,7 @@ def choose(
     return None
 
 
-def unavailable(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+def unavailable(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the C++ layers cannot run such a model here; None if they can."""
     if device.type != "cpu":
         return f"the model is on {device}, the C++ layers run on the CPU"
@@ -73,7 +73,7 @@ class NativeLayers:
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, isa: str = "", threads: int | None = None
+        self, config: DecoderConfig, dtype: torch.dtype, isa: str = "", threads: int | None = None
     ):
         c = self.config = config
         self.dtype, self.threads = dtype, threads

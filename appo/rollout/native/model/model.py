@@ -20,7 +20,7 @@ from appo.errors import ModelError
 from appo.rollout.native.model import layers as native_layers
 from appo.rollout.native.model.adapters import Adapters
 from appo.rollout.native.model.linear import Layer, Linear, Slice, Target
-from appo.rollout.native.model.weights import ModelConfig, inverse_frequencies
+from appo.rollout.native.model.weights import DecoderConfig, inverse_frequencies
 from appo.rollout.native.sampling.definition import Sampled, SamplingRows
 
 # attention(layer, q[M,Hq,D], k[M,Hkv,D], v[M,Hkv,D]) -> [M, Hq*D]
@@ -40,7 +40,7 @@ class Model:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: DecoderConfig,
         dtype: torch.dtype,
         device: torch.device,
         max_context: int,

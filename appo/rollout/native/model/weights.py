@@ -23,7 +23,7 @@ ROPE_TYPES = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class DecoderConfig:
     """The numbers the runner needs; names follow the field, not the file."""
 
     family: str
@@ -49,7 +49,7 @@ class ModelConfig:
         return self.heads // self.kv_heads
 
 
-def read_config(model_dir: Path) -> ModelConfig:
+def read_config(model_dir: Path) -> DecoderConfig:
     """Parse `model_dir`/config.json. Raises ModelError for a family or feature the runner lacks."""
     path = Path(model_dir) / "config.json"
     if not path.is_file():
@@ -61,7 +61,7 @@ def read_config(model_dir: Path) -> ModelConfig:
     _check_supported(raw, family, path)
     heads = raw["num_attention_heads"]
     bias = bool(raw.get("attention_bias", False))
-    return ModelConfig(
+    return DecoderConfig(
         family=family,
         layers=raw["num_hidden_layers"],
         hidden=raw["hidden_size"],
@@ -110,7 +110,7 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def inverse_frequencies(config: ModelConfig) -> Tensor:
+def inverse_frequencies(config: DecoderConfig) -> Tensor:
     """Rotary inverse frequencies [head_dim / 2], float32; llama3 scaling as in the Llama 3.1 report's release."""
     rope, dim = config.rope, config.head_dim
     inv = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))

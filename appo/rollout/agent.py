@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 from appo.data.prompts import budget_text, encode_plain, result_text
 from appo.errors import PoolTooSmallError
 from appo.rollout.engine import RolloutEngine, SamplingParams, SequenceStopped
 from appo.rollout.tags import ANSWER, TagEvent, TagParser, TokenText
 from appo.tools.base import ToolResult
-from appo.types import Finish, Leaf, Node, RolloutTree, ToolCall
+from appo.types import Finish, Leaf, Node, Role, RolloutTree, ToolCall
 
 
 class RolloutState(Enum):
@@ -161,7 +160,7 @@ class Agent:
         self._add_node(rollout, "tool").token_ids = ids
         return True
 
-    def _add_node(self, rollout: ActiveRollout, role: Any) -> Node:
+    def _add_node(self, rollout: ActiveRollout, role: Role) -> Node:
         """A node that continues the leaf."""
         tree, leaf = rollout.tree, rollout.record
         last = tree.nodes[leaf.node]

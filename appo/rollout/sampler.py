@@ -103,8 +103,9 @@ class Rollouts:
                     "engine lost a sequence"
                 )
             done += self._collect_tools()
-            for tree_rollout in done if on_roots_done else ():
-                on_roots_done(tree_rollout)
+            if on_roots_done is not None:
+                for tree_rollout in done:
+                    on_roots_done(tree_rollout)
             if on_progress and forward:  # waiting for tools is no progress, as the watchdog sees it
                 on_progress(len(self._active))
 

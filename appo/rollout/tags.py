@@ -45,7 +45,7 @@ class TagParser:
     def feed(self, data: bytes) -> list[TagEvent]:
         """Append `data`; return the blocks that it closes, in order of appearance."""
         self._text += data
-        events = []
+        events: list[TagEvent] = []
         while True:
             if self._open is None:
                 if not self._find_open():

@@ -154,7 +154,8 @@ class _Replay:
 def _ids(facts: dict[str, Any]) -> list[int]:
     if "ids" not in facts:
         raise EngineError(f"replay: the log has no token ids, so it is not complete; {_RECORD}")
-    return facts["ids"]
+    ids: list[int] = facts["ids"]
+    return ids
 
 
 def _after(count: int) -> Callable[[int], bool]:

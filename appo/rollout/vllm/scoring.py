@@ -6,9 +6,11 @@ taking the rows they did not run from it. vLLM's public API has no such thing: "
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from appo.errors import EngineError
 from appo.rollout.engine import Scored
@@ -109,7 +111,7 @@ class ScorePass:
         top = [x.logprob for x in report[position].values()]
         return logprob_of(report[position], token), top_entropy(top, self.decoder.vocab)
 
-    def _fill(self, i: int, row: Any, logp: Any, entropy: Any) -> None:
+    def _fill(self, i: int, row: int | slice, logp: ArrayLike, entropy: ArrayLike) -> None:
         self.logp[i][row], self.entropy[i][row], self.done[i][row] = logp, entropy, True
 
     def collect(self, lines: dict[str, int]) -> None:
@@ -132,7 +134,7 @@ class ScorePass:
                 self._fill(i, rows, self.logp[j][rows], self.entropy[j][rows])
                 return
 
-    def run(self, step: Any) -> None:
+    def run(self, step: Callable[[], object]) -> None:
         """All rounds; `step` moves vLLM on by one. Leaves nothing behind in vLLM, whatever happens."""
         try:
             while self.start():

@@ -9,7 +9,7 @@ they are grouped, or on the number of threads.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -68,7 +68,8 @@ def attend_segments(
             f"k has shape {tuple(k.shape)} and dtype {k.dtype}; the pool has (heads, head dimension, dtype) {like}"
         )
     limit = torch.get_num_threads() if threads is None else threads
-    native.function("attend_segments", "cpu")(
+    attend: Any = native.function("attend_segments", "cpu")
+    attend(
         q, k, v, layout.slots, layout.segments, layout.blocks, layout.reads, layout.limits, pool.addresses,
         pool.layers, layer, out, tile_rows, isa, limit,
     )  # fmt: skip

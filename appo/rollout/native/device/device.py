@@ -38,7 +38,13 @@ from appo.rollout.native.tree.layout import Layout
 # order. Rows beyond come in further passes; a row reads the KV of rows before it only.
 FIXED_ROWS = 64
 MAX_ROWS = 2048  # per pass otherwise: bounds the workspace of partial results
-BUCKETS = (1, 2, 4, *range(8, 65, 8), *range(96, 257, 32))  # decode rows of a graph
+BUCKETS: tuple[int, ...] = (
+    1,
+    2,
+    4,
+    *range(8, 65, 8),
+    *range(96, 257, 32),
+)  # decode rows of a graph
 
 
 class DeviceRunner:
@@ -148,6 +154,7 @@ class DeviceRunner:
             keys, values = self.pool.arena[layer]
             kv_write(k, v, given.slots, keys, values)
             if causal is not None:
+                assert self.flash is not None, "only flash-attn takes causal parts"
                 causal.attend(self.flash, q, k, v, o, lse)
             attend_segments(q, keys, values, given.tables, o, lse, out)
             return out.view(rows, -1)

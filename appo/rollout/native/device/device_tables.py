@@ -112,8 +112,13 @@ class Stage:
         if self._copied is not None:
             self.buffer[:at].copy_(self.host[:at], non_blocking=True)
             self._copied.record()
-        items = (views[name].view(-1, len(COLUMNS)) for name in ("tall", "low"))
+        tall, low = (views[name].view(-1, len(COLUMNS)) for name in ("tall", "low"))
         lists = (views[name] for name in ("blocks", "limits", "starts", "entries"))
-        rows_ = (views[name] for name in ("ids", "positions", "slots", "out"))
-        partials = pass_work.partials if trim else shape.size
-        return Inputs(*rows_, Tables(*items, *lists), partials)
+        return Inputs(
+            ids=views["ids"],
+            positions=views["positions"],
+            slots=views["slots"],
+            out=views["out"],
+            tables=Tables(tall, low, *lists),
+            partials=pass_work.partials if trim else shape.size,
+        )

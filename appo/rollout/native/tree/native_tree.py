@@ -10,6 +10,7 @@ import functools
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -34,15 +35,16 @@ def make_tree(max_blocks: int | None = None) -> Tree:
 @functools.cache
 def _library() -> SimpleNamespace:
     """The functions tree_* of the native library, which raise EngineError and StaleWeightsError."""
-    functions = {name: native.function(f"tree_{name}", "cpu") for name in _FUNCTIONS}
+    functions: dict[str, Any] = {
+        name: native.function(f"tree_{name}", "cpu") for name in _FUNCTIONS
+    }
     from tvm_ffi import register_error
 
     register_error("EngineError", EngineError)
     register_error("StaleWeightsError", StaleWeightsError)
     for function in functions.values():
-        function.release_gil = (
-            False  # one at a time, like the definition: C++ has no lock of its own
-        )
+        # One at a time, like the definition: C++ has no lock of its own.
+        function.release_gil = False
     return SimpleNamespace(**functions)
 
 

@@ -31,10 +31,12 @@ from appo.rollout.native.checks import (
     check_settings,
 )
 from appo.rollout.native.counters import Counters
+from appo.rollout.native.engine_stats import engine_stats
 from appo.rollout.native.events import Event, EventLog
 from appo.rollout.native.loop import Loop
+from appo.rollout.native.model.loader import ModelLoader
 from appo.rollout.native.model.model import Model
-from appo.rollout.native.model.weights import read_config, read_tensors
+from appo.rollout.native.model.weights import read_config
 from appo.rollout.native.prompts import Prompts
 from appo.rollout.native.requests import Request, SequenceState
 from appo.rollout.native.runner import make_runner
@@ -111,22 +113,14 @@ class NativeEngine:
             where = torch.device(device)
             layers = "torch" if runner == "device" else runner
             self.model = Model(config, DTYPES[dtype], where, self.max_context, fp32_logits, layers)
-            self._load_all(model_dir)
+            self.loader = ModelLoader(self.model)
+            self.loader.load_folder(model_dir)
             self.runner = make_runner(self.model, deterministic, runner == "device", limit)
             self.sampler = TokenSampler(config.vocab, where, self.model)
-        self.loaded: set[str] = set()  # names written by the last load_weights
-        self._partially_loaded = False  # a load_weights broke off: some weights are new, some old
         self._count = Counters()
         self.loop = Loop(self.scheduler, self.sampler, self.log, self._count)
         self._guard = ReentrancyGuard()
         self._load_seconds = time.perf_counter() - start
-
-    def _load_all(self, model_dir: Path) -> None:
-        missing = set(self.model.targets) - self.model.load(read_tensors(model_dir))
-        if missing:
-            raise ModelError(
-                f"model_dir={str(model_dir)!r} lacks {len(missing)} weights, for example {min(missing)!r}"
-            )
 
     # -- the tree ---------------------------------------------------------------------------------------------------
 
@@ -197,7 +191,7 @@ class NativeEngine:
     def submit(self, seq: int, params: SamplingParams, seed: int) -> None:
         """Queue the sequence for decoding. Raises PoolTooSmallError if the pool could not hold it even alone."""
         length = self.tree.length(seq)
-        self._check_whole(f"submit(seq={seq})")
+        self.loader.check_whole(f"submit(seq={seq})")
         self._check_idle(seq, "submit")
         check_params(params)
         if self.tree.stale(seq):
@@ -283,14 +277,12 @@ class NativeEngine:
             )
         start = time.perf_counter()
         try:
-            self.loaded = self.model.load(named_tensors)
+            self.loader.load(named_tensors)
         except ModelError:
             raise  # found before anything was written
         except BaseException:
-            self._partially_loaded = True
             self.tree.new_version(version)
             raise
-        self._partially_loaded &= not self.loaded >= set(self.model.targets)
         self.policy_version = version
         self.tree.new_version(version)
         self.runner.weights_changed()
@@ -308,7 +300,7 @@ class NativeEngine:
         the end the KV of what has been scored goes, but for the path that is being run: that must fit.
         """
         with self._guard("score"):
-            self._check_whole("score")
+            self.loader.check_whole("score")
             if not temperature > 0:
                 raise EngineError(f"score: temperature={temperature}; must be above 0")
             lengths = {seq: self.tree.length(seq) for seq in seqs}
@@ -325,37 +317,21 @@ class NativeEngine:
 
     def stats(self) -> dict[str, float]:
         """See the protocol; beyond it packed_bytes: the C++ copy of the weights."""
-        tree, plan, pool, layers = self.tree, self.scheduler, self.runner.pool, self.model.native
         return {
             **self._count.as_dict(),
-            "preemptions": plan.preemptions,
-            "evicted_tokens": plan.evicted_tokens,
-            "live_sequences": tree.live_sequences,
-            "live_nodes": tree.live_nodes,
-            "running": len(plan.active),
-            "waiting": len(plan.waiting),
-            "kv_tokens": tree.tokens_held,
-            "kv_bytes": pool.bytes,
-            "kv_used_bytes": tree.used * pool.block_bytes,
-            "blocks_used": tree.used,
-            "blocks_free": tree.free,
-            "blocks_peak": tree.peak,
-            "block_bytes": pool.block_bytes,
+            **engine_stats(self.tree, self.scheduler, self.runner.pool, self.model.native),
             "load_seconds": self._load_seconds,
-            "packed_bytes": 0 if layers is None else layers.packed_bytes,
-            "pack_seconds": 0.0 if layers is None else layers.pack_seconds,
         }
+
+    @property
+    def loaded(self) -> set[str]:
+        """Names that the last load_weights has written."""
+        return self.loader.loaded
 
     @property
     def events(self) -> deque[Event]:
         """The last things that were asked and decided, oldest first."""
         return self.log.events
-
-    def _check_whole(self, operation: str) -> None:
-        if self._partially_loaded:
-            raise EngineError(
-                f"{operation}: the last load_weights broke off, so some weights are old and some new; load all of them again"
-            )
 
     def _check_idle(self, seq: int, operation: str) -> None:
         if seq in self.scheduler.by_seq or self.loop.is_late(seq):

@@ -25,10 +25,10 @@ from operator import index
 
 from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.native.tree.block_list import blocks_for
-from appo.rollout.native.tree.facts import TreeFacts
 from appo.rollout.native.tree.layout import Layout, RowRange, lay_out
 from appo.rollout.native.tree.node import SegmentNode
 from appo.rollout.native.tree.plan import given_ranges, planned_ranges
+from appo.rollout.native.tree.tree_facts import TreeFacts
 
 
 class SegmentTree(TreeFacts):

@@ -2,8 +2,8 @@
 
     SAMPLING → (closing tag) → TOOL → (result) → SAMPLING → … → DONE
 
-A `ActiveRollout` owns the engine handle of its leaf and knows what it may still spend. It never waits: the loop in `grow` moves
-it on when the engine or the tool pool has something for it.
+A `ActiveRollout` owns the engine handle of its leaf and knows what it may still spend. It never
+waits: the loop in `grow` moves it on when the engine or the tool pool has something for it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ class Agent:
         self.settings = settings
 
     def resume(self, rollout: ActiveRollout, prefix: Sequence[int] = ()) -> None:
-        """Start (or go on) sampling. `prefix`: ids of the current turn that a branch inherited, for the parser."""
+        """Start (or go on) sampling.
+
+        `prefix`: ids of the current turn that a branch inherited, for the parser.
+        """
         budget = self.settings.max_new_tokens - rollout.sampled
         if budget <= 0 or self.engine.length(rollout.seq) >= self.engine.max_context:
             return self._finish(rollout, Finish.LENGTH)
@@ -116,7 +119,10 @@ class Agent:
         return self.next_call(rollout)
 
     def next_call(self, rollout: ActiveRollout) -> TagEvent | None:
-        """The next call in the queue, or None and sampling goes on. Calls beyond the budget are answered at once."""
+        """The next call in the queue, or None and sampling goes on.
+
+        Calls beyond the budget are answered at once.
+        """
         while rollout.queue:
             call = rollout.queue.pop(0)
             if len(rollout.record.tool_calls) < self.settings.max_tool_calls:

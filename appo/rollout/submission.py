@@ -1,4 +1,6 @@
-"""What any engine needs to take submissions: valid ids, the rule when to stop, and one step at a time."""
+"""What any engine needs to take submissions: valid ids, the rule when to stop, and one step at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ Reason = Literal["stop_token", "stop", "length"]
 
 
 class StopRule:
-    """When a submission is over. A base of an engine's own record of it, which has the attributes below."""
+    """When a submission is over.
+
+    A base of an engine's own record of it, which has the attributes below.
+    """
 
     params: SamplingParams
     end: int  # length at which it must stop

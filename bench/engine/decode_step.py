@@ -2,14 +2,15 @@
 
     OMP_NUM_THREADS=1 python bench/engine/decode_step.py [--quick] [--json FILE] [--threads N]
 
-"step": one row of every sequence, 512 shared positions of a prompt and 200 of its own each, from token ids to drawn
-tokens with logprob and entropy: embedding, all layers, attention over the block pool, head, draw. "products alone": the
-packed weights, head included, and the micro-kernels of the same step with nothing else, on the same numbers of rows.
-"layers": rows that read only themselves, against the PyTorch runner's operations (oneDNN's packed linears included) with
-attention's result ready made. The head turns float32 hidden states into float32 logits; "torch" does that from a float32
-copy of the weights. The error is that of our result against float64, relative (head only: in the layers both runners
-round in the same places).
-SmolLM2-135M in bfloat16: APPO_BENCH_MODEL=folder uses a real model, by default random weights in its shape.
+"step": one row of every sequence, 512 shared positions of a prompt and 200 of its own each, from
+token ids to drawn tokens with logprob and entropy: embedding, all layers, attention over the block
+pool, head, draw. "products alone": the packed weights, head included, and the micro-kernels of the
+same step with nothing else, on the same numbers of rows. "layers": rows that read only themselves,
+against the PyTorch runner's operations (oneDNN's packed linears included) with attention's result
+ready made. The head turns float32 hidden states into float32 logits; "torch" does that from a
+float32 copy of the weights. The error is that of our result against float64, relative (head only:
+in the layers both runners round in the same places). SmolLM2-135M in bfloat16:
+APPO_BENCH_MODEL=folder uses a real model, by default random weights in its shape.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ def layers_in_torch(m: Model, rows: int) -> Callable[[], Tensor]:
 
 
 class Products:
-    """Every linear of every layer as nothing but a packed product: bfloat16 numbers in, float32 sums out."""
+    """Every linear of every layer as nothing but a packed product: bfloat16 numbers in, float32
+    sums out.
+    """
 
     def __init__(self, m: Model, threads: int):
         self.threads, self.head = threads, m.native.head

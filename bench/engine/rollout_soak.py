@@ -1,6 +1,7 @@
 """Random forks, draws, appends, cancels and releases on one engine: nothing may leak and the memory must stay flat.
 
-The tiny model of the package, so that operations count and not arithmetic. Part of bench/engine/growth.py.
+The tiny model of the package, so that operations count and not arithmetic. Part of
+bench/engine/growth.py.
 """
 
 from __future__ import annotations

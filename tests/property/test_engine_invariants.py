@@ -1,4 +1,6 @@
-"""What must hold for every tree: bits of parents, teacher forcing, versions, statistics, liveness; and that faults show."""
+"""What must hold for every tree: bits of parents, teacher forcing, versions, statistics, liveness;
+and that faults show.
+"""
 
 import random
 import tempfile
@@ -42,7 +44,7 @@ def prompt(n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, VOCAB, n).tolist()
 
 
-# -- a parent and its children ----------------------------------------------------------------------------------------
+# -- a parent and its children ---------------------------------------------------------------------
 
 
 @settings(max_examples=15, deadline=None)
@@ -82,7 +84,7 @@ def test_teacher_forcing_the_parents_tokens_gives_the_parents_logprobs(length, n
     np.testing.assert_allclose(scored.entropy[-n:], event.entropy, atol=2e-5, rtol=1e-5)
 
 
-# -- deterministic mode -----------------------------------------------------------------------------------------------
+# -- deterministic mode ----------------------------------------------------------------------------
 
 WANTED = grow(make(deterministic=True))
 
@@ -106,13 +108,15 @@ def test_same_bits_in_every_circumstance(
     check_tree(engine.tree)
 
 
-# -- versions ---------------------------------------------------------------------------------------------------------
+# -- versions --------------------------------------------------------------------------------------
 
 
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**20), kv_tokens=st.sampled_from([None, 480]))
 def test_no_read_of_old_blocks(seed, kv_tokens):
-    """Random work across weight changes; what was freed is NaN; results are those of the weights of the moment."""
+    """Random work across weight changes; what was freed is NaN; results are those of the weights of
+    the moment.
+    """
     rng = random.Random(seed)
     engine = make(max_batch=4, prefill_chunk=16, kv_tokens=kv_tokens)
     Watch(engine)
@@ -143,7 +147,7 @@ def test_no_read_of_old_blocks(seed, kv_tokens):
         check_tree(engine.tree)
 
 
-# -- what is drawn ----------------------------------------------------------------------------------------------------
+# -- what is drawn ---------------------------------------------------------------------------------
 
 
 def siblings(seeds) -> tuple[list[int], np.ndarray]:
@@ -180,7 +184,7 @@ def test_siblings_draw_independently_from_the_right_distribution():
     assert chi2 < often.sum() + 5 * np.sqrt(2 * often.sum())
 
 
-# -- liveness and cost ------------------------------------------------------------------------------------------------
+# -- liveness and cost -----------------------------------------------------------------------------
 
 
 @settings(max_examples=10, deadline=None)
@@ -192,7 +196,9 @@ def test_siblings_draw_independently_from_the_right_distribution():
     seed=st.integers(0, 999),
 )
 def test_every_line_ends_however_small_the_pool(lines, turns, max_batch, blocks, seed):
-    """All leaves come to wait for tools at once, again and again, in a pool that holds few of them: no deadlock."""
+    """All leaves come to wait for tools at once, again and again, in a pool that holds few of them:
+    no deadlock.
+    """
     engine = make(kv_tokens=16 * blocks, max_batch=max_batch, prefill_chunk=32)
     rng = random.Random(seed)
     roots = [engine.add_prompt(prompt(rng.randint(1, 30), i)) for i in range(1 + lines // 4)]
@@ -214,7 +220,9 @@ def test_every_line_ends_however_small_the_pool(lines, turns, max_batch, blocks,
 @settings(max_examples=15, deadline=None)
 @given(data=st.data(), length=st.integers(1, 50), roots=st.integers(1, 5))
 def test_counters_are_those_of_the_realised_tree(data, length, roots):
-    """prefill = prompt once + one row per fork + tool results; decode = what was drawn, less the last of each stretch."""
+    """prefill = prompt once + one row per fork + tool results; decode = what was drawn, less the
+    last of each stretch.
+    """
     engine = make(
         prefill_chunk=data.draw(st.integers(1, 64)), max_batch=data.draw(st.integers(1, 8))
     )
@@ -248,7 +256,7 @@ def test_counters_are_those_of_the_realised_tree(data, length, roots):
     assert stats["forks"] == roots * 3
 
 
-# -- seeded faults ----------------------------------------------------------------------------------------------------
+# -- seeded faults ---------------------------------------------------------------------------------
 
 
 def decoding(plain: bool = True) -> NativeEngine:

@@ -1,4 +1,6 @@
-"""Random lives of sequences against a shadow model that only knows lists of token ids, with memory watched throughout."""
+"""Random lives of sequences against a shadow model that only knows lists of token ids, with memory
+watched throughout.
+"""
 
 import random
 import tempfile

@@ -1,4 +1,6 @@
-"""Ten thousand random operations on a tree that is often full leave no block, no node and no memory behind."""
+"""Ten thousand random operations on a tree that is often full leave no block, no node and no memory
+behind.
+"""
 
 from pathlib import Path
 

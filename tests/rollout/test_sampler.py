@@ -1,4 +1,6 @@
-"""Growing trees on a scripted engine: nodes, budgets, forks and seeds are exactly what the protocol says."""
+"""Growing trees on a scripted engine: nodes, budgets, forks and seeds are exactly what the protocol
+says.
+"""
 
 import numpy as np
 import pytest
@@ -190,7 +192,9 @@ def test_the_same_task_twice_in_a_step_draws_other_noise():
 
 
 def test_omega_compares_two_scoring_passes_when_roots_were_remembered():
-    """An engine whose decoding rounds: recorded log-probs differ from scored ones, the weights do not."""
+    """An engine whose decoding rounds: recorded log-probs differ from scored ones, the weights do
+    not.
+    """
     algo = ALGORITHMS["appo"]
 
     class Rounding(ScriptedEngine):

@@ -1,4 +1,6 @@
-"""A small tree of rollouts that can be grown in many ways: other arrival, forced preemption, a cold cache."""
+"""A small tree of rollouts that can be grown in many ways: other arrival, forced preemption, a cold
+cache.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ def grow(
 ) -> dict[tuple[int, ...], list[Sampled]]:
     """Two roots a prompt, a tool result in one of them, two branches each: what was drawn, by path.
 
-    shuffle  seed of the order in which everything is asked for · preempt: chance of each running sequence, per step
+    shuffle  seed of the order in which everything is asked for · preempt: chance of each running
+             sequence, per step
     cold     drop all KV between the stages
     """
     rng = random.Random(shuffle)

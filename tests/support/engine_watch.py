@@ -1,4 +1,6 @@
-"""A runner that looks over an engine's shoulder: what is written where, what is read, and the logits of every row."""
+"""A runner that looks over an engine's shoulder: what is written where, what is read, and the
+logits of every row.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,10 @@ from appo.rollout.native.tree.layout import Layout
 class Watch:
     """Stands between an engine and its runner.
 
-    Before a forward, memory that nobody owns and blocks just taken are filled with NaN: what reads them is not finite.
-    After it, the KV of all blocks must be bit for bit what it was, but for the rows' own slots, each in a block of the
-    row's node. With `keep`, logits of every row are kept by (node, own position).
+    Before a forward, memory that nobody owns and blocks just taken are filled with NaN: what reads
+    them is not finite. After it, the KV of all blocks must be bit for bit what it was, but for the
+    rows' own slots, each in a block of the row's node. With `keep`, logits of every row are kept by
+    (node, own position).
     """
 
     def __init__(self, engine, keep: bool = False):
@@ -68,7 +71,9 @@ class Watch:
                 self.logits[node, start + i] = logits[row + i]
 
     def along(self, seq: int) -> Tensor:
-        """Logits of positions 0 … length-2 of a sequence, as they were when the rows were run: [length - 1, V]."""
+        """Logits of positions 0 … length-2 of a sequence, as they were when the rows were run:
+        [length - 1, V].
+        """
         *path, (leaf, own) = self.engine.tree.path(seq)
         nodes = [*path, (leaf, own - 1)]
         return torch.stack([self.logits[node, i] for node, count in nodes for i in range(count)])

@@ -1,8 +1,9 @@
 """vLLM's interface over a model small enough to check by hand, with the traps of the real one.
 
-The model: the state of position t is the sum of the embeddings up to t, each weighted 0.7 per step back; logits are
-state · head. Embedding rows are what is cached ("KV"), under (salt, block of ids), so KV of old weights shows in the
-log-probs. The head is tied and is a *copy* of the embedding that a reload leaves alone, as on a CPU.
+The model: the state of position t is the sum of the embeddings up to t, each weighted 0.7 per step
+back; logits are state · head. Embedding rows are what is cached ("KV"), under (salt, block of ids),
+so KV of old weights shows in the log-probs. The head is tied and is a *copy* of the embedding that
+a reload leaves alone, as on a CPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Random operations on segment trees: all implementations against each other, and against a shadow of sets.
+"""Random operations on segment trees: all implementations against each other, and against a shadow
+of sets.
 
-After every operation all facts agree and every invariant is recomputed (`check`). A pool is simulated: committing a
-layout writes the origin of each row into its slot, and every row must read exactly the origins of its own path, written
-under the weights of now. So a freed block read, a slot overwritten or an old version read would be seen.
+After every operation all facts agree and every invariant is recomputed (`check`). A pool is
+simulated: committing a layout writes the origin of each row into its slot, and every row must read
+exactly the origins of its own path, written under the weights of now. So a freed block read, a slot
+overwritten or an old version read would be seen.
 """
 
 import pytest
@@ -45,7 +47,7 @@ class Operations(RuleBasedStateMachine):
     is_open = precondition(lambda self: self.open is not None)
     below_limit = precondition(lambda self: len(self.shadow.seqs) < MAX_SEQS)
 
-    # -- sequences --------------------------------------------------------------------------------------------------
+    # -- sequences ---------------------------------------------------------------------------------
 
     @below_limit
     @rule(tokens=TOKENS)
@@ -69,7 +71,9 @@ class Operations(RuleBasedStateMachine):
     @below_limit
     @rule(number=NUMBER, back=st.lists(st.integers(0, 17), min_size=1, max_size=4))
     def fork_of_a_fork(self, number, back):
-        """A chain: each a fork of the one before, `back` tokens from its end, with some tokens of its own."""
+        """A chain: each a fork of the one before, `back` tokens from its end, with some tokens of
+        its own.
+        """
         seq = self.seq(number)
         for n in back:
             length = len(self.shadow.seqs[seq])
@@ -150,7 +154,7 @@ class Operations(RuleBasedStateMachine):
         self.shadow.new_version()
         assert self.tree.tokens_held == 0
 
-    # -- forward passes ---------------------------------------------------------------------------------------------
+    # -- forward passes ----------------------------------------------------------------------------
 
     def opened(self, layout):
         """Note what the rows stand for; ids and positions tell whether that is right."""
@@ -221,7 +225,9 @@ class Operations(RuleBasedStateMachine):
     @closed
     @rule(numbers=st.lists(NUMBER, min_size=1, max_size=3))
     def score(self, numbers):
-        """All positions but the last of each, whether they have KV or not; stale ones get theirs anew."""
+        """All positions but the last of each, whether they have KV or not; stale ones get theirs
+        anew.
+        """
         want: dict[int, int] = {}
         seqs = {self.seq(n) for n in numbers}
         for seq in seqs:
@@ -282,7 +288,7 @@ class Operations(RuleBasedStateMachine):
         self.tree.close(how)
         self.open = None
 
-    # -- wrong calls ------------------------------------------------------------------------------------------------
+    # -- wrong calls -------------------------------------------------------------------------------
 
     @rule(number=NUMBER, name=st.sampled_from(["release", "tokens", "evict", "kv", "path"]))
     def use_a_released_handle(self, number, name):
@@ -306,7 +312,7 @@ class Operations(RuleBasedStateMachine):
             with pytest.raises(EngineError, match="commit or abort it first"):
                 call()
 
-    # -- what always holds ------------------------------------------------------------------------------------------
+    # -- what always holds -------------------------------------------------------------------------
 
     @invariant()
     def all_is_as_the_shadow_says(self):

@@ -1,8 +1,10 @@
-"""What the tests of the segment tree share: both implementations run side by side, and an independent shadow.
+"""What the tests of the segment tree share: both implementations run side by side, and an
+independent shadow.
 
-The shadow knows neither nodes nor blocks. Every position of every sequence has an *origin*: a number made when the
-token was put there. A fork shares its parent's origins before at - 1 and gets a new one for its first row, so KV may be
-shared exactly where origins are equal, and everything else follows by counting in sets.
+The shadow knows neither nodes nor blocks. Every position of every sequence has an *origin*: a
+number made when the token was put there. A fork shares its parent's origins before at - 1 and gets
+a new one for its first row, so KV may be shared exactly where origins are equal, and everything
+else follows by counting in sets.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ COUNTS = (
 
 
 class Both:
-    """All implementations there are; each call must give the same answer, or the same error, everywhere."""
+    """All implementations there are; each call must give the same answer, or the same error,
+    everywhere.
+    """
 
     def __init__(self, max_blocks: int | None = None):
         self.trees = [tree(max_blocks) for tree in TREES]

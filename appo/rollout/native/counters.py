@@ -1,4 +1,6 @@
-"""What an engine has done since it was made, and what as many independent sequences would have cost."""
+"""What an engine has done since it was made, and what as many independent sequences would have
+cost.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ class Counters:
 
     prefill, decode   rows of `step`; decode are those of tokens drawn just before
     scored            rows of `score`
-    independent       rows that would have been run if every sequence computed its whole path itself and kept its KV; of
-                      one that was taken out while it ran its first tokens, as many as its path had
+    independent       rows that would have been run if every sequence computed its whole path itself
+                      and kept its KV; of one that was taken out while it ran its first tokens, as
+                      many as its path had
     """
 
     prefill_tokens: int = 0
@@ -36,7 +39,9 @@ class Counters:
         )
 
     def forward(self, rows: int, sampling: list[Request]) -> None:
-        """One forward of `rows`, at the end of which these requests draw a token (it is not in their `tokens` yet)."""
+        """One forward of `rows`, at the end of which these requests draw a token (it is not in
+        their `tokens` yet).
+        """
         decoded = sum(1 for request in sampling if request.tokens)
         self.steps += 1
         self.decode_tokens += decoded

@@ -8,8 +8,8 @@
     while engine.has_work():
         for event in engine.step(): ...
 
-This is the front: what may be asked, and what is refused. The tree is in segment_tree.py, who runs when in scheduler.py,
-a step in loop.py, the model in runner.py.
+This is the front: what may be asked, and what is refused. The tree is in segment_tree.py, who runs
+when in scheduler.py, a step in loop.py, the model in runner.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ from appo.rollout.submission import ReentrancyGuard, checked_ids
 class NativeEngine:
     """See `appo.rollout.engine.RolloutEngine` for the contract of each method.
 
-    Beyond it: `state(seq)`, `tokens(seq)`, `preempt(seq)`, and `events`, the log of what was asked and decided.
+    Beyond it: `state(seq)`, `tokens(seq)`, `preempt(seq)`, and `events`, the log of what was asked
+    and decided.
     """
 
     accepts_adapters = (
@@ -79,19 +80,22 @@ class NativeEngine:
 
         max_batch       sequences that decode together
         prefill_chunk   prefill tokens per step
-        kv_tokens       limit on cached tokens, in whole blocks of 16. When it is reached, KV of idle sequences gives
-                        way and is computed again when needed. None: nothing is dropped before it is released, until
-                        memory ends
+        kv_tokens       limit on cached tokens, in whole blocks of 16. When it is reached, KV of
+                        idle sequences gives way and is computed again when needed. None: nothing is
+                        dropped before it is released, until memory ends
         max_context     longest sequence (default: the model's)
-        deterministic   the same bits whatever runs beside a sequence, in whatever chunks, before or after a preemption.
-                        (Sums follow the cuts of the path, so a `rewind` or `cancel` below another sequence's fork, which
-                        leaves a cut there, changes last bits of what is drawn after it.)
-                        The C++ layers do that anyway; PyTorch's are given rows in fixed buckets; prompts are not shared
-                        by common prefix, as that depends on which were there before
-        share_prompts   a new prompt reuses the KV of a live one with a common prefix of 16 tokens or more
-        fp32_logits     halve the error of bfloat16 logprobs for about a tenth of the speed (see `Model`)
-        runner          what runs the layers: "native" (C++), "torch", "device" (Triton; for device="cuda"), or "auto":
-                        C++ on a CPU that can
+        deterministic   the same bits whatever runs beside a sequence, in whatever chunks, before or
+                        after a preemption. (Sums follow the cuts of the path, so a `rewind` or
+                        `cancel` below another sequence's fork, which leaves a cut there, changes
+                        last bits of what is drawn after it.) The C++ layers do that anyway;
+                        PyTorch's are given rows in fixed buckets; prompts are not shared by common
+                        prefix, as that depends on which were there before
+        share_prompts   a new prompt reuses the KV of a live one with a common prefix of 16 tokens
+                        or more
+        fp32_logits     halve the error of bfloat16 logprobs for about a tenth of the speed (see
+                        `Model`)
+        runner          what runs the layers: "native" (C++), "torch", "device" (Triton; for
+                        device="cuda"), or "auto": C++ on a CPU that can
         record          write the event log to this file, for `replay.replay`
         """
         start = time.perf_counter()
@@ -122,10 +126,12 @@ class NativeEngine:
         self._guard = ReentrancyGuard()
         self._load_seconds = time.perf_counter() - start
 
-    # -- the tree ---------------------------------------------------------------------------------------------------
+    # -- the tree ----------------------------------------------------------------------------------
 
     def add_prompt(self, token_ids: Sequence[int]) -> int:
-        """New sequence; shares the KV of the longest common prefix with a live prompt (if 16 tokens or more)."""
+        """New sequence; shares the KV of the longest common prefix with a live prompt (if 16 tokens
+        or more).
+        """
         ids = checked_ids(token_ids, self.config.vocab)
         if not ids:
             raise EngineError("add_prompt: token_ids is empty; a prompt needs at least one token")
@@ -137,7 +143,10 @@ class NativeEngine:
         return seq
 
     def fork(self, seq: int, at: int) -> int:
-        """New handle inheriting tokens < at; it will run token at - 1 as its first row. Any token will do, sampled or not."""
+        """New handle inheriting tokens < at; it will run token at - 1 as its first row.
+
+        Any token will do, sampled or not.
+        """
         child = self.tree.fork(seq, at)
         self._count.forks += 1
         self.scheduler.touch(seq)
@@ -146,9 +155,11 @@ class NativeEngine:
         return child
 
     def append(self, seq: int, token_ids: Sequence[int]) -> None:
-        """Add given tokens; they are prefilled with the last sampled one at the next submit (or when a fork needs them).
+        """Add given tokens; they are prefilled with the last sampled one at the next submit (or
+        when a fork needs them).
 
-        After `cancel` this goes on from what was left; after `release` it is an error, so a late result is not taken.
+        After `cancel` this goes on from what was left; after `release` it is an error, so a late
+        result is not taken.
         """
         length = self.tree.length(seq)
         self._check_idle(seq, "append")
@@ -186,10 +197,13 @@ class NativeEngine:
         """Where the sequence stands; DONE for a handle that was given back."""
         return self.scheduler.state(seq)
 
-    # -- running ----------------------------------------------------------------------------------------------------
+    # -- running -----------------------------------------------------------------------------------
 
     def submit(self, seq: int, params: SamplingParams, seed: int) -> None:
-        """Queue the sequence for decoding. Raises PoolTooSmallError if the pool could not hold it even alone."""
+        """Queue the sequence for decoding.
+
+        Raises PoolTooSmallError if the pool could not hold it even alone.
+        """
         length = self.tree.length(seq)
         self.loader.check_whole(f"submit(seq={seq})")
         self._check_idle(seq, "submit")
@@ -205,10 +219,11 @@ class NativeEngine:
         self.log.submit(seq, params, int(seed))
 
     def cancel(self, seq: int) -> None:
-        """Stop decoding and drop what was sampled since submit; no effect on a sequence that is not decoding.
+        """Stop decoding and drop what was sampled since submit; no effect on a sequence that is not
+        decoding.
 
-        One whose SequenceStopped event was not returned yet (it stopped in a step whose callback raised, or calls this) counts
-        as decoding: the event is dropped.
+        One whose SequenceStopped event was not returned yet (it stopped in a step whose callback
+        raised, or calls this) counts as decoding: the event is dropped.
         """
         length = self.tree.length(seq)
         request = self.scheduler.by_seq.get(seq)
@@ -223,7 +238,9 @@ class NativeEngine:
         self.log.write("cancel", seq, sampled=sampled)
 
     def rewind(self, seq: int, length: int) -> None:
-        """Drop the tokens of an idle sequence from position `length` on; forks that stand on them keep them."""
+        """Drop the tokens of an idle sequence from position `length` on; forks that stand on them
+        keep them.
+        """
         self._check_idle(seq, "rewind")
         self._cut(seq, length)
         self.log.write("rewind", seq, length=length)
@@ -240,7 +257,10 @@ class NativeEngine:
         self._count.dropped(seq, length)
 
     def preempt(self, seq: int) -> None:
-        """Take a running sequence out and drop its private KV, as for want of room. It goes on by itself, and the same."""
+        """Take a running sequence out and drop its private KV, as for want of room.
+
+        It goes on by itself, and the same.
+        """
         self.tree.length(seq)  # known and live
         request = self.scheduler.by_seq.get(seq)
         if request is None or request not in self.scheduler.active:
@@ -256,20 +276,24 @@ class NativeEngine:
     def step(self) -> list[SequenceStopped]:
         """One forward. Returns the sequences that stopped in it.
 
-        If anything raises before commit, nothing has changed and the step can be tried again. A stop callback that
-        raises is reported when all tokens of the step are in: its sequence goes on, other events come with the next step.
+        If anything raises before commit, nothing has changed and the step can be tried again. A
+        stop callback that raises is reported when all tokens of the step are in: its sequence goes
+        on, other events come with the next step.
         """
         with self._guard("step"):
             return self.loop.step(self.runner, self.policy_version)
 
-    # -- weights and scores -----------------------------------------------------------------------------------------
+    # -- weights and scores ------------------------------------------------------------------------
 
     @torch.inference_mode()
     def load_weights(self, named_tensors: Iterable[tuple[str, object]], version: int) -> None:
-        """Replace weights in place. All KV is dropped, and live sequences that had some are stale until scored.
+        """Replace weights in place.
 
-        Nothing may be decoding; sequences that wait for a tool or for a fork may live on. If it breaks off after the
-        first weight was written, nothing can be submitted or scored until all weights have been loaded again.
+        All KV is dropped, and live sequences that had some are stale until scored.
+
+        Nothing may be decoding; sequences that wait for a tool or for a fork may live on. If it
+        breaks off after the first weight was written, nothing can be submitted or scored until all
+        weights have been loaded again.
         """
         if self.loop.has_work():
             raise EngineError(
@@ -293,11 +317,13 @@ class NativeEngine:
 
     @torch.inference_mode()
     def score(self, seqs: Sequence[int], temperature: float = 1.0) -> list[Scored]:
-        """One pass over the union of the sequences' paths: every stored token is run once, KV is left behind.
+        """One pass over the union of the sequences' paths: every stored token is run once, KV is
+        left behind.
 
-        A fork's own first row repeats the token before the fork (one token each); the last token of a sequence is
-        not run, as nothing follows it. If the pool is full, other KV gives way, running sequences go on later, and in
-        the end the KV of what has been scored goes, but for the path that is being run: that must fit.
+        A fork's own first row repeats the token before the fork (one token each); the last token of
+        a sequence is not run, as nothing follows it. If the pool is full, other KV gives way,
+        running sequences go on later, and in the end the KV of what has been scored goes, but for
+        the path that is being run: that must fit.
         """
         with self._guard("score"):
             self.loader.check_whole("score")
@@ -313,7 +339,7 @@ class NativeEngine:
             self.log.write("score", seqs=[*seqs], temperature=temperature)
             return [work.of(seq, self.policy_version) for seq in seqs]
 
-    # -- facts ------------------------------------------------------------------------------------------------------
+    # -- facts -------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, float]:
         """See the protocol; beyond it packed_bytes: the C++ copy of the weights."""

@@ -1,4 +1,5 @@
-"""What an engine was asked and what it decided, in order: for reading after the fact, and for replay.py.
+"""What an engine was asked and what it decided, in order: for reading after the fact, and for
+replay.py.
 
 Kinds and their facts:
     prompt   ids                          append   ids
@@ -8,8 +9,8 @@ Kinds and their facts:
     score    seqs, temperature            version  version
     admit                                 preempt  sampled (tokens kept)
     evict    tokens (KV given up)         stop     reason, ids
-The last two rows are the engine's decisions, and `stop` its answer; `replay` makes its own. Without a file nothing keeps the
-token ids: `ids` is then `count`, how many there are.
+The last two rows are the engine's decisions, and `stop` its answer; `replay` makes its own. Without
+a file nothing keeps the token ids: `ids` is then `count`, how many there are.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ KEPT = 1024  # events in memory
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`step`: how many forwards had been run when it happened. `seq` is -1 where no single sequence is meant."""
+    """`step`: how many forwards had been run when it happened.
+
+    `seq` is -1 where no single sequence is meant.
+    """
 
     step: int
     kind: str
@@ -37,7 +41,9 @@ class Event:
 
 
 class EventLog:
-    """The last events in `events`; all of them in the file `path` if one is given (JSON lines, an existing one is replaced)."""
+    """The last events in `events`; all of them in the file `path` if one is given (JSON lines, an
+    existing one is replaced).
+    """
 
     def __init__(self, path: Path | str | None = None, kept: int = KEPT):
         self.events: deque[Event] = deque(maxlen=kept)

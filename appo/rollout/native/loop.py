@@ -1,10 +1,11 @@
 """The one loop of the engine: plan → forward → sample → commit.
 
-The tree changes only in commit, so whatever goes wrong before it leaves every sequence as it was. What goes wrong in
-commit can only be a stop callback: by then all tokens are drawn, and all of them are kept.
+The tree changes only in commit, so whatever goes wrong before it leaves every sequence as it was.
+What goes wrong in commit can only be a stop callback: by then all tokens are drawn, and all of them
+are kept.
 
-An event belongs to its sequence until `step` has returned it. If a callback of the same step raises, it waits for the
-next step; a cancel or release of its sequence meanwhile takes it back.
+An event belongs to its sequence until `step` has returned it. If a callback of the same step
+raises, it waits for the next step; a cancel or release of its sequence meanwhile takes it back.
 """
 
 from __future__ import annotations
@@ -82,7 +83,10 @@ class Loop:
         return requests, self.sampler.sample(hidden, seeds, positions)
 
     def _commit(self, requests: list[Request], sampled: Results, version: int) -> None:
-        """Every token into its sequence; what stops goes to `_late`. The first callback that raised is reported after."""
+        """Every token into its sequence; what stops goes to `_late`.
+
+        The first callback that raised is reported after.
+        """
         failed: tuple[int, BaseException] | None = None
         for request, token, logprob, entropy in zip(requests, *sampled):
             if self.scheduler.by_seq.get(request.seq) is not request:

@@ -1,4 +1,6 @@
-"""Prompts with a common beginning share its KV: a new one becomes a fork of the live prompt that has most of it."""
+"""Prompts with a common beginning share its KV: a new one becomes a fork of the live prompt that
+has most of it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ MIN_SHARED = 16  # tokens; a shorter common prefix is not worth a segment of its
 class Prompts:
     """The prompts of one tree whose sequences are live.
 
-    Call `forget` before a sequence is released, and `truncated` when one is cut: its tokens are not compared again.
+    Call `forget` before a sequence is released, and `truncated` when one is cut: its tokens are not
+    compared again.
     """
 
     def __init__(self, tree: Tree):
@@ -25,10 +28,12 @@ class Prompts:
         self._start_of: dict[int, tuple[int, ...]] = {}
 
     def add(self, ids: Sequence[int], share: bool = True) -> tuple[int, int]:
-        """A sequence with these tokens, and how many of them have their KV from another prompt (0: none).
+        """A sequence with these tokens, and how many of them have their KV from another prompt (0:
+        none).
 
-        share: fork the live prompt with the longest common prefix, if that has MIN_SHARED tokens or more and is not
-        stale. As at any fork the last common token is run again: its row predicts the first own token.
+        share: fork the live prompt with the longest common prefix, if that has MIN_SHARED tokens or
+        more and is not stale. As at any fork the last common token is run again: its row predicts
+        the first own token.
         """
         prompt = np.asarray(ids, dtype=np.int64)
         near, common = self._longest_common(prompt) if share else (None, 0)
@@ -43,7 +48,10 @@ class Prompts:
         return seq, shared
 
     def truncated(self, seq: int, length: int) -> None:
-        """Only the first `length` tokens are still what they were: others may follow. It need not be a prompt."""
+        """Only the first `length` tokens are still what they were: others may follow.
+
+        It need not be a prompt.
+        """
         start = self._start_of.get(seq)
         if start is None:
             return

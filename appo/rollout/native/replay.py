@@ -33,18 +33,23 @@ def replay(
     events: Iterable[Event],
     weights: Callable[[int], Iterable[tuple[str, object]]] | None = None,
 ) -> dict[int, list[SequenceStopped]]:
-    """Ask a fresh engine the same things in the same order. → what stopped, under the handles of the recording.
+    """Ask a fresh engine the same things in the same order. → what stopped, under the handles of
+    the recording.
 
-    In deterministic mode tokens and statistics are those of the recording, bit by bit, even if batch size, chunk or pool
-    differ: nothing is taken from the recorded steps, only from the order of events. weights(version) → named tensors
-    for each recorded update. Raises EngineError where the log lacks what it refers to, or has it in an order that cannot be
-    (an incomplete or damaged log).
+    In deterministic mode tokens and statistics are those of the recording, bit by bit, even if
+    batch size, chunk or pool
+    differ: nothing is taken from the recorded steps, only from the order of events.
+    weights(version) → named tensors for each recorded update. Raises EngineError where the log
+    lacks what it refers to, or has it in an order that cannot be (an incomplete or damaged log).
     """
     return _Replay(engine, list(events), weights).run()
 
 
 class _Replay:
-    """One method per kind of event. `stop` is where it waits, so that what follows finds the sequence as it was then."""
+    """One method per kind of event.
+
+    `stop` is where it waits, so that what follows finds the sequence as it was then.
+    """
 
     def __init__(
         self,

@@ -16,7 +16,8 @@ class SequenceState(Enum):
     PREFILL = "prefill"  # running; some of its tokens have no KV yet
     DECODE = "decode"  # running; draws a token with every step
     TOOL_WAIT = "tool_wait"  # stopped by its callback: a result will be appended
-    FORK_READY = "fork_ready"  # a prompt, a fork not submitted yet, or at its end: may be forked, scored, submitted
+    # a prompt, a fork not submitted yet, or at its end: may be forked, scored, submitted
+    FORK_READY = "fork_ready"
     CANCELLED = "cancelled"  # as FORK_READY, without what it had sampled
     DONE = "done"  # released
 

@@ -2,15 +2,17 @@
 
     WAITING → PREFILL → DECODE → TOOL_WAIT | FORK_READY | CANCELLED → (submit) WAITING … → (release) DONE
 
-Continuous batching: every decoding sequence gets its token in every step; on top of them at most `prefill_chunk` rows
-of prefill are run, oldest submission first. A sequence is admitted when the pool could hold all that the admitted ones
-may still grow to, so none of them has to stop for room. Nobody overtakes: if the oldest does not fit, it waits for a
-running one to end, and the younger wait behind it.
+Continuous batching: every decoding sequence gets its token in every step; on top of them at most
+`prefill_chunk` rows of prefill are run, oldest submission first. A sequence is admitted when the
+pool could hold all that the admitted ones may still grow to, so none of them has to stop for room.
+Nobody overtakes: if the oldest does not fit, it waits for a running one to end, and the younger
+wait behind it.
 
-Room is made when it is lacking, not when it is promised. KV is dropped in this order: of sequences that do not decode,
-least recently used first (their private spans, then what only they stood on); of sequences that wait; of the youngest
-running one, which goes back to waiting; for a score, of what it has done and reads no more. Tokens are never dropped:
-lost KV is prefilled again when it is next needed.
+Room is made when it is lacking, not when it is promised. KV is dropped in this order: of sequences
+that do not decode, least recently used first (their private spans, then what only they stood on);
+of sequences that wait; of the youngest running one, which goes back to waiting; for a score, of
+what it has done and reads no more. Tokens are never dropped: lost KV is prefilled again when it is
+next needed.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ Path = list[tuple[int, int]]  # (node, how many of its own positions), root firs
 
 
 class Scheduler:
-    """Waiting and running submissions, both oldest first, and the idle sequences, least recently used first."""
+    """Waiting and running submissions, both oldest first, and the idle sequences, least recently
+    used first.
+    """
 
     def __init__(
         self,
@@ -51,7 +55,7 @@ class Scheduler:
         self._newest = -1  # handle
         self._full = False  # the oldest waiting request does not fit beside the active ones
 
-    # -- sequences come and go ----------------------------------------------------------------------------------------
+    # -- sequences come and go ---------------------------------------------------------------------
 
     def rest(self, seq: int, state: SequenceState = SequenceState.FORK_READY) -> None:
         """The sequence does nothing now; it was used just now."""
@@ -95,9 +99,11 @@ class Scheduler:
         self.idle.pop(seq, None)
 
     def preempt(self, request: Request) -> int:
-        """Send a running sequence back to the queue without its private KV; returns the blocks freed.
+        """Send a running sequence back to the queue without its private KV; returns the blocks
+        freed.
 
-        What it has sampled stays. Its place in the queue is that of its submission, so before all that came later.
+        What it has sampled stays. Its place in the queue is that of its submission, so before all
+        that came later.
         """
         self.active.remove(request)
         insort(self.waiting, request, key=lambda r: r.order)
@@ -122,7 +128,7 @@ class Scheduler:
         self.tree.length(seq)
         raise AssertionError(f"sequence {seq} is live but neither idle nor submitted")
 
-    # -- one step -----------------------------------------------------------------------------------------------------
+    # -- one step ----------------------------------------------------------------------------------
 
     def plan(self) -> Layout:
         """Admit what fits, then lay out one forward. There must be work."""
@@ -137,7 +143,8 @@ class Scheduler:
                 self.preempt(self.active[-1])
 
     def make_room(self, blocks: int, scored: Sequence[int], keep: Mapping[int, int]) -> bool:
-        """Drop KV so that a score gets so many more blocks, or send a running sequence back; then ask again.
+        """Drop KV so that a score gets so many more blocks, or send a running sequence back; then
+        ask again.
 
         scored   the idle sequences it is about: they give way last
         keep     node → own positions that it will still read: these do not give way
@@ -165,13 +172,17 @@ class Scheduler:
             self.log.write("admit", request.seq)
 
     def _reserve(self, candidate: Request) -> bool:
-        """Whether the pool can hold the active requests and this one at their ends; all other KV can give way."""
+        """Whether the pool can hold the active requests and this one at their ends; all other KV
+        can give way.
+        """
         if self.limit is None:
             return True
         return _blocks(self._whole([*self.active, candidate]).values()) <= self.limit
 
     def _whole(self, requests: Iterable[Request]) -> dict[int, int]:
-        """Node → own positions the requests have on their paths at their ends (the last token is not run)."""
+        """Node → own positions the requests have on their paths at their ends (the last token is
+        not run).
+        """
         whole: dict[int, int] = {}
         for request in requests:
             path = self.tree.path(request.seq)
@@ -179,10 +190,12 @@ class Scheduler:
             _merge(whole, path)
         return whole
 
-    # -- giving way ---------------------------------------------------------------------------------------------------
+    # -- giving way --------------------------------------------------------------------------------
 
     def _evict_idle(self, blocks: int, wanted: Sequence[int]) -> int:
-        """Drop KV of sequences that do not run and are not wanted until `blocks` are freed or none is left; → freed."""
+        """Drop KV of sequences that do not run and are not wanted until `blocks` are freed or none
+        is left; → freed.
+        """
         keep: dict[int, int] = {}
         for seq in {*wanted, *(request.seq for request in self.active)}:
             _merge(keep, self.tree.path(seq))

@@ -1,11 +1,13 @@
 """Statistics of given tokens under the current weights, one prefix-shared pass over a set of paths.
 
-Every node's stored positions are run once, in chunks that may hold many nodes at a time; the KV they write stays, so
-that a fork after a weight change costs one token. The row of position i predicts token i + 1.
+Every node's stored positions are run once, in chunks that may hold many nodes at a time; the KV
+they write stays, so that a fork after a weight change costs one token. The row of position i
+predicts token i + 1.
 
-Nodes are run depth first, of the children of a node the one that forks last first. So what is still to be read always
-lies on one path, the current one: a pool that holds the longest sequence can score any number of them, as what lies off
-that path may be dropped. (It is fresh all the same, and is prefilled again when a fork needs it.)
+Nodes are run depth first, of the children of a node the one that forks last first. So what is still
+to be read always lies on one path, the current one: a pool that holds the longest sequence can
+score any number of them, as what lies off that path may be dropped. (It is fresh all the same, and
+is prefilled again when a fork needs it.)
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ Reads = tuple[tuple[int, int], ...]  # (node, how many of its own positions), ro
 
 @dataclass
 class Span:
-    """What is run of a node: own positions 0 … count - 1, each predicting the target at the same place."""
+    """What is run of a node: own positions 0 … count - 1, each predicting the target at the same
+    place.
+    """
 
     targets: list[int]  # tokens that follow: of own positions 1 … count
     logprobs: np.ndarray  # float32 [count]
@@ -43,7 +47,10 @@ class Span:
 
 
 class TreeScore:
-    """One pass over the paths of `seqs`. `run` computes, `of(seq, version)` reads the result for one sequence."""
+    """One pass over the paths of `seqs`.
+
+    `run` computes, `of(seq, version)` reads the result for one sequence.
+    """
 
     def __init__(
         self,
@@ -62,7 +69,9 @@ class TreeScore:
             self._add(seq)
 
     def _add(self, seq: int) -> None:
-        """The longest use of a node decides how much of it is run; what follows it is read off that path."""
+        """The longest use of a node decides how much of it is run; what follows it is read off that
+        path.
+        """
         ids, first = self.tree.tokens(seq), 0
         above: Reads = ()
         for node, count in self._pieces(seq):
@@ -82,7 +91,10 @@ class TreeScore:
         return [*path, (leaf, own - 1)]
 
     def run(self) -> int:
-        """Run everything in chunks; returns the number of rows. A chunk that fails leaves those before it committed."""
+        """Run everything in chunks; returns the number of rows.
+
+        A chunk that fails leaves those before it committed.
+        """
         rest = self._ranges()
         while rest:
             try:
@@ -106,7 +118,10 @@ class TreeScore:
         return [row_range for row_range in order if row_range[2]]
 
     def _plan(self, ranges: list[NodeRows]) -> tuple[Layout, list[NodeRows]]:
-        """The layout of the next chunk, and what comes after it. Chunks are smaller where the pool has little room."""
+        """The layout of the next chunk, and what comes after it.
+
+        Chunks are smaller where the pool has little room.
+        """
         rows = self.scheduler.prefill_chunk
         while True:
             chunk, rest = _cut(ranges, rows)

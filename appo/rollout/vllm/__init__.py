@@ -1,6 +1,7 @@
 """The rollout protocol over vLLM: `pip install 'appo[vllm]'`, then `rollout.engine=vllm`.
 
-`from appo.rollout.vllm import VLLMEngine` imports torch only when the name is used, and vLLM when an engine is made.
+`from appo.rollout.vllm import VLLMEngine` imports torch only when the name is used, and vLLM when
+an engine is made.
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ class Decoder:
         return f"{self.name}-{next(self._ids)}"
 
     def relabel(self, salt: str) -> None:
-        """From now on requests belong to these weights. vLLM versions that can note it in their outputs."""
+        """From now on requests belong to these weights. vLLM versions that can note it in their
+        outputs.
+        """
         self.salt = salt
         label = getattr(self.core, "set_weight_version", None)
         if label is not None:
@@ -68,7 +70,8 @@ class Decoder:
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
-            # One seed per submit: with the line's own, the draws after a tool call would repeat those before it.
+            # One seed per submit: with the line's own, the draws after a tool call would repeat
+            # those before it.
             seed=derive_seed(seed, request.start),
             stop_token_ids=sorted(params.stop_token_ids),
             ignore_eos=True,  # only the ids asked for stop it
@@ -89,7 +92,8 @@ class Decoder:
     def step(self, other: Callable[[Any], None]) -> None:
         """One step of vLLM; outputs that belong to no `DecodeRequest` go to `other`.
 
-        vLLM gives an output once, so all are taken before the first thing that went wrong with one of them is raised.
+        vLLM gives an output once, so all are taken before the first thing that went wrong with one
+        of them is raised.
         """
         outputs = [(self.requests.get(output.request_id), output) for output in self._advance()]
         self.count["steps"] += 1
@@ -166,7 +170,10 @@ class Decoder:
             raise failed
 
     def _after(self, request: DecodeRequest, reason: Reason | None, new: Any) -> None:
-        """Let a run go that has stopped. Raises if vLLM ended it otherwise, or drew it from other weights."""
+        """Let a run go that has stopped.
+
+        Raises if vLLM ended it otherwise, or drew it from other weights.
+        """
         if reason is not None:
             self._check_version(request, new)
             if not request.finished:
@@ -211,7 +218,9 @@ class Decoder:
             )
 
     def call(self, method: str, keys: list[str]) -> dict[str, Any]:
-        """A worker's answer; with several the first that has one (a tensor-parallel group sees the same logits)."""
+        """A worker's answer; with several the first that has one (a tensor-parallel group sees the
+        same logits).
+        """
         answers = self.llm.collective_rpc(method, args=(keys,))
         return next((a for a in answers if a), {})
 

@@ -2,10 +2,12 @@
 
     engine = VLLMEngine(Path("model"), dtype="bfloat16")      # then as NativeEngine
 
-A fork is a new request with the inherited tokens; vLLM's prefix cache spares what is a whole block of them. The cache
-is salted by the weights, so that a prefix computed under other weights can never be hit. What differs from the native
-engine: up to a block is recomputed at a fork and after every tool call, the noise of a token depends on its seed and
-on where its `submit` began (not on the position alone), and there is no deterministic mode.
+A fork is a new request with the inherited tokens; vLLM's prefix cache spares what is a whole block
+of them. The cache is salted by the weights, so that a prefix computed under other weights can never
+be hit. What differs from the native
+engine: up to a block is recomputed at a fork and after every tool call, the noise of a token
+depends on its seed and on where its `submit` began (not on the position alone), and there is no
+deterministic mode.
 """
 
 from __future__ import annotations
@@ -56,10 +58,11 @@ class VLLMEngine:
     ):
         """Start vLLM on a Hugging Face folder.
 
-        statistics: "exact" (entropies computed in the worker) · "full" (exact from the public API, whole-vocabulary
-        log-probs of every token: small vocabularies only) · "top" (entropy approximate, see `entropy_exact`; scores at
-        temperature 1 only) · block: tokens per KV block · kv_bytes: size of the KV cache · in_process: no process of
-        its own · llm: further arguments of vllm.LLM, such as tensor_parallel_size.
+        statistics: "exact" (entropies computed in the worker) · "full" (exact from the public API,
+        whole-vocabulary log-probs of every token: small vocabularies only) · "top" (entropy
+        approximate, see `entropy_exact`; scores at temperature 1 only) · block: tokens per KV block
+        · kv_bytes: size of the KV cache · in_process: no process of its own · llm: further
+        arguments of vllm.LLM, such as tensor_parallel_size.
         """
         if statistics not in STATISTICS:
             raise EngineError(f"statistics={statistics!r}: use one of {', '.join(STATISTICS)}")
@@ -92,11 +95,14 @@ class VLLMEngine:
         self._relabel()
         self._load_seconds = time.perf_counter() - start
 
-    # -- facts ------------------------------------------------------------------------------------------------------
+    # -- facts -------------------------------------------------------------------------------------
 
     @property
     def entropy_exact(self) -> bool:
-        """False: `entropy` is an upper bound from the 20 likeliest tokens. Branching by entropy must refuse it."""
+        """False: `entropy` is an upper bound from the 20 likeliest tokens.
+
+        Branching by entropy must refuse it.
+        """
         return self.statistics != "top"
 
     @property
@@ -113,7 +119,9 @@ class VLLMEngine:
         return list(self.sequences.get(seq).tokens)
 
     def stats(self) -> dict[str, float]:
-        """Counters since construction. prefix_hits_tokens: prompt tokens that vLLM found in its cache."""
+        """Counters since construction. prefix_hits_tokens: prompt tokens that vLLM found in its
+        cache.
+        """
         return {
             **self.decoder.count,
             "live_sequences": len(self.sequences.by_handle),
@@ -122,7 +130,7 @@ class VLLMEngine:
             "entropy_exact": float(self.entropy_exact),
         }
 
-    # -- the tree ---------------------------------------------------------------------------------------------------
+    # -- the tree ----------------------------------------------------------------------------------
 
     def add_prompt(self, token_ids: Sequence[int]) -> int:
         """New sequence; vLLM finds common prefixes by itself."""
@@ -136,7 +144,9 @@ class VLLMEngine:
         return self.sequences.add(None, 0, ids).handle
 
     def fork(self, seq: int, at: int) -> int:
-        """New handle inheriting tokens < at; their KV is found in the prefix cache, whole blocks of it."""
+        """New handle inheriting tokens < at; their KV is found in the prefix cache, whole blocks of
+        it.
+        """
         child = self.sequences.fork(seq, at, self.policy_version)
         self.decoder.count["forks"] += 1
         return child.handle
@@ -157,7 +167,7 @@ class VLLMEngine:
         self.cancel(seq)
         self.sequences.release(seq)
 
-    # -- running ----------------------------------------------------------------------------------------------------
+    # -- running -----------------------------------------------------------------------------------
 
     def submit(self, seq: int, params: SamplingParams, seed: int) -> None:
         """Start decoding."""
@@ -176,7 +186,9 @@ class VLLMEngine:
         self.decoder.submit(request, seed)
 
     def cancel(self, seq: int) -> None:
-        """Stop decoding and drop what was sampled since submit; no effect on a sequence that is not decoding."""
+        """Stop decoding and drop what was sampled since submit; no effect on a sequence that is not
+        decoding.
+        """
         self.sequences.get(seq)  # known and live
         request = self.decoder.by_seq.get(seq)  # also one that stopped, but nobody knows yet
         if request is not None:
@@ -189,8 +201,8 @@ class VLLMEngine:
     def step(self) -> list[SequenceStopped]:
         """One step of vLLM. Returns the sequences that stopped in it.
 
-        A stop callback that raises is reported when all tokens of the step are in: its sequence goes on, events come with
-        the next step.
+        A stop callback that raises is reported when all tokens of the step are in: its sequence
+        goes on, events come with the next step.
         """
         self._usable()
         with self._guard("step"):
@@ -198,10 +210,12 @@ class VLLMEngine:
                 self.decoder.step(other=lambda output: None)  # of requests cancelled since
             return self.decoder.hand_out()
 
-    # -- weights and scores -----------------------------------------------------------------------------------------
+    # -- weights and scores ------------------------------------------------------------------------
 
     def load_weights(self, named_tensors: Iterable[tuple[str, object]], version: int) -> None:
-        """Replace weights in place (names as in the folder, adapters merged; a part of them is enough)."""
+        """Replace weights in place (names as in the folder, adapters merged; a part of them is
+        enough).
+        """
         self._usable()
         if self.decoder.requests:
             raise EngineError(
@@ -213,7 +227,8 @@ class VLLMEngine:
         self.weights.send(self.llm, tensors, asked)
         self.policy_version, self._loads = version, self._loads + 1
         self.sequences.new_weights()
-        # The salt alone keeps old KV from being hit; the reset gives its memory back and shows that nothing runs.
+        # The salt alone keeps old KV from being hit; the reset gives its memory back and shows that
+        # nothing runs.
         if not self.llm.reset_prefix_cache():
             raise EngineError(
                 "load_weights: vLLM kept its prefix cache, so a request still runs in it"
@@ -223,7 +238,9 @@ class VLLMEngine:
         self._load_seconds = time.perf_counter() - start
 
     def score(self, seqs: Sequence[int], temperature: float = 1.0) -> list[Scored]:
-        """Statistics of every token under the weights as they are; what lines share is run once with "exact"."""
+        """Statistics of every token under the weights as they are; what lines share is run once
+        with "exact".
+        """
         self._usable()
         if not temperature > 0:
             raise EngineError(f"score: temperature={temperature}; must be above 0")
@@ -244,7 +261,7 @@ class VLLMEngine:
                 line.computed(len(ids) - 1)
             return work.results()
 
-    # -- helpers ----------------------------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------
 
     def _relabel(self) -> None:
         """A name for the weights: the version alone would not tell two loads of one version apart."""

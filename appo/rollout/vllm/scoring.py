@@ -1,7 +1,8 @@
 """Statistics of given tokens under the weights as they are now.
 
-With statistics "exact" lines that share a prefix run it once: the first of them in full, the others on top of its KV,
-taking the rows they did not run from it. vLLM's public API has no such thing: "full" and "top" run every line in full.
+With statistics "exact" lines that share a prefix run it once: the first of them in full, the others
+on top of its KV, taking the rows they did not run from it. vLLM's public API has no such thing:
+"full" and "top" run every line in full.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ MIN_SHARED = 16  # tokens; the smallest block of vLLM
 
 
 class ScorePass:
-    """One score call: rounds of `start`, steps until nothing is `waiting`, `collect`; then `results`."""
+    """One score call: rounds of `start`, steps until nothing is `waiting`, `collect`; then
+    `results`.
+    """
 
     def __init__(self, decoder: Decoder, lines: list[Sequence], temperature: float, version: int):
         self.decoder, self.temperature, self.version = decoder, temperature, version
@@ -35,7 +38,8 @@ class ScorePass:
         self.waiting: dict[str, int] = {}  # request id → line
         self.computed = 0  # tokens that went through the model
         # KV of these weights serves later forks, so it is written under their salt, unless rollouts have written there
-        # already: those blocks were run without a score, and hitting them would leave rows without a value.
+        # already: those blocks were run without a score, and hitting them would leave rows without
+        # a value.
         nodes = (node for line in lines for node, _ in line.path(len(line.tokens)))
         fresh = all(node.seen == node.base for node in nodes)
         self.salt = decoder.salt if fresh else f"{decoder.salt}.{decoder.key()}"
@@ -43,7 +47,9 @@ class ScorePass:
         self._sent: list[str] = []
 
     def _plan(self) -> list[tuple[list[int], bool]]:
-        """(lines, may they read the prefix cache) by round; the last round runs what is still missing in full."""
+        """(lines, may they read the prefix cache) by round; the last round runs what is still
+        missing in full.
+        """
         every = [i for i, ids in enumerate(self.tokens) if len(ids) > 1]
         if self.decoder.statistics != "exact":
             return [(every, False)]
@@ -105,7 +111,9 @@ class ScorePass:
             self._fill(i, row, *self._read(report, row + 1, token))
 
     def _read(self, report: Any, position: int, token: int) -> tuple[float, float]:
-        """(log-prob, entropy) of a prompt token; the report is at temperature 1, whatever was asked."""
+        """(log-prob, entropy) of a prompt token; the report is at temperature 1, whatever was
+        asked.
+        """
         if self.decoder.statistics == "full":
             return at_temperature(flat_row(report, position)[1], token, self.temperature)
         top = [x.logprob for x in report[position].values()]
@@ -115,7 +123,9 @@ class ScorePass:
         self.logp[i][row], self.entropy[i][row], self.done[i][row] = logp, entropy, True
 
     def collect(self, lines: dict[str, int]) -> None:
-        """Take the worker's rows of a finished round (request id → line), then what lines can lend each other."""
+        """Take the worker's rows of a finished round (request id → line), then what lines can lend
+        each other.
+        """
         if self.decoder.statistics != "exact":
             return
         for key, pieces in self.decoder.call("appo_take_scored", list(lines)).items():

@@ -1,4 +1,5 @@
-"""Who has which tokens, and under which weights they were last computed. vLLM itself knows requests only.
+"""Who has which tokens, and under which weights they were last computed. vLLM itself knows requests
+only.
 
 A fork is a copy of token ids; that its KV is shared is up to vLLM's prefix cache, block by block.
 """
@@ -14,7 +15,8 @@ from appo.rollout.submission import Reason, StopRule
 
 
 class Sequence:
-    """One line of tokens. Its own positions begin at `base`: with the token before the fork, as in the native engine.
+    """One line of tokens. Its own positions begin at `base`: with the token before the fork, as in
+    the native engine.
 
     seen    positions before it were computed under the weights as they are
     lost    positions before it were under older ones; those from `seen` on have not been since
@@ -116,7 +118,10 @@ class Sequences:
         return self.add(parent, at - 1, parent.tokens[:at])
 
     def truncate(self, handle: int, length: int) -> None:
-        """Drop tokens from position `length` on. Forks may stand on them, so a fork takes the handle."""
+        """Drop tokens from position `length` on.
+
+        Forks may stand on them, so a fork takes the handle.
+        """
         old = self.get(handle)
         if length == len(old.tokens):
             return
@@ -134,7 +139,9 @@ class Sequences:
 
 
 def check_fresh(seq: Sequence, end: int, version: int, operation: str) -> None:
-    """Raise StaleWeightsError if a position before `end` was computed under weights older than those of `version`."""
+    """Raise StaleWeightsError if a position before `end` was computed under weights older than
+    those of `version`.
+    """
     if seq.stale(end):
         raise StaleWeightsError(
             f"{operation}(seq={seq.handle}): it was computed before version {version}; call score([{seq.handle}]) first, or "

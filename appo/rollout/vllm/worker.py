@@ -1,7 +1,7 @@
 """What runs inside vLLM's worker process. vLLM imports this module by name; nothing else may.
 
-`EntropyProcessor` is a logits processor (it reads logits and changes none), `WorkerExtension` adds the calls that the
-engine makes through `collective_rpc`.
+`EntropyProcessor` is a logits processor (it reads logits and changes none), `WorkerExtension` adds
+the calls that the engine makes through `collective_rpc`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from appo.rollout.vllm.head import check_head, retie
 
 
 class EntropyProcessor(LogitsProcessor):
-    """Files the entropy of the full distribution, before top-k and top-p, at the request's temperature."""
+    """Files the entropy of the full distribution, before top-k and top-p, at the request's
+    temperature.
+    """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
         self.entropies = worker_statistics.SampledEntropies()
@@ -54,7 +56,8 @@ class WorkerExtension:
     ) -> list[str]:
         """Replace weights in place by vLLM's own reload; → names of the parameters it wrote.
 
-        items: (Hugging Face name, tensor), or path: a safetensors file with them, for a worker in another process.
+        items: (Hugging Face name, tensor), or path: a safetensors file with them, for a worker in
+        another process.
         """
         if items is None:
             from safetensors.torch import load_file
@@ -81,7 +84,9 @@ class WorkerExtension:
 
 
 def _pack(layer: Any) -> None:
-    """The layer's fast matrix product, from its weight as it is now (CPU only; elsewhere the weight itself is read)."""
+    """The layer's fast matrix product, from its weight as it is now (CPU only; elsewhere the weight
+    itself is read).
+    """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     dispatch_cpu_unquantized_gemm(layer, remove_weight=False)

@@ -1,9 +1,12 @@
-"""Exact statistics out of vLLM's worker: what each token was drawn from, and what given tokens would have cost.
+"""Exact statistics out of vLLM's worker: what each token was drawn from, and what given tokens
+would have cost.
 
-vLLM reports the log-prob of a token, not the entropy of its distribution, and scores prompts at temperature 1 only.
-Both are one pass over logits that its worker has in hand. Nothing here imports vLLM: `worker` plugs it in.
+vLLM reports the log-prob of a token, not the entropy of its distribution, and scores prompts at
+temperature 1 only. Both are one pass over logits that its worker has in hand. Nothing here imports
+vLLM: `worker` plugs it in.
 
-A request takes part if its SamplingParams carry extra_args={"appo": key} (and "appo_score": temperature to be scored).
+A request takes part if its SamplingParams carry extra_args={"appo": key} (and "appo_score":
+temperature to be scored).
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ ROWS = 32  # rows of logits at a time: two float32 copies of a 150k vocabulary a
 
 Piece = tuple[int, list[float], list[float]]  # first row, log-probs, entropies
 
-# By key; in the worker's process. A request that is cancelled is taken too, so nothing stays behind.
+# By key; in the worker's process. A request that is cancelled is taken too, so nothing stays
+# behind.
 _sampled: dict[str, dict[int, float]] = {}
 _scored: dict[str, list[Piece]] = {}
 
@@ -34,10 +38,12 @@ def entropy(logits: Tensor, inv_temp: Tensor) -> Tensor:
 
 
 class SampledEntropies:
-    """The batch as a logits processor sees it: which row is which request, and at which temperature it draws.
+    """The batch as a logits processor sees it: which row is which request, and at which temperature
+    it draws.
 
-    Entropies are filed under the number of tokens already drawn. A prefill in several parts, or one that is done again
-    after a preemption, shows rows whose draw is thrown away; the row that counts comes last and overwrites them.
+    Entropies are filed under the number of tokens already drawn. A prefill in several parts, or one
+    that is done again after a preemption, shows rows whose draw is thrown away; the row that counts
+    comes last and overwrites them.
     """
 
     def __init__(self) -> None:
@@ -46,7 +52,9 @@ class SampledEntropies:
     def update(
         self, removed: Iterable[int], added: Iterable[Any], moved: Iterable[tuple[int, int, bool]]
     ) -> None:
-        """removed: rows · added: (row, SamplingParams, prompt ids, live list of drawn ids) · moved: (a, b, swap)."""
+        """removed: rows · added: (row, SamplingParams, prompt ids, live list of drawn ids) · moved:
+        (a, b, swap).
+        """
         for row in removed:
             self.rows.pop(row, None)
         for row, params, _, sampled in added:
@@ -76,7 +84,8 @@ class SampledEntropies:
 def see_prompts(runner: Any, hidden: Tensor, scheduled: dict[str, int]) -> None:
     """File statistics of the prompt rows that this forward has run, of requests to be scored.
 
-    runner: vLLM's model runner · hidden[rows, H]: the last hidden states of the whole batch · scheduled: rows by request.
+    runner: vLLM's model runner · hidden[rows, H]: the last hidden states of the whole batch ·
+    scheduled: rows by request.
     """
     for req_id, count in scheduled.items():
         request = runner.requests[req_id]
@@ -108,7 +117,10 @@ def take_scored(keys: Iterable[str]) -> dict[str, list[Piece]]:
 
 
 def attach(runner: Any) -> None:
-    """Have `see_prompts` called with the hidden states of every forward. Raises EngineError on an unknown runner."""
+    """Have `see_prompts` called with the hidden states of every forward.
+
+    Raises EngineError on an unknown runner.
+    """
     hook = "_get_prompt_logprobs_dict"
     lacks = [
         name

@@ -1,4 +1,6 @@
-"""Native attention over segments: against float64 on random trees, and the same bits however the rows are grouped."""
+"""Native attention over segments: against float64 on random trees, and the same bits however the
+rows are grouped.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def plant(kv: list[torch.Tensor], paths: list[Path], q: torch.Tensor, seed: int 
 
 
 def grow(seed: int, dtype: torch.dtype, dim: int, group: int, depth: int = 4) -> Tree:
-    """A random tree: several children per node, each inheriting another count of it; rows at nodes of every depth."""
+    """A random tree: several children per node, each inheriting another count of it; rows at nodes
+    of every depth.
+    """
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     read: list[int] = []
@@ -91,7 +95,9 @@ def grow(seed: int, dtype: torch.dtype, dim: int, group: int, depth: int = 4) ->
 
 
 def tables(tree: Tree, rows: range | None = None, grouped: bool = True) -> SimpleNamespace:
-    """One read per segment over the rows `rows` (numbered from 0 in the call), or (not grouped) one per row."""
+    """One read per segment over the rows `rows` (numbered from 0 in the call), or (not grouped) one
+    per row.
+    """
     chosen = [tree.paths[i] for i in rows or range(len(tree.paths))]
     reads, limits = [], []
     for level in range(max(map(len, chosen))):
@@ -219,7 +225,9 @@ def test_bits_do_not_depend_on_threads():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("at", [65, 128, 143])
 def test_what_a_row_does_not_read_cannot_reach_it(dtype, bad, at):
-    """Causal rows over two chunks; one key and value in the middle is not a number: it reaches the rows from there on."""
+    """Causal rows over two chunks; one key and value in the middle is not a number: it reaches the
+    rows from there on.
+    """
     rows, group = 150, 3
     kv = torch.randn(LAYERS, 2, 1, rows, 64).to(dtype)
     q = torch.randn(rows, group, 64).to(dtype)
@@ -248,7 +256,9 @@ def test_large_scores_and_rows_without_keys():
 @pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_scores_of_any_size_and_scores_that_are_no_numbers(dtype, isa):
-    """The largest key weighs exactly 1 however large its score; keys that are all minus infinity are not no keys."""
+    """The largest key weighs exactly 1 however large its score; keys that are all minus infinity
+    are not no keys.
+    """
     if isa not in ("avx2", BEST) and not (isa == "avx512" and BEST == "avx512_bf16"):
         pytest.skip(f"this machine has {BEST}")
     if isa == "avx512_bf16" and dtype != BF16:
@@ -272,7 +282,9 @@ def test_scores_of_any_size_and_scores_that_are_no_numbers(dtype, isa):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("dim", [6, 64])
 def test_rows_are_written_before_they_are_read(dtype, dim):
-    """A chunk of 70 rows from position 9 on, in three calls or one; strided q, k, v and out as a step has them."""
+    """A chunk of 70 rows from position 9 on, in three calls or one; strided q, k, v and out as a
+    step has them.
+    """
     rows, heads, kv_heads = 70, 6, 2
     generator = torch.Generator().manual_seed(0)
     past = torch.randn(LAYERS, 2, kv_heads, 9, dim, generator=generator).to(dtype)

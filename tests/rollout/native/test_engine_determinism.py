@@ -1,4 +1,6 @@
-"""Deterministic mode: the same bits whatever runs beside a sequence; and the event log that lets a run be done again."""
+"""Deterministic mode: the same bits whatever runs beside a sequence; and the event log that lets a
+run be done again.
+"""
 
 import json
 import random
@@ -71,7 +73,9 @@ def test_same_bits_in_bfloat16(folder):
 
 
 def test_prompts_do_not_lean_on_each_other(folder):
-    """Sharing by common prefix depends on what was there before, and moves the bits: not in deterministic mode."""
+    """Sharing by common prefix depends on what was there before, and moves the bits: not in
+    deterministic mode.
+    """
     engine = make(folder)
     for tail in (1, 2):
         engine.add_prompt(PROMPTS[3] + [tail])
@@ -80,7 +84,9 @@ def test_prompts_do_not_lean_on_each_other(folder):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scoring_gives_the_same_bits(folder, dtype):
-    """One sequence or many, small chunks or large, KV there or not, and twice with the same weights."""
+    """One sequence or many, small chunks or large, KV there or not, and twice with the same
+    weights.
+    """
     from safetensors.torch import load_file
 
     scores = []
@@ -100,7 +106,7 @@ def test_scoring_gives_the_same_bits(folder, dtype):
             assert np.array_equal(a.logprobs, b.logprobs) and np.array_equal(a.entropy, b.entropy)
 
 
-# -- the event log ----------------------------------------------------------------------------------------------------
+# -- the event log ---------------------------------------------------------------------------------
 
 
 def after(count):

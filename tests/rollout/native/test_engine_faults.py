@@ -1,4 +1,6 @@
-"""Stopping, misuse and faults: each is a clear error or a defined outcome; nothing leaks and nothing drawn is lost."""
+"""Stopping, misuse and faults: each is a clear error or a defined outcome; nothing leaks and
+nothing drawn is lost.
+"""
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ def sampled(engine, n, seed=0):
     return seq, finish(engine)[seq].token_ids
 
 
-# -- stopping ---------------------------------------------------------------------------------------------------------
+# -- stopping --------------------------------------------------------------------------------------
 
 
 def test_reasons_to_stop(engine):
@@ -91,7 +93,7 @@ def test_settings_that_cannot_work(folder, settings, match):
         NativeEngine(folder, **settings)
 
 
-# -- handles ----------------------------------------------------------------------------------------------------------
+# -- handles ---------------------------------------------------------------------------------------
 
 
 def test_a_released_handle_is_refused_everywhere(engine):
@@ -114,7 +116,9 @@ def test_a_released_handle_is_refused_everywhere(engine):
 
 
 def test_a_tool_result_after_cancellation(engine):
-    """A cancelled sequence is back at its submit and may go on from there; one that waits for a tool keeps its tokens."""
+    """A cancelled sequence is back at its submit and may go on from there; one that waits for a
+    tool keeps its tokens.
+    """
     seq, drawn = sampled(engine, 4)
     engine.cancel(seq)  # not decoding: no effect
     assert engine.tokens(seq) == PROMPT + drawn
@@ -196,7 +200,7 @@ def test_fork_inside_a_tool_result_and_at_the_end(engine):
         engine.fork(seq, 47)
 
 
-# -- exceptions -------------------------------------------------------------------------------------------------------
+# -- exceptions ------------------------------------------------------------------------------------
 
 
 class Broken(Exception):
@@ -205,7 +209,9 @@ class Broken(Exception):
 
 @pytest.mark.parametrize("where", ["forward", "pool", "sample"])
 def test_an_exception_in_a_step_leaves_everything_as_it_was(folder, where, monkeypatch):
-    """Prefill, decode and a score are interrupted once each; the results are those of an undisturbed engine."""
+    """Prefill, decode and a score are interrupted once each; the results are those of an
+    undisturbed engine.
+    """
     plain = NativeEngine(folder, dtype="float32", prefill_chunk=16)
     expected, _ = sampled(plain, 12)
     engine = NativeEngine(folder, dtype="float32", prefill_chunk=16)
@@ -248,7 +254,9 @@ def test_an_exception_in_a_step_leaves_everything_as_it_was(folder, where, monke
 
 
 def test_a_stop_callback_that_raises_loses_no_token(folder):
-    """Its own token and those of the others are kept; an event of the same step comes with the next one."""
+    """Its own token and those of the others are kept; an event of the same step comes with the next
+    one.
+    """
     engine = NativeEngine(folder, dtype="float32")
     plain = [sampled(NativeEngine(folder, dtype="float32"), 6, seed)[1] for seed in (0, 1)]
     seen = []
@@ -346,7 +354,10 @@ def test_a_callback_takes_back_what_stopped_before_it(engine, end):
 @pytest.mark.parametrize("action", ["step", "score"])
 @pytest.mark.parametrize("when", ["plan", "commit"])
 def test_an_interrupt_between_two_parts_of_a_step(engine, monkeypatch, action, when):
-    """After the layout was opened and before anybody holds it; after it was committed. The cause is what is reported."""
+    """After the layout was opened and before anybody holds it; after it was committed.
+
+    The cause is what is reported.
+    """
     seq = engine.add_prompt(PROMPT)
     if action == "step":
         engine.submit(seq, SamplingParams(2), seed=0)
@@ -371,7 +382,9 @@ def test_an_interrupt_between_two_parts_of_a_step(engine, monkeypatch, action, w
 
 
 def test_stop_callbacks_that_use_the_engine(engine):
-    """They may cancel and release (what they cancel gets no token and no event), but not step or score."""
+    """They may cancel and release (what they cancel gets no token and no event), but not step or
+    score.
+    """
     seqs = [engine.add_prompt(PROMPT) for _ in range(4)]
     problems = []
 
@@ -397,11 +410,13 @@ def test_stop_callbacks_that_use_the_engine(engine):
     check_tree(engine.tree)
 
 
-# -- versions ---------------------------------------------------------------------------------------------------------
+# -- versions --------------------------------------------------------------------------------------
 
 
 def test_weights_while_nodes_are_alive(engine, tmp_path):
-    """Running sequences forbid it; idle ones live on, and say that they are stale until they are scored."""
+    """Running sequences forbid it; idle ones live on, and say that they are stale until they are
+    scored.
+    """
     other = build("qwen3", tmp_path, seed=1)
     waiting, _ = sampled(engine, 4)
     running = engine.add_prompt(PROMPT[:7])

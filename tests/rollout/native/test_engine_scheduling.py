@@ -1,4 +1,6 @@
-"""Who runs when, and what gives way: states, admission with reservation, preemption, fairness, a full pool."""
+"""Who runs when, and what gives way: states, admission with reservation, preemption, fairness, a
+full pool.
+"""
 
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ def released(engine, seqs):
     ] * 4
 
 
-# -- states -----------------------------------------------------------------------------------------------------------
+# -- states ----------------------------------------------------------------------------------------
 
 
 def test_a_sequence_goes_through_the_states(make):
@@ -81,7 +83,7 @@ def test_a_sequence_goes_through_the_states(make):
         engine.state(99)
 
 
-# -- continuous batching ------------------------------------------------------------------------------------------------
+# -- continuous batching ---------------------------------------------------------------------------
 
 
 def test_decoding_does_not_starve_while_a_long_prompt_is_prefilled(make):
@@ -112,7 +114,9 @@ def test_oldest_submission_first(make):
 
 
 def test_a_large_one_is_not_overtaken(make):
-    """The oldest waits for room, the small one behind it waits too, so a stream of small ones cannot starve it."""
+    """The oldest waits for room, the small one behind it waits too, so a stream of small ones
+    cannot starve it.
+    """
     engine = make(kv_tokens=96)  # 6 blocks
     first = engine.add_prompt(ids(0, 30))
     engine.submit(first, SamplingParams(30), seed=0)  # 59 positions: 4 blocks
@@ -125,7 +129,7 @@ def test_a_large_one_is_not_overtaken(make):
     assert [s for _, s in kinds(engine, "admit")] == [first, large, small]
 
 
-# -- admission with reservation ---------------------------------------------------------------------------------------
+# -- admission with reservation --------------------------------------------------------------------
 
 
 def test_admission_reserves_what_may_still_be_needed(make):
@@ -167,7 +171,7 @@ def test_a_pool_too_small_for_one_sequence_says_what_it_needs(make):
         make(kv_tokens=15)
 
 
-# -- giving way -------------------------------------------------------------------------------------------------------
+# -- giving way ------------------------------------------------------------------------------------
 
 
 def test_idle_sequences_give_way_least_recently_used_first(make):
@@ -191,7 +195,9 @@ def test_idle_sequences_give_way_least_recently_used_first(make):
 
 
 def test_a_prompt_gives_way_when_all_that_stood_on_it_has(make):
-    """Waiting leaves of released prompts hold the pool; new work must still get through, and they must after it."""
+    """Waiting leaves of released prompts hold the pool; new work must still get through, and they
+    must after it.
+    """
     engine = make(kv_tokens=64)  # 4 blocks
     prompt = engine.add_prompt(PROMPT)
     leaves = [engine.fork(prompt, 40) for _ in range(2)]
@@ -233,7 +239,9 @@ def test_all_leaves_wait_for_tools_and_the_pool_is_full(make):
 
 
 def test_the_youngest_running_one_gives_way_to_a_score(make):
-    """Scoring takes what was reserved: the youngest goes back to the queue, nothing is lost, all end as alone."""
+    """Scoring takes what was reserved: the youngest goes back to the queue, nothing is lost, all
+    end as alone.
+    """
     engine = make(kv_tokens=128)  # 8 blocks
     idle = engine.add_prompt(ids(7, 60))  # 4 blocks when scored
     seqs = [engine.add_prompt(ids(i, 20)) for i in range(2)]
@@ -258,7 +266,9 @@ def test_the_youngest_running_one_gives_way_to_a_score(make):
 
 
 def grown(engine):
-    """Four prompts of 20 tokens, two roots of 30 more each, three forks of every other root; all idle."""
+    """Four prompts of 20 tokens, two roots of 30 more each, three forks of every other root; all
+    idle.
+    """
     roots = []
     for p in range(4):
         prompt = engine.add_prompt(ids(p, 20))
@@ -275,7 +285,9 @@ def grown(engine):
 
 @pytest.mark.parametrize("kv_tokens,prefill_chunk", [(96, 512), (96, 7), (176, 40)])
 def test_a_score_of_more_than_the_pool_holds(make, folder, kv_tokens, prefill_chunk):
-    """After an update, too: every token once, all is fresh, and what gave way is prefilled again when it is drawn from."""
+    """After an update, too: every token once, all is fresh, and what gave way is prefilled again
+    when it is drawn from.
+    """
     large, small = make(), make(kv_tokens=kv_tokens, prefill_chunk=prefill_chunk)
     results = []
     for engine in (large, small):
@@ -351,7 +363,7 @@ def test_preemption_spares_what_children_inherit(make):
     assert sorted(finish(engine)) == [seq, child]
 
 
-# -- what it cost -----------------------------------------------------------------------------------------------------
+# -- what it cost ----------------------------------------------------------------------------------
 
 
 def test_tokens_saved_against_independent_sequences(make):

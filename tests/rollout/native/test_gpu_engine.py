@@ -1,4 +1,6 @@
-"""The engine on its Triton runner: here in the interpreter on a model of one layer, on a device with the `gpu` tests."""
+"""The engine on its Triton runner: here in the interpreter on a model of one layer, on a device
+with the `gpu` tests.
+"""
 
 import sys
 import types
@@ -37,7 +39,9 @@ def engine_of(folder, runner="device", **settings):
 
 
 def rollout(engine, roots=2, new=3, append=(5, 6, 7), prompt=37):
-    """Siblings, a fork inside one of them, appended tokens: (tokens, logprobs) of every sequence, and scores of the fork."""
+    """Siblings, a fork inside one of them, appended tokens: (tokens, logprobs) of every sequence,
+    and scores of the fork.
+    """
     root = engine.add_prompt(list(range(3, 3 + prompt)))
     seqs = [engine.fork(root, prompt) for _ in range(roots)]
     for i, seq in enumerate(seqs):
@@ -55,7 +59,9 @@ class TestInterpreted:
     pytestmark = interpreted
 
     def test_agrees_with_the_host(self, folder):
-        """Under the eyes of Watch: freed and unwritten memory is NaN, and nothing but the rows' slots is written."""
+        """Under the eyes of Watch: freed and unwritten memory is NaN, and nothing but the rows'
+        slots is written.
+        """
         engine = engine_of(folder, prefill_chunk=16)
         Watch(engine)
         ours, scored = rollout(engine)
@@ -75,7 +81,9 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("deterministic", [False, True])
     def test_padding_changes_nothing(self, folder, deterministic):
-        """A step as it would be captured, with padded tables, gives the bits of the same step as it is."""
+        """A step as it would be captured, with padded tables, gives the bits of the same step as it
+        is.
+        """
         engine = engine_of(folder, deterministic=deterministic)
         prompt = engine.add_prompt(list(range(3, 30)))
         seqs = [engine.fork(prompt, 27) for _ in range(3)]
@@ -98,7 +106,9 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("grown", ["pool", "tables"])
     def test_no_replay_in_memory_of_another_size(self, folder, monkeypatch, grown):
-        """Memory grows twice with no captured pass in between and lies where it lay at first, its parts elsewhere."""
+        """Memory grows twice with no captured pass in between and lies where it lay at first, its
+        parts elsewhere.
+        """
         recorded = []
 
         def capture(self, body):
@@ -206,7 +216,9 @@ class Eager:
 
 
 def pretend_flash(monkeypatch):
-    """A module `flash_attn` with the varlen function in plain PyTorch; → the lengths it was called with."""
+    """A module `flash_attn` with the varlen function in plain PyTorch; → the lengths it was called
+    with.
+    """
     calls = []
 
     def flash_attn_varlen_func(q, k, v, cuts, cuts_k, longest, most_k, causal, return_attn_probs):
@@ -300,14 +312,16 @@ def test_a_decode_step_keeps_its_shape_as_sequences_grow():
 
 
 def test_tables_lie_where_they_lay():
-    """A buffer that is too small is replaced; otherwise the place of a table follows from the shape alone."""
+    """A buffer that is too small is replaced; otherwise the place of a table follows from the shape
+    alone.
+    """
     stage, shape = Stage(torch.device("cpu")), TableShape(8, 64)
     assert sum(shape.sections().values()) < len(stage.host)
     assert list(shape.sections())[:4] == ["ids", "positions", "slots", "out"]
     assert shape.sections()["tall"] == 8 * 64 and shape.sections()["starts"] == 9
 
 
-# -- on a device -------------------------------------------------------------------------------------------------------
+# -- on a device -----------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

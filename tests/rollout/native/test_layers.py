@@ -1,7 +1,8 @@
-"""The C++ runner against the PyTorch runner and a float64 forward: families, dtypes, rows, adapters, threads, reloads.
+"""The C++ runner against the PyTorch runner and a float64 forward: families, dtypes, rows,
+adapters, threads, reloads.
 
-Sequences of a tree are planned, run and committed step by step; each row's hidden state is then found by the tokens
-that lead to it (tests/support/native_models.py).
+Sequences of a tree are planned, run and committed step by step; each row's hidden state is then
+found by the tokens that lead to it (tests/support/native_models.py).
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def test_bfloat16_rounds_where_pytorch_rounds(family, shape):
     tensors = weights(c)
     ours, theirs = (model(c, tensors, torch.bfloat16, runner) for runner in ("native", "torch"))
     assert errors(grow(ours)) < 1.1 * errors(grow(theirs)) + 5e-4
-    # Rows that read only themselves leave nothing to sums in another order but the linears: without the rounding behind
-    # them a seventh of the keys and values differ.
+    # Rows that read only themselves leave nothing to sums in another order but the linears: without
+    # the rounding behind them a seventh of the keys and values differ.
     one = config(family, shape, layers=1)
     tensors, seen, after = weights(one), [], []
     for runner in ("native", "torch"):

@@ -1,4 +1,6 @@
-"""The noise of a draw: frozen values, the same bits in C++, and its quality. All seeds are fixed: nothing here can flake.
+"""The noise of a draw: frozen values, the same bits in C++, and its quality.
+
+All seeds are fixed: nothing here can flake.
 
 Bounds are five standard deviations of what true noise would give.
 """
@@ -108,7 +110,9 @@ def test_uniform_over_ids_and_over_positions():
 
 
 def test_every_bit_of_the_key_and_of_the_id_turns_half_of_the_bits():
-    """Avalanche of the 64 bits against seed, position and id: 64 draws each, every output bit turned 10 to 54 times."""
+    """Avalanche of the 64 bits against seed, position and id: 64 draws each, every output bit
+    turned 10 to 54 times.
+    """
     ids = torch.arange(0, 64 * 997, 997)
     shifts = torch.arange(64)
 

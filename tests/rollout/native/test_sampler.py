@@ -1,6 +1,8 @@
-"""Draws: the right distribution, exact logprobs and entropies, the same token from every implementation, hostile logits.
+"""Draws: the right distribution, exact logprobs and entropies, the same token from every
+implementation, hostile logits.
 
-All seeds are fixed: nothing here can flake. The noise itself is in test_noise.py, the Triton kernel in test_gpu_sample.py.
+All seeds are fixed: nothing here can flake. The noise itself is in test_noise.py, the Triton kernel
+in test_gpu_sample.py.
 """
 
 import math
@@ -52,7 +54,7 @@ def sampled(logits, params, n=1, seed=11):
     return sampler.sample_logits(logits.expand(n, -1), [seed] * n, range(n))
 
 
-# -- the distribution -------------------------------------------------------------------------------------------------
+# -- the distribution ------------------------------------------------------------------------------
 
 
 def distribution(kind, vocab):
@@ -85,7 +87,8 @@ def test_tokens_follow_the_distribution(backend, kind, vocab, n):
         ]
     )  # fmt: skip
     p = torch.softmax(logits[0].double(), -1)
-    # At most 40 cells of equal mass along the ids, and as many of ids that have nothing to do with each other.
+    # At most 40 cells of equal mass along the ids, and as many of ids that have nothing to do with
+    # each other.
     for cells in ((p.cumsum(0) * 39.999).long(), torch.arange(vocab) * 7919 % 39):
         mass = torch.zeros(40, dtype=torch.float64).index_add_(0, cells, p)
         used = mass * n > 3
@@ -141,7 +144,9 @@ def test_draws_follow_the_distribution_they_report(cut):
 @pytest.mark.parametrize("top_p", [1.0, 0.999, 0.9, 0.3, 1e-9])
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 30.0])
 def test_what_is_kept_against_a_full_sort(top_k, top_p, scale):
-    """Ties at the border go to the lowest ids; flat rows need more than the first look at the largest."""
+    """Ties at the border go to the lowest ids; flat rows need more than the first look at the
+    largest.
+    """
     x = (scale * torch.randn(3000, generator=torch.Generator().manual_seed(3))).bfloat16().float()
     order = torch.argsort(x, descending=True, stable=True)
     weight = ((x[order].double() - x.max().double()) * 0.7).exp()
@@ -157,7 +162,7 @@ def test_what_is_kept_against_a_full_sort(top_k, top_p, scale):
     assert torch.equal(found[: len(want)], want[: len(found)])
 
 
-# -- logp and entropy -------------------------------------------------------------------------------------------------
+# -- logp and entropy ------------------------------------------------------------------------------
 
 
 @backends
@@ -179,13 +184,15 @@ def test_statistics_against_float64(backend, vocab, scale):
     assert not sampled.entropy.signbit().any()
 
 
-# -- one token, whoever draws it --------------------------------------------------------------------------------------
+# -- one token, whoever draws it -------------------------------------------------------------------
 
 
 @backends
 @pytest.mark.parametrize("vocab", [1, 5, 64, 300, 10_007])
 def test_the_winner_is_that_of_the_whole_race(backend, vocab):
-    """Nothing that could win is ruled out, in rows that rise, fall, are flat, and with temperatures at both ends."""
+    """Nothing that could win is ruled out, in rows that rise, fall, are flat, and with temperatures
+    at both ends.
+    """
     torch.manual_seed(vocab)
     x = torch.randn(40, vocab)
     x[:8] = torch.linspace(0, 90, vocab)  # the best so far is beaten over and over
@@ -249,7 +256,7 @@ def test_bits_do_not_depend_on_the_batch_or_the_threads(dtype):
                 assert torch.equal(getattr(other, name)[i : i + 1], getattr(alone, name)), name
 
 
-# -- greedy, hostile --------------------------------------------------------------------------------------------------
+# -- greedy, hostile -------------------------------------------------------------------------------
 
 
 @backends
@@ -318,7 +325,7 @@ def test_the_native_draw_refuses_what_it_cannot_read():
         native_sample.sample(x, rows, isa="sse")
 
 
-# -- the sampler behind a model ---------------------------------------------------------------------------------------
+# -- the sampler behind a model --------------------------------------------------------------------
 
 
 @needs_native

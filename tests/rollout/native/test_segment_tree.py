@@ -19,7 +19,10 @@ def make(request):
 
 
 class Pool:
-    """What a slot holds: (position, token). `run` does what a forward pass does and checks what each row reads."""
+    """What a slot holds: (position, token).
+
+    `run` does what a forward pass does and checks what each row reads.
+    """
 
     def __init__(self, tree):
         self.tree = tree
@@ -56,7 +59,7 @@ def rows(layout: Layout) -> list[tuple[int, int]]:
     return list(zip(layout.positions.tolist(), layout.ids.tolist()))
 
 
-# -- forks and what is read ---------------------------------------------------------------------------------------------
+# -- forks and what is read ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("at", range(1, 35))
@@ -101,7 +104,9 @@ def test_a_fork_within_what_the_parent_inherits_is_its_sibling(make):
 
 
 def test_the_tables_of_a_small_tree(make):
-    """A prompt of 18 tokens, a fork at 18 and one at 5, and a fork of the first: four rows, three segments read."""
+    """A prompt of 18 tokens, a fork at 18 and one at 5, and a fork of the first: four rows, three
+    segments read.
+    """
     tree = make()
     prompt = tree.add(range(18))
     a, b = tree.fork(prompt, 18), tree.fork(prompt, 5)
@@ -139,7 +144,7 @@ def test_rows_of_an_ancestor_stand_before_those_of_its_descendants_in_one_layout
     Pool(tree).run(layout, through(tree, (root, child, below, late, early)))
 
 
-# -- budget -------------------------------------------------------------------------------------------------------------
+# -- budget ----------------------------------------------------------------------------------------
 
 
 def test_missing_ancestors_are_run_once_by_whoever_asks_first_and_within_the_budget(make):
@@ -185,7 +190,7 @@ def test_planning_nothing_gives_an_empty_layout(make):
     assert tree.used == 0
 
 
-# -- blocks -------------------------------------------------------------------------------------------------------------
+# -- blocks ----------------------------------------------------------------------------------------
 
 
 def test_exhaustion_says_how_many_blocks_are_lacking_and_changes_nothing(make):
@@ -308,7 +313,7 @@ def test_the_lowest_free_block_is_taken_first(make):
     assert tree.free_blocks() == [0, 1] and tree.span == 6
 
 
-# -- what children keep -------------------------------------------------------------------------------------------------
+# -- what children keep ----------------------------------------------------------------------------
 
 
 def test_releasing_a_parent_trims_it_to_what_children_inherit(make):
@@ -380,7 +385,7 @@ def test_evicting_a_path_frees_ancestors_that_nobody_with_kv_needs(make):
     assert (layout.prefill_rows, layout.decode_rows) == (63, 2)
 
 
-# -- weights ------------------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 
 
 def test_new_weights_void_all_kv_until_it_is_scored(make):
@@ -479,7 +484,7 @@ def test_scoring_in_chunks_runs_every_row_and_keeps_the_kv_there_is(make):
     assert tree.kv(seq) == 49
 
 
-# -- errors -------------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

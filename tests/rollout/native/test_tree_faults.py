@@ -1,4 +1,5 @@
-"""Faults planted in the segment tree: `check_tree` sees them, and so do random operations that know nothing of its inside.
+"""Faults planted in the segment tree: `check_tree` sees them, and so do random operations that know
+nothing of its inside.
 
 Faults in the C++ are planted in its sources, by bench/evidence/seeded_faults.py.
 """
@@ -39,7 +40,7 @@ def planted(tree=SegmentTree):
     return tree, seqs
 
 
-# -- what check_tree sees --------------------------------------------------------------------------------------------------
+# -- what check_tree sees --------------------------------------------------------------------------
 
 
 def test_check_sees_a_block_freed_early():
@@ -178,7 +179,7 @@ def test_check_sees_slots_that_are_not_one_for_each_row(tree):
             check_tree(tree)
 
 
-# -- what goes wrong from outside -----------------------------------------------------------------------------------------
+# -- what goes wrong from outside ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
@@ -290,7 +291,7 @@ def test_a_plan_for_whose_tables_there_is_no_memory_is_not_open():
     check_tree(tree)
 
 
-# -- what random operations see, without check_tree -----------------------------------------------------------------------
+# -- what random operations see, without check_tree ------------------------------------------------
 
 
 class FreesEarly(SegmentTree):

@@ -1,4 +1,6 @@
-"""The vLLM backend against a fake vLLM that has the real one's traps: what is sent, what comes back, what is refused."""
+"""The vLLM backend against a fake vLLM that has the real one's traps: what is sent, what comes
+back, what is refused.
+"""
 
 import json
 import sys
@@ -71,7 +73,7 @@ def sample(engine, ids=PROMPT, n=8, seed=1, **more):
     return run(engine)[seq]
 
 
-# -- what vLLM is told ------------------------------------------------------------------------------------------------
+# -- what vLLM is told -----------------------------------------------------------------------------
 
 
 def test_start_arguments(folder):
@@ -146,7 +148,7 @@ def test_folder_without_weights(folder):
         make(folder)
 
 
-# -- drawing ----------------------------------------------------------------------------------------------------------
+# -- drawing ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("statistics", ["exact", "full"])
@@ -288,7 +290,7 @@ def test_vllm_dies(folder):
     engine.release(seq)
 
 
-# -- stop callbacks -----------------------------------------------------------------------------------------------------
+# -- stop callbacks --------------------------------------------------------------------------------
 
 
 def three(engine, stop, n=(1, 4, 1)):
@@ -330,7 +332,9 @@ def test_a_callback_that_raises_loses_nothing(folder, statistics, error):
 @pytest.mark.parametrize("answer", [True, False])
 @pytest.mark.parametrize("n", [1, 4])
 def test_a_callback_may_cancel_and_release(folder, answer, n):
-    """Itself, one that stopped earlier in the step, one whose output is still to be taken; vLLM may be done with all."""
+    """Itself, one that stopped earlier in the step, one whose output is still to be taken; vLLM may
+    be done with all.
+    """
     engine = make(folder)
 
     def stop(token):
@@ -396,7 +400,7 @@ def test_entropies_that_the_worker_does_not_have(folder):
     assert sorted(run(engine)) == seqs[1:]
 
 
-# -- the tree ---------------------------------------------------------------------------------------------------------
+# -- the tree --------------------------------------------------------------------------------------
 
 
 def test_fork_reads_the_prefix_cache(folder):
@@ -465,7 +469,7 @@ def test_misuse_while_decoding(folder):
         engine.fork(engine.add_prompt(PROMPT), 71)
 
 
-# -- scores -----------------------------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("statistics", ["exact", "full"])
@@ -489,7 +493,9 @@ def test_score_with_a_split_prefill(folder):
 
 @pytest.mark.parametrize("common", [31, 32, 33, 63, 64, 65, 70])
 def test_score_runs_shared_rows_once(folder, common):
-    """Also where lines part exactly at the end of a block: the row before has another token to score."""
+    """Also where lines part exactly at the end of a block: the row before has another token to
+    score.
+    """
     engine = make(folder)
     lines = [
         engine.add_prompt(PROMPT[:common] + [i, *PROMPT[common + 1 :], i, i]) for i in range(3)
@@ -539,7 +545,7 @@ def test_unknown_model_runner_is_refused():
         worker_statistics.attach(SimpleNamespace(requests={}))
 
 
-# -- weights ----------------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("in_process", [True, False])
@@ -670,7 +676,9 @@ def test_a_prompt_whose_forks_ran_is_stale_with_them(folder):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_staleness_is_that_of_the_native_tree(seed):
-    """Random forks, turns, cancels, scores, releases and loads: both say the same of every live sequence."""
+    """Random forks, turns, cancels, scores, releases and loads: both say the same of every live
+    sequence.
+    """
     rng = np.random.default_rng(seed)
     tree, ours = SegmentTree(), Sequences()
     live = []
@@ -749,7 +757,7 @@ def test_vllm_without_weight_labels(folder, monkeypatch):
     assert len(sample(make(folder)).token_ids) == 8
 
 
-# -- parts ------------------------------------------------------------------------------------------------------------
+# -- parts -----------------------------------------------------------------------------------------
 
 Q, K, V = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkv")
 
@@ -873,7 +881,7 @@ def test_environment(monkeypatch):
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
 
 
-# -- configuration ----------------------------------------------------------------------------------------------------
+# -- configuration ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
-"""Runs layouts on a GPU: PyTorch's layers, with attention and KV writes in Triton over a plain block pool.
+"""Runs layouts on a GPU: PyTorch's layers, with attention and KV writes in Triton over a plain
+block pool.
 
     tables → one pinned transfer → embedding, layers (kv_write, attend, merge each), final norm → hidden states
 
-What a decode step launches is captured in a CUDA graph, per bucket of rows and of table sizes: everything between the
-transfer of the tables and the hidden states. The output head and the draw are the sampler's, and chunks of prompts, whose
-shapes seldom return, run as they are.
+What a decode step launches is captured in a CUDA graph, per bucket of rows and of table sizes:
+everything between the transfer of the tables and the hidden states. The output head and the draw
+are the sampler's, and chunks of prompts, whose shapes seldom return, run as they are.
 
-No tail block is ever copied, and there is no kernel for it: a fork starts in a block of its own and reads the parent's
-last one up to a limit, since our kernels take (segment, limit) lists, and flash-attn gets the chunk itself. Only a kernel
-that wants one flat block table per sequence would need the copy.
+No tail block is ever copied, and there is no kernel for it: a fork starts in a block of its own and
+reads the parent's last one up to a limit, since our kernels take (segment, limit) lists, and
+flash-attn gets the chunk itself. Only a kernel that wants one flat block table per sequence would
+need the copy.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ from appo.rollout.native.device.graphs import Graphs
 from appo.rollout.native.model.model import Model
 from appo.rollout.native.tree.layout import Layout
 
-# Deterministic mode: every pass has exactly so many rows, since a library may sum a product of another height in another
-# order. Rows beyond come in further passes; a row reads the KV of rows before it only.
+# Deterministic mode: every pass has exactly so many rows, since a library may sum a product of
+# another height in another order. Rows beyond come in further passes; a row reads the KV of rows
+# before it only.
 FIXED_ROWS = 64
 MAX_ROWS = 2048  # per pass otherwise: bounds the workspace of partial results
 BUCKETS: tuple[int, ...] = (
@@ -50,8 +53,9 @@ BUCKETS: tuple[int, ...] = (
 class DeviceRunner:
     """See `runner.Runner`. Also runs on a CPU in Triton's interpreter, without graphs: for tests.
 
-    flash    True: causal parts of long chunks by flash-attn, EngineError where it cannot; None: where it can; False: never.
-             Deterministic mode never takes it: where a chunk ends would show in the bits
+    flash    True: causal parts of long chunks by flash-attn, EngineError where it cannot; None:
+             where it can; False: never. Deterministic mode never takes it: where a chunk ends would
+             show in the bits
     graphs   capture decode steps
     """
 
@@ -96,7 +100,8 @@ class DeviceRunner:
         self.pool.trim(0)
 
     def forward(self, layout: Layout, rows: Tensor | None) -> Tensor:
-        """Hidden states of `rows` (ascending; None: all), on the device; deterministic: zeros up to a multiple of 64.
+        """Hidden states of `rows` (ascending; None: all), on the device; deterministic: zeros up to
+        a multiple of 64.
 
         Valid until the next call.
         """
@@ -130,7 +135,8 @@ class DeviceRunner:
         captured = rows is not None and self.graphs.why_not is None
         shape = TableShape.fitting(rows or last - first, pass_work, len(layout.blocks))
         given = self.stage.put(shape, layout, first, last, pass_work, out, trim=not captured)
-        # Sizes too: grown memory may lie where smaller memory did before, and its parts lie elsewhere in it.
+        # Sizes too: grown memory may lie where smaller memory did before, and its parts lie
+        # elsewhere in it.
         arena, buffer = self.pool.arena, self.stage.buffer
         self.graphs.keep(arena.data_ptr(), self.pool.blocks, buffer.data_ptr(), len(buffer))
         if not captured:
@@ -138,7 +144,9 @@ class DeviceRunner:
         return self.graphs.run(shape, lambda: self._run(given, None))[: len(out)]
 
     def _rows(self, layout: Layout, rows: int) -> int | None:
-        """How many rows a pass is padded to so that its shape comes again; None: it is run as it is."""
+        """How many rows a pass is padded to so that its shape comes again; None: it is run as it
+        is.
+        """
         if self.deterministic:
             return FIXED_ROWS
         if layout.prefill_rows or rows > BUCKETS[-1]:

@@ -1,8 +1,8 @@
 """The tables of one pass on the device: one transfer from pinned memory into one buffer.
 
-Sizes are rounded up to few shapes and a table's place follows from the shape, so a pass of the same shape finds every
-table where the last one had it: what a captured CUDA graph needs. Padding does nothing: rows without reads that are
-written nowhere, items without rows.
+Sizes are rounded up to few shapes and a table's place follows from the shape, so a pass of the same
+shape finds every table where the last one had it: what a captured CUDA graph needs. Padding does
+nothing: rows without reads that are written nowhere, items without rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ ROWS = ("ids", "positions", "slots", "starts")  # have an entry for every row, p
 
 @dataclass(frozen=True)
 class TableShape:
-    """rows: padded ones · size: entries of each table that grows with what the rows read, rows · a power of two"""
+    """rows: padded ones · size: entries of each table that grows with what the rows read, rows · a
+    power of two
+    """
 
     rows: int
     size: int
@@ -52,7 +54,9 @@ class TableShape:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a pass over `rows` rows is given, int64 on the device. out: the rows whose hidden states are wanted."""
+    """What a pass over `rows` rows is given, int64 on the device. out: the rows whose hidden states
+    are wanted.
+    """
 
     ids: Tensor
     positions: Tensor

@@ -1,7 +1,7 @@
 """Low-rank adapters in the engine: applied beside the weights, fused as the weights are.
 
-q, k, v (and gate, up) are one linear, so their adapters become one: the down projections stacked, the up projections
-block-diagonal. A push of adapters alone neither touches nor repacks a weight.
+q, k, v (and gate, up) are one linear, so their adapters become one: the down projections stacked,
+the up projections block-diagonal. A push of adapters alone neither touches nor repacks a weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ DOWN, UP = ".lora_A", ".lora_B"
 
 
 class Adapters:
-    """Collects `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r] of one push, then installs them."""
+    """Collects `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r] of one push, then installs
+    them.
+    """
 
     def __init__(self) -> None:
         self.parts: dict[str, Tensor] = {}
@@ -33,7 +35,8 @@ class Adapters:
         return True
 
     def check(self, slices: Mapping[str, Slice], dtype: torch.dtype) -> Callable[[], None]:
-        """Check all of them against the model's linears, by module name; → what installs them, in `dtype`.
+        """Check all of them against the model's linears, by module name; → what installs them, in
+        `dtype`.
 
         Nothing is changed before that is called. Raises ModelError.
         """
@@ -83,7 +86,9 @@ class Adapters:
 def _fuse(
     linear: Linear, group: list[tuple[Slice, Tensor, Tensor]], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Stacked down [Σr, in] and block-diagonal up [out, Σr], up's rows in the order of the fused weight."""
+    """Stacked down [Σr, in] and block-diagonal up [out, Σr], up's rows in the order of the fused
+    weight.
+    """
     total = sum(down.shape[0] for _, down, _ in group)
     fused = linear.weight.new_zeros(linear.weight.shape[0], total, dtype=dtype)
     at = 0

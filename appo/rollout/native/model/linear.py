@@ -1,4 +1,6 @@
-"""The parts that a model is made of: fused linears, layers of them, and where checkpoint tensors lie inside."""
+"""The parts that a model is made of: fused linears, layers of them, and where checkpoint tensors
+lie inside.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,13 @@ from torch import Tensor
 
 
 class Linear:
-    """y = x Wᵀ + b, computed in `compute`, from a copy packed once for oneDNN where that exists (1.1-2x at 1-32 rows).
+    """y = x Wᵀ + b, computed in `compute`, from a copy packed once for oneDNN where that exists
+    (1.1-2x at 1-32 rows).
 
-    `weight` is the tensor that is loaded into; `pack` must follow every change of it. `adapter` = (down [Σr, in], up
-    [out, Σr]) adds x downᵀ upᵀ: low-rank updates are applied, not merged, because a bfloat16 weight rounds most of a
-    small update away (SmolLM2-135M after the first optimiser step: 79 % of it, by norm).
+    `weight` is the tensor that is loaded into; `pack` must follow every change of it. `adapter` =
+    (down [Σr, in], up [out, Σr]) adds x downᵀ upᵀ: low-rank updates are applied, not merged,
+    because a bfloat16 weight rounds most of a small update away (SmolLM2-135M after the first
+    optimiser step: 79 % of it, by norm).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, compute: torch.dtype):
@@ -64,7 +68,9 @@ class Layer:
 
 @dataclass
 class Slice:
-    """Output rows a … b-1 of a fused linear belong to one module of the checkpoint; `heads` as in Target."""
+    """Output rows a … b-1 of a fused linear belong to one module of the checkpoint; `heads` as in
+    Target.
+    """
 
     linear: Linear
     a: int
@@ -74,7 +80,10 @@ class Slice:
 
 @dataclass
 class Target:
-    """Where one checkpoint tensor lives inside a fused one. `heads` > 0: make rotary pairs neighbours on the way in."""
+    """Where one checkpoint tensor lives inside a fused one.
+
+    `heads` > 0: make rotary pairs neighbours on the way in.
+    """
 
     into: Tensor
     shape: tuple[int, ...]

@@ -1,11 +1,12 @@
-"""The model runner: Llama, Qwen2 and Qwen3 as one straight loop over layers, attention supplied by the caller.
+"""The model runner: Llama, Qwen2 and Qwen3 as one straight loop over layers, attention supplied by
+the caller.
 
-This is the definition, and what runs where the C++ runner (layers.py) cannot. Both work on the same weights: `native` is
-the C++ runner of a model that has one.
+This is the definition, and what runs where the C++ runner (layers.py) cannot. Both work on the same
+weights: `native` is the C++ runner of a model that has one.
 
-q, k, v are one linear and gate, up another. The residual stream and the norms are float32; the rotary embedding is one
-complex product in float32 because the pairs it turns are made neighbours when weights are loaded (a permutation inside
-each head of q and k leaves q·k unchanged).
+q, k, v are one linear and gate, up another. The residual stream and the norms are float32; the
+rotary embedding is one complex product in float32 because the pairs it turns are made neighbours
+when weights are loaded (a permutation inside each head of q and k leaves q·k unchanged).
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class Model:
     """Weights in `dtype` and the forward pass. `load` fills them; until then they are zero.
 
-    fp32_logits: take the output layer of a bfloat16 model in float32. Products of bfloat16 numbers are exact there, so
-    this only avoids rounding: of each logit to 8 bits, which is half of all error in a bfloat16 logprob (SmolLM2-135M:
-    mean 0.030 with, 0.014 without; Hugging Face 0.037), and of the hidden state, which is little of it (0.018 with,
-    0.018 without, on another text). In PyTorch it costs a float32 copy. In C++ logits are float32 in any case; the
-    hidden state in float32 doubles the head's multiplications, an eighth of a decode step at 16 rows.
+    fp32_logits: take the output layer of a bfloat16 model in float32. Products of bfloat16 numbers
+    are exact there, so this only avoids rounding: of each logit to 8 bits, which is half of all
+    error in a bfloat16 logprob (SmolLM2-135M: mean 0.030 with, 0.014 without; Hugging Face 0.037),
+    and of the hidden state, which is little of it (0.018 with, 0.018 without, on another text). In
+    PyTorch it costs a float32 copy. In C++ logits are float32 in any case; the hidden state in
+    float32 doubles the head's multiplications, an eighth of a decode step at 16 rows.
     runner: "torch", "native" (C++) or "auto", which is C++ where it can run.
     """
 
@@ -83,10 +85,12 @@ class Model:
         self.targets = _targets(self)
 
     def load(self, named_tensors: Iterable[tuple[str, object]]) -> set[str]:
-        """Copy tensors with Hugging Face names into place; check all of them before the first is written.
+        """Copy tensors with Hugging Face names into place; check all of them before the first is
+        written.
 
-        `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r] (scaling folded in) replace that module's adapter.
-        Returns the names written. Raises ModelError for an unknown name or a wrong shape.
+        `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r] (scaling folded in) replace that
+        module's adapter. Returns the names written. Raises ModelError for an unknown name or a
+        wrong shape.
         """
         pairs: list[tuple[str, Tensor]] = []
         adapters = Adapters()
@@ -94,7 +98,8 @@ class Model:
             if adapters.take(name, value):
                 continue
             if name == "lm_head.weight" and self.config.tied:
-                name = "model.embed_tokens.weight"  # a tied model's state_dict names the same tensor twice
+                # a tied model's state_dict names the same tensor twice
+                name = "model.embed_tokens.weight"
             if name.endswith("rotary_emb.inv_freq"):
                 continue
             tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
@@ -136,7 +141,8 @@ class Model:
     def forward(
         self, ids: Tensor, positions: Tensor, attention: Attention, out_rows: Tensor | None
     ) -> Tensor:
-        """Final hidden states, normed, as the output layer wants them: [R, d], rows `out_rows` (None: all) of ids[M].
+        """Final hidden states, normed, as the output layer wants them: [R, d], rows `out_rows`
+        (None: all) of ids[M].
 
         Always in PyTorch; `native.forward` is the same over a block pool.
         """
@@ -169,7 +175,9 @@ class Model:
         return self.head(hidden) if self.native is None else self.native.logits(hidden)
 
     def sample(self, hidden: Tensor, rows: SamplingRows) -> Sampled | None:
-        """One token per row by the C++ head, from a tile of logits at a time; None where PyTorch is the runner."""
+        """One token per row by the C++ head, from a tile of logits at a time; None where PyTorch is
+        the runner.
+        """
         return None if self.native is None else self.native.head.sample(hidden, rows)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
-"""Sample tokens from logits by an exponential race, in PyTorch: the definition, and what runs where C++ and Triton cannot.
+"""Sample tokens from logits by an exponential race, in PyTorch: the definition, and what runs where
+C++ and Triton cannot.
 
     z_i = x_i / τ        token = argmin_i E_i / e^(z_i) = argmin_i (log E_i - z_i)
 
-with exponential noise E_i from (seed, position, i) alone; that is argmax_i (z_i + Gumbel noise), a draw from softmax(z).
-Races are decided in float64 on the exact product of float32 numbers, so that every implementation picks the same token
-unless two of them are within a few units of 1e-16.
+with exponential noise E_i from (seed, position, i) alone; that is argmax_i (z_i + Gumbel noise), a
+draw from softmax(z). Races are decided in float64 on the exact product of float32 numbers, so that
+every implementation picks the same token unless two of them are within a few units of 1e-16.
 
-Since E ≥ u, a token whose u alone loses against a race already run needs no logarithm: all but a handful of a
-vocabulary are ruled out by one product and one comparison in float32.
+Since E ≥ u, a token whose u alone loses against a race already run needs no logarithm: all but a
+handful of a vocabulary are ruled out by one product and one comparison in float32.
 
-Statistics: z - max z is centred before it is scaled; S = Σ eᶻ, U = Σ z eᶻ give logp = z_y - log S ≤ 0 and
-entropy = log S - U/S ≥ 0 (a sum of two non-negative terms: nothing cancels).
+Statistics: z - max z is centred before it is scaled; S = Σ eᶻ, U = Σ z eᶻ give logp = z_y - log S ≤
+0 and entropy = log S - U/S ≥ 0 (a sum of two non-negative terms: nothing cancels).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ MARGIN = 1.0001  # of the bound on u: e^z in float32 is off by less than 3e-5
 class SamplingRows:
     """How each row of a batch is drawn: CPU tensors [R].
 
-    seeds, positions int64 (position: the absolute one of the token that is drawn) · inv_temp float32 above 0, greedy
+    seeds, positions int64 (position: the absolute one of the token that is drawn) · inv_temp
+    float32 above 0, greedy
     uint8: rows that take the largest logit, of equals the lowest id, and no noise
     """
 
@@ -43,7 +45,9 @@ class SamplingRows:
 
 @dataclass(frozen=True)
 class Sampled:
-    """tokens[R] int64, -1 where there is nothing to draw from (NaN, +inf, all -inf) · logp[R], entropy[R] float32, nats."""
+    """tokens[R] int64, -1 where there is nothing to draw from (NaN, +inf, all -inf) · logp[R],
+    entropy[R] float32, nats.
+    """
 
     tokens: Tensor
     logp: Tensor
@@ -92,7 +96,9 @@ def _sample_row(
 
 
 def _could_win(words: noise.Key, ids: Tensor, e: Tensor) -> Tensor:
-    """The few ids whose noise may win the race, int64; e[V] are their weights relative to the largest."""
+    """The few ids whose noise may win the race, int64; e[V] are their weights relative to the
+    largest.
+    """
     upper = (
         (noise.mixed(*words[:2], ids) >> 8).bitwise_and_(0xFFFFFF).float()
     )  # u < (upper + 1) / 2^24
@@ -103,7 +109,8 @@ def _could_win(words: noise.Key, ids: Tensor, e: Tensor) -> Tensor:
 
 
 def kept(x: Tensor, inv_temp: float, top_k: int, top_p: float) -> Tensor:
-    """ids int64, ascending, that top-k (0: off) and then top-p leave of the logits x[V]; of equals the lowest ids.
+    """ids int64, ascending, that top-k (0: off) and then top-p leave of the logits x[V]; of equals
+    the lowest ids.
 
     Top-p keeps the smallest set whose share of what top-k left reaches p.
     """

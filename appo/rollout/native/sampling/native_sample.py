@@ -1,7 +1,9 @@
-"""`sample` over logits in memory in C++ (csrc/sample*), and its noise. Behind the output head: head.py.
+"""`sample` over logits in memory in C++ (csrc/sample*), and its noise.
 
-Same tokens as definition.py; logp and entropy within float32 rounding. A row's bits depend on its logits
-and its draw alone: not on the rows beside it, not on the number of threads.
+Behind the output head: head.py.
+
+Same tokens as definition.py; logp and entropy within float32 rounding. A row's bits depend on its
+logits and its draw alone: not on the rows beside it, not on the number of threads.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ def available() -> bool:
 def sample(
     logits: Tensor, rows: SamplingRows, threads: int | None = None, isa: str = ""
 ) -> Sampled:
-    """One token per row of logits[R, V] on the CPU. isa: "avx512", "avx2"; "" is the best. threads: None: torch's."""
+    """One token per row of logits[R, V] on the CPU. isa: "avx512", "avx2"; "" is the best. threads:
+    None: torch's.
+    """
     out = Sampled.empty(len(logits))
     _function("sample_logits")(
         logits.float().contiguous(),

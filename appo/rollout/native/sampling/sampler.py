@@ -1,8 +1,9 @@
-"""The sampler of the engine: from the final hidden states of some rows to tokens, logprobs and entropies.
+"""The sampler of the engine: from the final hidden states of some rows to tokens, logprobs and
+entropies.
 
-It picks what draws them: C++ behind the product with the packed head (no logits are written), C++ or Triton over
-logits, or definition.py. The noise is the same everywhere (noise.py): the token of a sequence at an absolute
-position depends on its logits, its seed and that position.
+It picks what draws them: C++ behind the product with the packed head (no logits are written), C++
+or Triton over logits, or definition.py. The noise is the same everywhere (noise.py): the token of a
+sequence at an absolute position depends on its logits, its seed and that position.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ class OutputHead(Protocol):
 class TokenSampler:
     """Draws for rows whose parameters are set by `rows`, once per batch composition.
 
-    logprob: nats, of the distribution drawn from (top-k/top-p: renormalised over what was kept; greedy: temperature 1).
+    logprob: nats, of the distribution drawn from (top-k/top-p: renormalised over what was kept;
+    greedy: temperature 1).
     entropy: nats, of the full vocabulary at the sampling temperature, whatever was cut.
-    Rows with NaN, +inf or nothing but -inf among their logits raise EngineError, and then nothing is drawn.
+    Rows with NaN, +inf or nothing but -inf among their logits raise EngineError, and then nothing
+    is drawn.
     """
 
     def __init__(self, vocab: int, device: torch.device, model: OutputHead | None = None):
@@ -46,7 +49,9 @@ class TokenSampler:
         self.rows([])
 
     def rows(self, params: Sequence[SamplingParams], seqs: Sequence[int] = ()) -> None:
-        """The sampling parameters of the rows to come; `seqs` are their handles, for error messages."""
+        """The sampling parameters of the rows to come; `seqs` are their handles, for error
+        messages.
+        """
         self._seqs = list(seqs)
         # Greedy rows are scored at temperature 1.
         temperature = torch.tensor([p.temperature or 1.0 for p in params], dtype=torch.float64)
@@ -59,7 +64,8 @@ class TokenSampler:
         }
 
     def sample(self, hidden: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Results:
-        """One token for each of the len(seeds) rows that come first in hidden[R, d], the model's `forward`.
+        """One token for each of the len(seeds) rows that come first in hidden[R, d], the model's
+        `forward`.
 
         seeds: any integers, modulo 2⁶⁴ · positions: absolute, of the tokens that are drawn
         """

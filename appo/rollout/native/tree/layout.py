@@ -1,7 +1,10 @@
-"""One forward pass laid out: which rows, where their KV goes, which blocks they read. No tensors of the model here.
+"""One forward pass laid out: which rows, where their KV goes, which blocks they read.
 
-Rows stand in depth-first order of the tree (an ancestor's rows before its descendants', siblings by where they leave
-their parent, then by age), so the readers of any segment are neighbours and it is read once for all of them.
+No tensors of the model here.
+
+Rows stand in depth-first order of the tree (an ancestor's rows before its descendants', siblings by
+where they leave their parent, then by age), so the readers of any segment are neighbours and it is
+read once for all of them.
 """
 
 from __future__ import annotations
@@ -18,15 +21,20 @@ from appo.rollout.native.tree.node import SegmentNode
 
 @dataclass(eq=False)
 class Layout:
-    """All tables are int64 on the CPU; M rows, S segments. A layout is open until it is committed or aborted.
+    """All tables are int64 on the CPU; M rows, S segments.
+
+    A layout is open until it is committed or aborted.
 
     ids, positions   [M] token and absolute position of each row
-    slots            [M] block * 16 + offset where the row's KV goes; -1: it is there already, nothing is written
+    slots            [M] block * 16 + offset where the row's KV goes; -1: it is there already,
+                     nothing is written
     segments         [S, 2] first index into `blocks`, positions that may be read
     blocks           block ids, segment after segment, 16 positions each
-    reads            [R, 4] segment, first row, last row + 1, start in `limits`; a row's reads in path order, root first
+    reads            [R, 4] segment, first row, last row + 1, start in `limits`; a row's reads in
+                     path order, root first
     limits           how many positions of the segment each of these rows reads
-    out_rows, seqs   [n] rows whose next token is to be sampled, ascending, and the sequences they belong to
+    out_rows, seqs   [n] rows whose next token is to be sampled, ascending, and the sequences they
+                     belong to
     rows_of          node → (first row, first own position, count)
     decode_rows      rows of sequences that lacked just one; prefill_rows: all others
     """
@@ -56,7 +64,9 @@ class RowRange:
 
 
 def lay_out(ranges: Sequence[RowRange], decode_rows: int) -> Layout:
-    """The tables of a set of ranges, at most one per node; blocks for what they write have been taken."""
+    """The tables of a set of ranges, at most one per node; blocks for what they write have been
+    taken.
+    """
     ranges = sorted(ranges, key=lambda u: _order(u.node))
     ids: list[int] = []
     positions: list[int] = []

@@ -1,7 +1,8 @@
-"""The segment tree in C++ (csrc/kv_tree/): the interface, answers and messages of `SegmentTree`, its definition.
+"""The segment tree in C++ (csrc/tree*): the interface, answers and messages of `SegmentTree`, its
+definition.
 
-Handles, tokens and positions are whole numbers, as there; what is none is a TypeError here, whatever it is there. An
-operation is done or not done, also when memory is short or Ctrl-C comes.
+Handles, tokens and positions are whole numbers, as there; what is none is a TypeError here,
+whatever it is there. An operation is done or not done, also when memory is short or Ctrl-C comes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _FUNCTIONS = (
 
 
 def make_tree(max_blocks: int | None = None) -> Tree:
-    """A tree of at most so many blocks of 16 positions (None: no limit), in C++ where the native library is there."""
+    """A tree of at most so many blocks of 16 positions (None: no limit), in C++ where the native
+    library is there.
+    """
     return SegmentTree(max_blocks) if native.load()[0] is None else NativeTree(max_blocks)
 
 
@@ -66,10 +69,11 @@ class NativeTree:
             raise EngineError(f"max_blocks={max_blocks}: must be at least 1")
         self._call = _library()
         self._tree = self._call.new(-1 if max_blocks is None else max_blocks)
-        # Number and tables of the layout opened last. Whether it is still open only C++ knows: so it cannot be mistaken.
+        # Number and tables of the layout opened last. Whether it is still open only C++ knows: so
+        # it cannot be mistaken.
         self._last: tuple[int, Layout | None] = (0, None)
 
-    # -- facts ------------------------------------------------------------------------------------------------------
+    # -- facts -------------------------------------------------------------------------------------
 
     @property
     def version(self) -> int:
@@ -145,7 +149,7 @@ class NativeTree:
     def free_blocks(self) -> list[int]:
         return _numbers(self._call.free_blocks(self._tree))
 
-    # -- sequences --------------------------------------------------------------------------------------------------
+    # -- sequences ---------------------------------------------------------------------------------
 
     def add(self, ids: Sequence[int]) -> int:
         return self._call.add(self._tree, _packed(ids))
@@ -171,7 +175,7 @@ class NativeTree:
     def new_version(self, version: int) -> None:
         self._call.new_version(self._tree, version)
 
-    # -- planning ---------------------------------------------------------------------------------------------------
+    # -- planning ----------------------------------------------------------------------------------
 
     def plan(self, seqs: Sequence[int], budget: int) -> Layout | int:
         return self._opened(self._call.plan, _packed(seqs), budget)
@@ -198,13 +202,16 @@ class NativeTree:
         slots = b"" if self.open is None else _packed(self.open.slots.tolist())
         self._call.check(self._tree, slots)
 
-    # -- inside -----------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _counts(self) -> list[int]:
         return _numbers(self._call.counts(self._tree))
 
     def _opened(self, call: Callable[..., bytes], *args: object) -> Layout | int:
-        """What `plan` or `layout` answers. If its tables do not get here (no memory, Ctrl-C) it is not open either."""
+        """What `plan` or `layout` answers.
+
+        If its tables do not get here (no memory, Ctrl-C) it is not open either.
+        """
         before = self._last[0]
         try:
             lacking, *rest = _numbers(call(self._tree, *args))

@@ -12,7 +12,8 @@ class SegmentNode:
 
     refs     children + handle; the node goes when nobody refers to it
     blocks   own positions 16·j … 16·j + 15 are in blocks[j]
-    kv       how many own positions have KV · planned: how many will have it when the open layout is committed (0: none)
+    kv       how many own positions have KV · planned: how many will have it when the open layout is
+             committed (0: none)
     seen     how many had KV under these weights, evicted ones included
     lost     how many had KV under older weights; those from `seen` on have not been run since
     """
@@ -53,7 +54,9 @@ class SegmentNode:
         return [*self.chain()][::-1] + [(self, len(self.tokens))]
 
     def outdated(self, count: int) -> bool:
-        """Whether one of the first `count` own positions had KV under older weights and has not been run since."""
+        """Whether one of the first `count` own positions had KV under older weights and has not
+        been run since.
+        """
         return min(self.lost, count) > self.seen
 
     def stale(self, end: int) -> bool:

@@ -1,4 +1,6 @@
-"""The segment tree: who inherits which tokens from whom, and who owns which blocks of KV. The plain definition.
+"""The segment tree: who inherits which tokens from whom, and who owns which blocks of KV.
+
+The plain definition.
 
     tree = SegmentTree(max_blocks=1024)
     prompt = tree.add(ids)
@@ -7,15 +9,17 @@
     tree.commit(layout)                        # their KV is there
     tree.extend(roots[0], [token])
 
-A node owns the tokens and the KV it adds, from its `base` on; everything before belongs to ancestors. A fork at token
-`at` starts a child at base = at - 1: the child inherits the KV of positions < at - 1 and runs token at - 1 as its own
-first row, so there is no special path for "the last token of a prefix". A node only appends, hence a fork takes no
-block and copies nothing, and a parent may go on decoding. Blocks are taken one by one, when rows are planned that
-fill them. native_tree.py is the same in C++.
+A node owns the tokens and the KV it adds, from its `base` on; everything before belongs to
+ancestors. A fork at token `at` starts a child at base = at - 1: the child inherits the KV of
+positions < at - 1 and runs token at - 1 as its own first row, so there is no special path for "the
+last token of a prefix". A node only appends, hence a fork takes no block and copies nothing, and a
+parent may go on decoding. Blocks are taken one by one, when rows are planned that fill them.
+native_tree.py is the same in C++.
 
-New weights void all KV. A sequence is stale while some position that others or its next rows read had KV under older
-weights and has not been run under these. So running a part of a node (`layout`) lets forks that stand within that part
-go on, and nobody else. A sequence's last token is run again in any case: whether it had KV does not matter.
+New weights void all KV. A sequence is stale while some position that others or its next rows read
+had KV under older weights and has not been run under these. So running a part of a node (`layout`)
+lets forks that stand within that part go on, and nobody else. A sequence's last token is run again
+in any case: whether it had KV does not matter.
 """
 
 from __future__ import annotations
@@ -32,12 +36,14 @@ from appo.rollout.native.tree.tree_facts import TreeFacts
 
 
 class SegmentTree(TreeFacts):
-    """Sequences are handles (ints, never reused), nodes have ids of their own. Errors: EngineError, StaleWeightsError.
+    """Sequences are handles (ints, never reused), nodes have ids of their own.
+
+    Errors: EngineError, StaleWeightsError.
 
     max_blocks   blocks of 16 positions there may be; None: no limit
     """
 
-    # -- sequences --------------------------------------------------------------------------------------------------
+    # -- sequences ---------------------------------------------------------------------------------
 
     def add(self, ids: Sequence[int]) -> int:
         """A new root with these tokens."""
@@ -60,7 +66,8 @@ class SegmentTree(TreeFacts):
         self._get(seq).tokens.extend([index(t) for t in ids])
 
     def truncate(self, seq: int, length: int) -> None:
-        """Drop tokens from absolute position `length` on, and the KV from the last token left on: it runs again.
+        """Drop tokens from absolute position `length` on, and the KV from the last token left on:
+        it runs again.
 
         If children stand on what is dropped they keep it: a fork of the node takes the handle.
         """
@@ -88,11 +95,14 @@ class SegmentTree(TreeFacts):
         self._drop(node)
 
     def evict(self, seq: int, keep: Mapping[int, int] | None = None) -> int:
-        """Free KV; tokens stay and are run again when planned. Returns the number of blocks given back.
+        """Free KV; tokens stay and are run again when planned.
 
-        keep   None: the KV of the own positions that no child inherits. Otherwise node → own positions that must stay
-               (the union of the paths of those that go on): what neither these nor descendants with KV need is freed on
-               the whole path, so that prompts whose descendants are all evicted can be evicted too.
+        Returns the number of blocks given back.
+
+        keep   None: the KV of the own positions that no child inherits. Otherwise node → own
+               positions that must stay (the union of the paths of those that go on): what neither
+               these nor descendants with KV need is freed on the whole path, so that prompts whose
+               descendants are all evicted can be evicted too.
         """
         node: SegmentNode | None = self._get(seq)
         assert node is not None
@@ -113,10 +123,11 @@ class SegmentTree(TreeFacts):
             read = len(node.tokens) - (node.handle is not None)  # the last one is run again
             node.lost, node.seen = max(node.lost, min(node.seen, read)), 0
 
-    # -- planning ---------------------------------------------------------------------------------------------------
+    # -- planning ----------------------------------------------------------------------------------
 
     def plan(self, seqs: Sequence[int], budget: int) -> Layout | int:
-        """Rows for sequences, in this order: what each path lacks, missing ancestors once, whoever asks first.
+        """Rows for sequences, in this order: what each path lacks, missing ancestors once, whoever
+        asks first.
 
         budget   the most rows of prefill; a sequence that lacks just its last row is always in
         Returns the open layout, or how many blocks there are too few (nothing has changed then).
@@ -133,15 +144,20 @@ class SegmentTree(TreeFacts):
         return self._settle(*planned_ranges(leaves, budget))
 
     def layout(self, ranges: Sequence[tuple[int, int, int]]) -> Layout | int:
-        """Rows given as (node id, first own position, count), each node at most once, ancestors covered or among them.
+        """Rows given as (node id, first own position, count), each node at most once, ancestors
+        covered or among them.
 
-        Rows that have KV already are run again and write nothing. Nothing is sampled. Returns as `plan` does.
+        Rows that have KV already are run again and write nothing. Nothing is sampled. Returns as
+        `plan` does.
         """
         self._check_closed("layout")
         return self._settle(given_ranges(self.nodes, ranges, self.version), 0)
 
     def commit(self, layout: Layout) -> None:
-        """The rows have been run: their KV counts from now on. Blocks given back meanwhile are free."""
+        """The rows have been run: their KV counts from now on.
+
+        Blocks given back meanwhile are free.
+        """
         for row_range in self._closing(layout, "commit"):
             node = row_range.node
             if node.planned:
@@ -155,7 +171,9 @@ class SegmentTree(TreeFacts):
         self._cancel(self._closing(layout, "abort"))
 
     def need(self, seqs: Sequence[int], ends: Sequence[int]) -> int:
-        """Blocks still to be taken if every sequence grew to its end (its last token is not run), shared ones once."""
+        """Blocks still to be taken if every sequence grew to its end (its last token is not run),
+        shared ones once.
+        """
         if len(seqs) != len(ends):
             raise EngineError(
                 f"need: {len(seqs)} sequences and {len(ends)} ends; give one for each"
@@ -168,7 +186,7 @@ class SegmentTree(TreeFacts):
                 want[node.id] = node, max(known, count)
         return sum(max(0, blocks_for(count) - len(node.blocks)) for node, count in want.values())
 
-    # -- inside -----------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _check_fresh(self, node: SegmentNode, end: int, operation: str) -> None:
         if node.stale(end):
@@ -200,7 +218,9 @@ class SegmentTree(TreeFacts):
         return seq
 
     def _drop(self, node: SegmentNode | None) -> None:
-        """One reference less; what nobody refers to goes, what only children need is trimmed to what they inherit."""
+        """One reference less; what nobody refers to goes, what only children need is trimmed to
+        what they inherit.
+        """
         while node is not None:
             node.refs -= 1
             if node.refs:
@@ -221,7 +241,9 @@ class SegmentTree(TreeFacts):
         node.seen, node.lost = min(node.seen, count), min(node.lost, count)
 
     def _keep(self, node: SegmentNode, count: int) -> int:
-        """Forget the KV of own positions from `count` on; returns the number of blocks that gives back."""
+        """Forget the KV of own positions from `count` on; returns the number of blocks that gives
+        back.
+        """
         self.tokens_held -= max(0, node.kv - count)
         node.kv = min(node.kv, count)
         planned = min(node.planned, count)

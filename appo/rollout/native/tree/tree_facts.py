@@ -30,7 +30,7 @@ class TreeFacts:
         self._open: Layout | None = None
         self._open_ranges: list[RowRange] = []  # its rows
 
-    # -- facts ------------------------------------------------------------------------------------------------------
+    # -- facts -------------------------------------------------------------------------------------
 
     @property
     def capacity(self) -> int:
@@ -96,7 +96,9 @@ class TreeFacts:
         return node.stale(node.length)
 
     def path(self, seq: int) -> list[tuple[int, int]]:
-        """(node id, how many of its own positions are on the path), root first; of the last one all are."""
+        """(node id, how many of its own positions are on the path), root first; of the last one all
+        are.
+        """
         return [(node.id, count) for node, count in self._get(seq).path()]
 
     def blocks_of(self, node_id: int) -> list[int]:

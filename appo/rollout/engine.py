@@ -120,8 +120,9 @@ class RolloutEngine(Protocol):
     def stats(self) -> dict[str, float]:
         """Counters since construction, and what is held now. Every engine has
 
-        prefill_tokens, decode_tokens, scored_tokens   tokens run: given ones, drawn ones, for
-                                                       `score`
+        prefill_tokens       given tokens that were run
+        decode_tokens        sampled tokens that were run
+        scored_tokens        tokens that were run for `score`
         prefix_hits_tokens   prompt tokens taken from another prompt · forks · live_sequences
         load_seconds         of the last load_weights
 
@@ -129,9 +130,8 @@ class RolloutEngine(Protocol):
 
         kv_tokens            positions with KV, each counted once
         kv_used_bytes, kv_bytes   of blocks in use · allocated
-        blocks_used, blocks_free, blocks_peak, block_bytes   the pool in blocks of 16 positions;
-                                                             free: up to the limit, or
-                             to the peak without one
+        blocks_used, blocks_free, blocks_peak, block_bytes   the pool in blocks of 16 positions
+                             (free: up to the limit, or to the peak without one)
         tokens_saved         tokens that as many independent sequences, each with KV of its own,
                              would have run more
         preemptions          running sequences sent back for want of room · evicted_tokens: KV

@@ -1,4 +1,4 @@
-"""A whole decode step in C++ beside its packed products alone, and its parts beside the PyTorch runner's.
+"""A whole decode step in C++ beside its packed products alone; its parts beside PyTorch's.
 
     OMP_NUM_THREADS=1 python bench/engine/decode_step.py [--quick] [--json FILE] [--threads N]
 

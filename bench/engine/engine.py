@@ -1,4 +1,4 @@
-"""Native rollout engine against Hugging Face `generate`: tokens per second, cost of a fork, tokens prefilled.
+"""Native engine against Hugging Face `generate`: tokens a second, cost of a fork, prefill.
 
     OMP_NUM_THREADS=1 python bench/engine/engine.py [--quick] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""What a fork costs, how time and memory grow with the tree, and 10,000 random operations on an engine.
+"""What a fork costs, how time and memory grow with the tree, and 10,000 random operations.
 
     OMP_NUM_THREADS=1 python bench/engine/growth.py [--quick] [--json FILE] [--only copy,batching,vllm,llama] [--venvs FOLDER]
 

@@ -1,4 +1,4 @@
-"""A rollout tree on our engine and on what else a user could pick: seconds, tokens a second, rows computed.
+"""A rollout tree on our engine and on others: seconds, tokens a second, rows computed.
 
     python bench/engine/rollout.py [--quick] [--json FILE] [--chart FILE] [--only generate,copy,batching,vllm,llama]
                             [--threads 1,2] [--repeats 3] [--minutes 60] [--venvs FOLDER]

@@ -1,4 +1,4 @@
-"""The rollout table as a picture: drawn tokens a second, and rows that were computed for them, per engine.
+"""The rollout table as a picture: sampled tokens a second and rows computed, per engine.
 
 Drawn with matplotlib's object interface on the Agg canvas, as the charts of a run are: no display,
 no global state.

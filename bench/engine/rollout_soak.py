@@ -1,4 +1,4 @@
-"""Random forks, draws, appends, cancels and releases on one engine: nothing may leak and the memory must stay flat.
+"""Random forks, draws, appends, cancels and releases on one engine: nothing may leak.
 
 The tiny model of the package, so that operations count and not arithmetic. Part of
 bench/engine/growth.py.

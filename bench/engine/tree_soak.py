@@ -1,4 +1,4 @@
-"""Random lives of a segment tree: seconds, leaked blocks and memory over many operations; cost of a fork against depth.
+"""Random lives of a segment tree: seconds, leaked blocks, memory; cost of a fork by depth.
 
     OMP_NUM_THREADS=1 python bench/engine/tree_soak.py [--quick] [--json FILE]
 

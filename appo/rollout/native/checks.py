@@ -25,6 +25,14 @@ def check_settings(dtype: str, max_batch: int, prefill_chunk: int, kv_tokens: in
             raise EngineError(f"{name}={value}: must be at least {least}")
 
 
+def check_context(max_context: int, max_positions: int) -> None:
+    """The longest sequence fits the model's positions."""
+    if not 2 <= max_context <= max_positions:
+        raise EngineError(
+            f"max_context={max_context}: the model's positions allow 2 … {max_positions}"
+        )
+
+
 def check_params(p: SamplingParams) -> None:
     """How to sample makes sense."""
     if p.max_new_tokens < 1:

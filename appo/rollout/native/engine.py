@@ -26,6 +26,7 @@ from appo.errors import EngineError, ModelError, StaleWeightsError
 from appo.rollout.engine import SamplingParams, Scored, SequenceStopped
 from appo.rollout.native.checks import (
     DTYPES,
+    check_context,
     check_fits,
     check_params,
     check_settings,
@@ -55,9 +56,8 @@ class NativeEngine:
     and decided.
     """
 
-    accepts_adapters = (
-        True  # load_weights takes `<module>.lora_A` and `.lora_B` beside Hugging Face names
-    )
+    # load_weights takes `<module>.lora_A` and `.lora_B` beside Hugging Face names
+    accepts_adapters = True
 
     def __init__(
         self,
@@ -102,10 +102,7 @@ class NativeEngine:
         check_settings(dtype, max_batch, prefill_chunk, kv_tokens)
         self.config = config = read_config(model_dir)
         self.max_context = max_context or config.max_positions
-        if not 2 <= self.max_context <= config.max_positions:
-            raise EngineError(
-                f"max_context={max_context}: the model's positions allow 2 … {config.max_positions}"
-            )
+        check_context(self.max_context, config.max_positions)
         self.policy_version, self.deterministic = policy_version, deterministic
         self.share_prompts = share_prompts and not deterministic
         self.log = EventLog(record)
@@ -129,9 +126,7 @@ class NativeEngine:
     # -- the tree ----------------------------------------------------------------------------------
 
     def add_prompt(self, token_ids: Sequence[int]) -> int:
-        """New sequence; shares the KV of the longest common prefix with a live prompt (if 16 tokens
-        or more).
-        """
+        """New sequence; shares the KV of a live prompt's longest common prefix of 16 or more."""
         ids = checked_ids(token_ids, self.config.vocab)
         if not ids:
             raise EngineError("add_prompt: token_ids is empty; a prompt needs at least one token")
@@ -143,10 +138,7 @@ class NativeEngine:
         return seq
 
     def fork(self, seq: int, at: int) -> int:
-        """New handle inheriting tokens < at; it will run token at - 1 as its first row.
-
-        Any token will do, sampled or not.
-        """
+        """New handle inheriting tokens < at; its first row is token at - 1, sampled or not."""
         child = self.tree.fork(seq, at)
         self._count.forks += 1
         self.scheduler.touch(seq)
@@ -200,10 +192,7 @@ class NativeEngine:
     # -- running -----------------------------------------------------------------------------------
 
     def submit(self, seq: int, params: SamplingParams, seed: int) -> None:
-        """Queue the sequence for decoding.
-
-        Raises PoolTooSmallError if the pool could not hold it even alone.
-        """
+        """Queue the sequence. Raises PoolTooSmallError if the pool could not hold it alone."""
         length = self.tree.length(seq)
         self.loader.check_whole(f"submit(seq={seq})")
         self._check_idle(seq, "submit")
@@ -238,9 +227,7 @@ class NativeEngine:
         self.log.write("cancel", seq, sampled=sampled)
 
     def rewind(self, seq: int, length: int) -> None:
-        """Drop the tokens of an idle sequence from position `length` on; forks that stand on them
-        keep them.
-        """
+        """Drop tokens of an idle sequence from position `length` on; forks on them keep them."""
         self._check_idle(seq, "rewind")
         self._cut(seq, length)
         self.log.write("rewind", seq, length=length)
@@ -257,10 +244,7 @@ class NativeEngine:
         self._count.dropped(seq, length)
 
     def preempt(self, seq: int) -> None:
-        """Take a running sequence out and drop its private KV, as for want of room.
-
-        It goes on by itself, and the same.
-        """
+        """Take a running sequence out and drop its private KV; it goes on by itself, the same."""
         self.tree.length(seq)  # known and live
         request = self.scheduler.by_seq.get(seq)
         if request is None or request not in self.scheduler.active:

@@ -54,6 +54,26 @@ class NativeEngine:
 
     Beyond it: `state(seq)`, `tokens(seq)`, `preempt(seq)`, and `events`, the log of what was asked
     and decided.
+
+    max_batch       sequences that decode together
+    prefill_chunk   prefill tokens per step
+    kv_tokens       limit on cached tokens, in whole blocks of 16. When it is reached, KV of
+                    idle sequences gives way and is computed again when needed. None: nothing is
+                    dropped before it is released, until memory ends
+    max_context     longest sequence (default: the model's)
+    deterministic   the same bits whatever runs beside a sequence, in whatever chunks, before or
+                    after a preemption. (Sums follow the cuts of the path, so a `rewind` or
+                    `cancel` below another sequence's fork, which leaves a cut there, changes
+                    last bits of what is drawn after it.) The C++ layers do that anyway;
+                    PyTorch's are given rows in fixed buckets; prompts are not shared by common
+                    prefix, as that depends on which were there before
+    share_prompts   a new prompt reuses the KV of a live one with a common prefix of 16 tokens
+                    or more
+    fp32_logits     halve the error of bfloat16 logprobs for about a tenth of the speed (see
+                    `Model`)
+    runner          what runs the layers: "native" (C++), "torch", "device" (Triton; for
+                    device="cuda"), or "auto": C++ on a CPU that can
+    record          write the event log to this file, for `replay.replay`
     """
 
     # load_weights takes `<module>.lora_A` and `.lora_B` beside Hugging Face names
@@ -76,28 +96,7 @@ class NativeEngine:
         runner: Literal["auto", "torch", "native", "device"] = "auto",
         record: Path | str | None = None,
     ):
-        """Load a Hugging Face folder (config.json + safetensors).
-
-        max_batch       sequences that decode together
-        prefill_chunk   prefill tokens per step
-        kv_tokens       limit on cached tokens, in whole blocks of 16. When it is reached, KV of
-                        idle sequences gives way and is computed again when needed. None: nothing is
-                        dropped before it is released, until memory ends
-        max_context     longest sequence (default: the model's)
-        deterministic   the same bits whatever runs beside a sequence, in whatever chunks, before or
-                        after a preemption. (Sums follow the cuts of the path, so a `rewind` or
-                        `cancel` below another sequence's fork, which leaves a cut there, changes
-                        last bits of what is drawn after it.) The C++ layers do that anyway;
-                        PyTorch's are given rows in fixed buckets; prompts are not shared by common
-                        prefix, as that depends on which were there before
-        share_prompts   a new prompt reuses the KV of a live one with a common prefix of 16 tokens
-                        or more
-        fp32_logits     halve the error of bfloat16 logprobs for about a tenth of the speed (see
-                        `Model`)
-        runner          what runs the layers: "native" (C++), "torch", "device" (Triton; for
-                        device="cuda"), or "auto": C++ on a CPU that can
-        record          write the event log to this file, for `replay.replay`
-        """
+        """Load a Hugging Face folder (config.json + safetensors)."""
         start = time.perf_counter()
         check_settings(dtype, max_batch, prefill_chunk, kv_tokens)
         self.config = config = read_config(model_dir)

@@ -676,9 +676,7 @@ def test_a_prompt_whose_forks_ran_is_stale_with_them(folder):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_staleness_is_that_of_the_native_tree(seed):
-    """Random forks, turns, cancels, scores, releases and loads: both say the same of every live
-    sequence.
-    """
+    """Random forks, turns, cancels, scores and loads: both say the same of every live sequence."""
     rng = np.random.default_rng(seed)
     tree, ours = SegmentTree(), Sequences()
     live = []
@@ -693,14 +691,14 @@ def test_staleness_is_that_of_the_native_tree(seed):
 
     def score(seq):
         *path, (leaf, own) = tree.path(seq)
-        units = [(node, 0, count) for node, count in [*path, (leaf, own - 1)] if count]
-        if units:
-            tree.commit(tree.layout(units))
+        ranges = [(node, 0, count) for node, count in [*path, (leaf, own - 1)] if count]
+        if ranges:
+            tree.commit(tree.layout(ranges))
         ours.get(seq).computed(len(ours.get(seq).tokens) - 1)
 
     for _ in range(120):
         action = rng.choice(["add", "fork", "append", "turn", "cancel", "score", "release", "load"],
-                          p=[0.1, 0.25, 0.1, 0.2, 0.1, 0.1, 0.07, 0.08])  # fmt: skip
+                            p=[0.1, 0.25, 0.1, 0.2, 0.1, 0.1, 0.07, 0.08])  # fmt: skip
         if action == "add" or not live:
             ids = [1] * int(rng.integers(1, 20))
             live.append(tree.add(ids))

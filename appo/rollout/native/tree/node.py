@@ -54,13 +54,14 @@ class SegmentNode:
         return [*self.chain()][::-1] + [(self, len(self.tokens))]
 
     def outdated(self, count: int) -> bool:
-        """Whether one of the first `count` own positions had KV under older weights and has not
-        been run since.
+        """Whether new weights voided KV of one of the first `count` own positions.
+
+        Such a position had KV under older weights and has not been run since.
         """
         return min(self.lost, count) > self.seen
 
     def stale(self, end: int) -> bool:
-        """Whether that is so of a position of the path before `end`."""
+        """Whether a position of the path before `end` is outdated."""
         return self.outdated(end - self.base) or any(
             node.outdated(min(count, end - node.base)) for node, count in self.chain()
         )

@@ -19,8 +19,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. Temperature 0 means greedy. `stop` sees every sampled id and returns True to
-    stop after it.
+    """How to sample.
+
+    Temperature 0 means greedy. `stop` sees every sampled id and returns True to stop after it.
     """
 
     max_new_tokens: int
@@ -51,8 +52,9 @@ class SequenceStopped:
 
 @dataclass(frozen=True)
 class Scored:
-    """Statistics of tokens 1 … len-1 of a sequence under the weights of `policy_version` (index 0 =
-    token 1).
+    """Statistics of tokens 1 … len-1 of a sequence under the weights of `policy_version`.
+
+    Index 0 = token 1.
     """
 
     logprobs: np.ndarray
@@ -82,8 +84,10 @@ class RolloutEngine(Protocol):
         """Add given tokens (a tool result); they are prefilled when the sequence is next submitted."""
 
     def submit(self, seq: int, params: SamplingParams, seed: int) -> None:
-        """Start decoding. The token at absolute position t is drawn with noise from (seed, t):
-        independent of batching.
+        """Start decoding.
+
+        The token at absolute position t is drawn with noise from (seed, t): independent of
+        batching.
         """
 
     def cancel(self, seq: int) -> None:
@@ -99,8 +103,9 @@ class RolloutEngine(Protocol):
         """True while any submitted sequence has not stopped."""
 
     def score(self, seqs: Sequence[int], temperature: float = 1.0) -> list[Scored]:
-        """Current-weight statistics for every token of the sequences, in one prefix-shared pass;
-        rebuilds their KV.
+        """Current-weight statistics for every token of the sequences, in one prefix-shared pass.
+
+        Rebuilds their KV.
         """
 
     def release(self, seq: int) -> None:
@@ -118,7 +123,9 @@ class RolloutEngine(Protocol):
         """
 
     def stats(self) -> dict[str, float]:
-        """Counters since construction, and what is held now. Every engine has
+        """Counters since construction, and what is held now.
+
+        Every engine has
 
         prefill_tokens       given tokens that were run
         decode_tokens        sampled tokens that were run

@@ -1,5 +1,6 @@
-"""Rewards onto leaves: spans of each trajectory → graders (in their own processes) → one number per
-leaf.
+"""Rewards onto leaves.
+
+Spans of each trajectory → graders (in their own processes) → one number per leaf.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ def spans_of(tree: RolloutTree, leaf: int, text: Text) -> list[tuple[str, bool]]
 def grade_trees(
     trees: Sequence[RolloutTree], text: Text, pool: GraderPool, reward: RewardSettings
 ) -> dict[str, float]:
-    """Write reward, parts and grading errors on every leaf; → counters `grade/error:<kind>` and
-    `grade/errors`.
+    """Write reward, parts and grading errors on every leaf.
+
+    → counters `grade/error:<kind>` and `grade/errors`.
 
     A grader that timed out or crashed leaves `reward=None`: the leaf is counted and left out, never
     scored 0.

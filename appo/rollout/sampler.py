@@ -1,5 +1,6 @@
-"""Growing rollout trees: N roots per prompt, tools in between, branches forked off the roots' KV
-cache.
+"""Growing rollout trees.
+
+N roots per prompt, tools in between, branches forked off the roots' KV cache.
 
 One loop moves every rollout that has something to do; the only barrier is per prompt (its branches
 start when *its* roots are done). Seeds come from the path in the tree, so what a rollout draws does
@@ -29,8 +30,9 @@ POLL_S = 0.02  # how long the loop sleeps when only tools are running
 
 
 class Rollouts:
-    """Samples trees. One instance per run; `start`, `run` and `grow_branches` are called in turn
-    for each step.
+    """Samples trees.
+
+    One instance per run; `start`, `run` and `grow_branches` are called in turn for each step.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class Rollouts:
     def start(
         self, task: Task, prompt_ids: Sequence[int], roots: int, step: int, copy: int = 0
     ) -> TreeRollout:
-        """A tree with `roots` rollouts that start sampling at the next `run`. copy: how often the
-        task came before.
+        """A tree with `roots` rollouts that start sampling at the next `run`.
+
+        copy: how often the task came before.
         """
         tree = RolloutTree(task, [Node(None, "prompt", 0, list(prompt_ids))], step=step)
         tree_rollout = TreeRollout(tree, self.engine.add_prompt(prompt_ids), copy=copy)
@@ -117,8 +120,9 @@ class Rollouts:
                 on_progress(len(self._active))
 
     def _dispatch(self, rollout: ActiveRollout, call: TagEvent | None) -> list[TreeRollout]:
-        """Send the call off or take a finished rollout out; → the tree rollout whose last root this
-        was.
+        """Send the call off or take a finished rollout out.
+
+        → the tree rollout whose last root this was.
         """
         if call is not None:
             self._calls[rollout.seq] = call
@@ -131,8 +135,9 @@ class Rollouts:
         return []
 
     def _collect_tools(self) -> list[TreeRollout]:
-        """Take finished calls. Deterministic mode waits for all of them, in handle order, before
-        the next forward.
+        """Take finished calls.
+
+        Deterministic mode waits for all of them, in handle order, before the next forward.
         """
         if not self._calls:
             return []
@@ -156,8 +161,7 @@ class Rollouts:
     def grow_branches(
         self, tree_rollouts: Sequence[TreeRollout], algo: Algorithm
     ) -> list[BranchPlan]:
-        """Score the roots with the weights as they are now, choose points, fork, and queue the
-        branches.
+        """Score the roots with today's weights, choose points, fork, and queue the branches.
 
         With unmoved weights the recorded statistics are the current ones: log-ratio is 0 by
         definition and no forward is run. Otherwise one prefix-shared pass gives statistics and the
@@ -223,8 +227,9 @@ class Rollouts:
 
     @staticmethod
     def _closing(tree: RolloutTree, rollout: ActiveRollout) -> np.ndarray:
-        """bool[T]: the token that closed a block (a tool was called after it, or the answer was
-        complete).
+        """bool[T]: the token that closed a block.
+
+        A tool was called after it, or the answer was complete.
         """
         flags: list[bool] = []
         for node, k in tree.walk(rollout.record.node):
@@ -265,8 +270,9 @@ class Rollouts:
     # -- waiting -----------------------------------------------------------------------------------
 
     def save(self, tree_rollout: TreeRollout) -> dict[str, Any]:
-        """A tree rollout whose roots are done, as JSON types: all that `restore` needs, in another
-        process too.
+        """A tree rollout whose roots are done, as JSON types.
+
+        All that `restore` needs, in another process too.
         """
         return tree_rollout_to_json(tree_rollout)
 
@@ -294,8 +300,9 @@ class Rollouts:
 
 
 def _locate(tree: RolloutTree, leaf_node: int, split: int) -> tuple[int, int, int, int]:
-    """(node that holds response position `split`, offset in it, tool results before it, sampled
-    tokens before it).
+    """Where response position `split` is, and what precedes it.
+
+    Returns (node that holds it, offset in the node, tool results before it, sampled tokens before it).
 
     `split` may be one past the end of the leaf's last node.
     """

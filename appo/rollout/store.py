@@ -57,8 +57,9 @@ def read_trees(path: Path | str) -> Iterator[RolloutTree]:
 
 
 def read_step(path: Path | str, step: int) -> dict[int, list[RolloutTree]]:
-    """Mini-batch → its trees, in the order in which they were saved; {} if the file holds none of
-    that step.
+    """Mini-batch → its trees, in the order in which they were saved.
+
+    {} if the file holds none of that step.
 
     Raises DataError as `read_trees` does, and for a tree that was saved without the number of its
     mini-batch.

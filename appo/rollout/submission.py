@@ -1,5 +1,6 @@
-"""What any engine needs to take submissions: valid ids, the rule when to stop, and one step at a
-time.
+"""What any engine needs to take submissions.
+
+Valid ids, the rule when to stop, and one step at a time.
 """
 
 from __future__ import annotations

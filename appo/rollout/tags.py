@@ -1,5 +1,6 @@
-"""The text protocol on token ids: `<python>…</python>` calls a tool, `<result>…</result>` answers,
-`<answer>…</answer>` ends.
+"""The text protocol on token ids.
+
+`<python>…</python>` calls a tool, `<result>…</result>` answers, `<answer>…</answer>` ends.
 
 Parsing is incremental over the *bytes* of sampled tokens, so any chunking gives the same events and
 a multi-byte character split over tokens does no harm. A tag is recognised only in what the policy
@@ -76,8 +77,9 @@ class TagParser:
 
 
 class TokenText:
-    """What every token id spells, once per tokenizer: bytes for the parser, and which ids are
-    blank.
+    """What every token id spells, once per tokenizer.
+
+    Bytes for the parser, and which ids are blank.
 
     tokenizer: a Hugging Face fast tokenizer, byte-level BPE (Llama-3, Qwen, SmolLM2) or
     SentencePiece style.
@@ -131,8 +133,9 @@ def _piece_bytes(piece: str, special: bool, table: dict[str, int]) -> bytes:
 
 
 def _byte_level_table() -> dict[str, int]:
-    """The byte-level alphabet of GPT-2: printable bytes stand for themselves, the others for code
-    points from 256 on.
+    """The byte-level alphabet of GPT-2.
+
+    Printable bytes stand for themselves, the others for code points from 256 on.
     """
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in plain]

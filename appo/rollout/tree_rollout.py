@@ -1,5 +1,6 @@
-"""A tree in the making: its record, the engine handles of its rollouts, and how both come back
-after a restart.
+"""A tree in the making.
+
+Its record, the engine handles of its rollouts, and how both come back after a restart.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from appo.types import RolloutTree
 
 @dataclass
 class TreeRollout:
-    """A tree in the making and the engine handles of its roots (kept until its branches are
-    forked).
+    """A tree in the making and the engine handles of its roots.
+
+    Kept until its branches are forked.
     """
 
     tree: RolloutTree

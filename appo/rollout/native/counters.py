@@ -1,6 +1,4 @@
-"""What an engine has done since it was made, and what as many independent sequences would have
-cost.
-"""
+"""What an engine has done, and what as many independent sequences would have cost."""
 
 from __future__ import annotations
 
@@ -39,8 +37,9 @@ class Counters:
         )
 
     def forward(self, rows: int, sampling: list[Request]) -> None:
-        """One forward of `rows`, at the end of which these requests draw a token (it is not in
-        their `tokens` yet).
+        """One forward of `rows`, at the end of which these requests draw a token.
+
+        It is not in their `tokens` yet.
         """
         decoded = sum(1 for request in sampling if request.tokens)
         self.steps += 1

@@ -146,8 +146,7 @@ class NativeEngine:
         return child
 
     def append(self, seq: int, token_ids: Sequence[int]) -> None:
-        """Add given tokens; they are prefilled with the last sampled one at the next submit (or
-        when a fork needs them).
+        """Add given tokens; the next submit, or a fork that needs them, prefills them.
 
         After `cancel` this goes on from what was left; after `release` it is an error, so a late
         result is not taken.
@@ -207,8 +206,9 @@ class NativeEngine:
         self.log.submit(seq, params, int(seed))
 
     def cancel(self, seq: int) -> None:
-        """Stop decoding and drop what was sampled since submit; no effect on a sequence that is not
-        decoding.
+        """Stop decoding and drop what was sampled since submit.
+
+        No effect on a sequence that is not decoding.
 
         One whose SequenceStopped event was not returned yet (it stopped in a step whose callback
         raised, or calls this) counts as decoding: the event is dropped.
@@ -300,8 +300,9 @@ class NativeEngine:
 
     @torch.inference_mode()
     def score(self, seqs: Sequence[int], temperature: float = 1.0) -> list[Scored]:
-        """One pass over the union of the sequences' paths: every stored token is run once, KV is
-        left behind.
+        """One pass over the union of the sequences' paths.
+
+        Every stored token is run once, KV is left behind.
 
         A fork's own first row repeats the token before the fork (one token each); the last token of
         a sequence is not run, as nothing follows it. If the pool is full, other KV gives way,

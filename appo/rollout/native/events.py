@@ -1,5 +1,6 @@
-"""What an engine was asked and what it decided, in order: for reading after the fact, and for
-replay.py.
+"""What an engine was asked and what it decided, in order.
+
+For reading after the fact, and for replay.py.
 
 Kinds and their facts:
     prompt   ids                          append   ids
@@ -41,8 +42,9 @@ class Event:
 
 
 class EventLog:
-    """The last events in `events`; all of them in the file `path` if one is given (JSON lines, an
-    existing one is replaced).
+    """The last events in `events`.
+
+    All of them in the file `path` if one is given (JSON lines, an existing one is replaced).
     """
 
     def __init__(self, path: Path | str | None = None, kept: int = KEPT):

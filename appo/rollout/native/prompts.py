@@ -1,5 +1,6 @@
-"""Prompts with a common beginning share its KV: a new one becomes a fork of the live prompt that
-has most of it.
+"""Prompts with a common beginning share its KV.
+
+A new one becomes a fork of the live prompt that has most of it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ class Prompts:
         self._start_of: dict[int, tuple[int, ...]] = {}
 
     def add(self, ids: Sequence[int], share: bool = True) -> tuple[int, int]:
-        """A sequence with these tokens, and how many of them have their KV from another prompt (0:
-        none).
+        """A sequence with these tokens, and how many of them have their KV from another prompt.
+
+        0: none.
 
         share: fork the live prompt with the longest common prefix, if that has MIN_SHARED tokens or
         more and is not stale. As at any fork the last common token is run again: its row predicts

@@ -33,8 +33,9 @@ def replay(
     events: Iterable[Event],
     weights: Callable[[int], Iterable[tuple[str, object]]] | None = None,
 ) -> dict[int, list[SequenceStopped]]:
-    """Ask a fresh engine the same things in the same order. → what stopped, under the handles of
-    the recording.
+    """Ask a fresh engine the same things in the same order.
+
+    Returns what stopped, under the handles of the recording.
 
     In deterministic mode tokens and statistics are those of the recording, bit by bit, even if
     batch size, chunk or pool

@@ -1,5 +1,6 @@
-"""Runs the rows of a Layout through the model: their KV goes into the pool, hidden states come
-back.
+"""Runs the rows of a Layout through the model.
+
+Their KV goes into the pool, hidden states come back.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class Runner(Protocol):
     pool: KVPool
 
     def forward(self, layout: Layout, rows: Tensor | None) -> Tensor:
-        """Run a layout; → final hidden states, normed, of `rows` (None: all), [R, d]; padding may
-        follow below.
+        """Run a layout; → final hidden states, normed, of `rows` (None: all), [R, d].
+
+        Padding may follow below.
         """
 
     def weights_changed(self) -> None:
@@ -45,8 +47,9 @@ class Runner(Protocol):
 
 
 class HostRunner:
-    """On the CPU: the model in C++ where it can run, else PyTorch with attention in C++ or its
-    definition.
+    """On the CPU: the model in C++ where it can run, else in PyTorch.
+
+    PyTorch's attention is the C++ one or its definition.
     """
 
     def __init__(self, model: Model, pool: KVPool, deterministic: bool):

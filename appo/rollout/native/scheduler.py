@@ -32,8 +32,9 @@ Path = list[tuple[int, int]]  # (node, how many of its own positions), root firs
 
 
 class Scheduler:
-    """Waiting and running submissions, both oldest first, and the idle sequences, least recently
-    used first.
+    """Waiting and running requests, and idle sequences.
+
+    Requests stand oldest first, idle sequences least recently used first.
     """
 
     def __init__(
@@ -99,8 +100,9 @@ class Scheduler:
         self.idle.pop(seq, None)
 
     def preempt(self, request: Request) -> int:
-        """Send a running sequence back to the queue without its private KV; returns the blocks
-        freed.
+        """Send a running sequence back to the queue without its private KV.
+
+        Returns the blocks freed.
 
         What it has sampled stays. Its place in the queue is that of its submission, so before all
         that came later.
@@ -143,8 +145,9 @@ class Scheduler:
                 self.preempt(self.active[-1])
 
     def make_room(self, blocks: int, scored: Sequence[int], keep: Mapping[int, int]) -> bool:
-        """Drop KV so that a score gets so many more blocks, or send a running sequence back; then
-        ask again.
+        """Drop KV so that a score gets so many more blocks, or send a running sequence back.
+
+        Then ask again.
 
         scored   the idle sequences it is about: they give way last
         keep     node → own positions that it will still read: these do not give way
@@ -172,16 +175,18 @@ class Scheduler:
             self.log.write("admit", request.seq)
 
     def _reserve(self, candidate: Request) -> bool:
-        """Whether the pool can hold the active requests and this one at their ends; all other KV
-        can give way.
+        """Whether the pool can hold the active requests and this one at their ends.
+
+        All other KV can give way.
         """
         if self.limit is None:
             return True
         return _blocks(self._whole([*self.active, candidate]).values()) <= self.limit
 
     def _whole(self, requests: Iterable[Request]) -> dict[int, int]:
-        """Node → own positions the requests have on their paths at their ends (the last token is
-        not run).
+        """Node → own positions the requests have on their paths at their ends.
+
+        The last token is not run.
         """
         whole: dict[int, int] = {}
         for request in requests:
@@ -193,8 +198,9 @@ class Scheduler:
     # -- giving way --------------------------------------------------------------------------------
 
     def _evict_idle(self, blocks: int, wanted: Sequence[int]) -> int:
-        """Drop KV of sequences that do not run and are not wanted until `blocks` are freed or none
-        is left; → freed.
+        """Drop KV of sequences that neither run nor are wanted; → blocks freed.
+
+        It ends when `blocks` are freed or no such sequence is left.
         """
         keep: dict[int, int] = {}
         for seq in {*wanted, *(request.seq for request in self.active)}:

@@ -33,8 +33,9 @@ Reads = tuple[tuple[int, int], ...]  # (node, how many of its own positions), ro
 
 @dataclass
 class Span:
-    """What is run of a node: own positions 0 … count - 1, each predicting the target at the same
-    place.
+    """What is run of a node.
+
+    Own positions 0 … count - 1, each predicting the target at the same place.
     """
 
     targets: list[int]  # tokens that follow: of own positions 1 … count
@@ -69,8 +70,9 @@ class TreeScore:
             self._add(seq)
 
     def _add(self, seq: int) -> None:
-        """The longest use of a node decides how much of it is run; what follows it is read off that
-        path.
+        """The longest use of a node decides how much of it is run.
+
+        What follows it is read off that path.
         """
         ids, first = self.tree.tokens(seq), 0
         above: Reads = ()

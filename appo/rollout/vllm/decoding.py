@@ -42,8 +42,9 @@ class Decoder:
         return f"{self.name}-{next(self._ids)}"
 
     def relabel(self, salt: str) -> None:
-        """From now on requests belong to these weights. vLLM versions that can note it in their
-        outputs.
+        """From now on requests belong to these weights.
+
+        vLLM versions that can note it in their outputs.
         """
         self.salt = salt
         label = getattr(self.core, "set_weight_version", None)
@@ -218,8 +219,9 @@ class Decoder:
             )
 
     def call(self, method: str, keys: list[str]) -> dict[str, Any]:
-        """A worker's answer; with several the first that has one (a tensor-parallel group sees the
-        same logits).
+        """A worker's answer.
+
+        With several the first that has one (a tensor-parallel group sees the same logits).
         """
         answers = self.llm.collective_rpc(method, args=(keys,))
         return next((a for a in answers if a), {})

@@ -119,8 +119,9 @@ class VLLMEngine:
         return list(self.sequences.get(seq).tokens)
 
     def stats(self) -> dict[str, float]:
-        """Counters since construction. prefix_hits_tokens: prompt tokens that vLLM found in its
-        cache.
+        """Counters since construction.
+
+        prefix_hits_tokens: prompt tokens that vLLM found in its cache.
         """
         return {
             **self.decoder.count,
@@ -144,8 +145,9 @@ class VLLMEngine:
         return self.sequences.add(None, 0, ids).handle
 
     def fork(self, seq: int, at: int) -> int:
-        """New handle inheriting tokens < at; their KV is found in the prefix cache, whole blocks of
-        it.
+        """New handle inheriting tokens < at.
+
+        Their KV is found in the prefix cache, whole blocks of it.
         """
         child = self.sequences.fork(seq, at, self.policy_version)
         self.decoder.count["forks"] += 1
@@ -186,8 +188,9 @@ class VLLMEngine:
         self.decoder.submit(request, seed)
 
     def cancel(self, seq: int) -> None:
-        """Stop decoding and drop what was sampled since submit; no effect on a sequence that is not
-        decoding.
+        """Stop decoding and drop what was sampled since submit.
+
+        No effect on a sequence that is not decoding.
         """
         self.sequences.get(seq)  # known and live
         request = self.decoder.by_seq.get(seq)  # also one that stopped, but nobody knows yet
@@ -213,8 +216,9 @@ class VLLMEngine:
     # -- weights and scores ------------------------------------------------------------------------
 
     def load_weights(self, named_tensors: Iterable[tuple[str, object]], version: int) -> None:
-        """Replace weights in place (names as in the folder, adapters merged; a part of them is
-        enough).
+        """Replace weights in place.
+
+        Names as in the folder, adapters merged; a part of them is enough.
         """
         self._usable()
         if self.decoder.requests:
@@ -238,8 +242,9 @@ class VLLMEngine:
         self._load_seconds = time.perf_counter() - start
 
     def score(self, seqs: Sequence[int], temperature: float = 1.0) -> list[Scored]:
-        """Statistics of every token under the weights as they are; what lines share is run once
-        with "exact".
+        """Statistics of every token under the weights as they are.
+
+        What lines share is run once with "exact".
         """
         self._usable()
         if not temperature > 0:

@@ -25,8 +25,9 @@ MIN_SHARED = 16  # tokens; the smallest block of vLLM
 
 
 class ScorePass:
-    """One score call: rounds of `start`, steps until nothing is `waiting`, `collect`; then
-    `results`.
+    """One score call: rounds of `start`, steps until nothing is `waiting`, `collect`.
+
+    Then `results`.
     """
 
     def __init__(self, decoder: Decoder, lines: list[Sequence], temperature: float, version: int):
@@ -47,8 +48,9 @@ class ScorePass:
         self._sent: list[str] = []
 
     def _plan(self) -> list[tuple[list[int], bool]]:
-        """(lines, may they read the prefix cache) by round; the last round runs what is still
-        missing in full.
+        """(lines, may they read the prefix cache) by round.
+
+        The last round runs what is still missing in full.
         """
         every = [i for i, ids in enumerate(self.tokens) if len(ids) > 1]
         if self.decoder.statistics != "exact":
@@ -111,8 +113,9 @@ class ScorePass:
             self._fill(i, row, *self._read(report, row + 1, token))
 
     def _read(self, report: Any, position: int, token: int) -> tuple[float, float]:
-        """(log-prob, entropy) of a prompt token; the report is at temperature 1, whatever was
-        asked.
+        """(log-prob, entropy) of a prompt token.
+
+        The report is at temperature 1, whatever was asked.
         """
         if self.decoder.statistics == "full":
             return at_temperature(flat_row(report, position)[1], token, self.temperature)
@@ -123,8 +126,9 @@ class ScorePass:
         self.logp[i][row], self.entropy[i][row], self.done[i][row] = logp, entropy, True
 
     def collect(self, lines: dict[str, int]) -> None:
-        """Take the worker's rows of a finished round (request id → line), then what lines can lend
-        each other.
+        """Take the worker's rows of a finished round, then what lines can lend each other.
+
+        lines: request id → line
         """
         if self.decoder.statistics != "exact":
             return

@@ -1,5 +1,6 @@
-"""Who has which tokens, and under which weights they were last computed. vLLM itself knows requests
-only.
+"""Who has which tokens, and under which weights they were last computed.
+
+vLLM itself knows requests only.
 
 A fork is a copy of token ids; that its KV is shared is up to vLLM's prefix cache, block by block.
 """
@@ -15,8 +16,9 @@ from appo.rollout.submission import Reason, StopRule
 
 
 class Sequence:
-    """One line of tokens. Its own positions begin at `base`: with the token before the fork, as in
-    the native engine.
+    """One line of tokens.
+
+    Its own positions begin at `base`: with the token before the fork, as in the native engine.
 
     seen    positions before it were computed under the weights as they are
     lost    positions before it were under older ones; those from `seen` on have not been since
@@ -139,8 +141,9 @@ class Sequences:
 
 
 def check_fresh(seq: Sequence, end: int, version: int, operation: str) -> None:
-    """Raise StaleWeightsError if a position before `end` was computed under weights older than
-    those of `version`.
+    """Raise StaleWeightsError if a position before `end` is stale.
+
+    version: that of the weights as they are
     """
     if seq.stale(end):
         raise StaleWeightsError(

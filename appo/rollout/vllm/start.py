@@ -1,5 +1,6 @@
-"""Getting a vLLM up whose numbers can be trained on: what it is told at start, and what it must not
-change around it.
+"""Getting a vLLM up whose numbers can be trained on.
+
+What it is told at start, and what it must not change around it.
 
 Every value here guards against something that was seen to go wrong; the comment beside it says
 what.
@@ -77,8 +78,9 @@ def read_limits(model_dir: Path) -> ModelLimits:
 
 
 def prepare_environment(in_process: bool) -> None:
-    """Environment variables that vLLM reads when it starts; values that the user has set stay, but
-    for the first.
+    """Environment variables that vLLM reads when it starts.
+
+    Values that the user has set stay, but for the first.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
     defaults = {
@@ -156,8 +158,9 @@ def llm_arguments(
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """In-process vLLM seeds the global generators and turns torch.set_num_threads into nothing:
-    undo both.
+    """In-process vLLM seeds the global generators and turns torch.set_num_threads into nothing.
+
+    Undo both.
     """
     keep = torch.set_num_threads
     state = torch.get_rng_state(), np.random.get_state(), random.getstate()

@@ -67,8 +67,9 @@ class Checkpoint:
 
 
 class WeightLoader:
-    """Pushes of one engine. `loaded`: Hugging Face names that the last push is known to have
-    written.
+    """Pushes of one engine.
+
+    `loaded`: Hugging Face names that the last push is known to have written.
     """
 
     def __init__(self, checkpoint: Checkpoint, in_process: bool):

@@ -17,8 +17,9 @@ from appo.rollout.vllm.head import check_head, retie
 
 
 class EntropyProcessor(LogitsProcessor):
-    """Files the entropy of the full distribution, before top-k and top-p, at the request's
-    temperature.
+    """Files the entropy of the full distribution at the request's temperature.
+
+    That is the one before top-k and top-p.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
@@ -84,8 +85,9 @@ class WorkerExtension:
 
 
 def _pack(layer: Any) -> None:
-    """The layer's fast matrix product, from its weight as it is now (CPU only; elsewhere the weight
-    itself is read).
+    """The layer's fast matrix product, from its weight as it is now.
+
+    CPU only; elsewhere the weight itself is read.
     """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 

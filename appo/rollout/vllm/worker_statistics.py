@@ -1,5 +1,6 @@
-"""Exact statistics out of vLLM's worker: what each token was drawn from, and what given tokens
-would have cost.
+"""Exact statistics out of vLLM's worker.
+
+What each token was drawn from, and what given tokens would have cost.
 
 vLLM reports the log-prob of a token, not the entropy of its distribution, and scores prompts at
 temperature 1 only. Both are one pass over logits that its worker has in hand. Nothing here imports
@@ -38,8 +39,9 @@ def entropy(logits: Tensor, inv_temp: Tensor) -> Tensor:
 
 
 class SampledEntropies:
-    """The batch as a logits processor sees it: which row is which request, and at which temperature
-    it draws.
+    """The batch as a logits processor sees it.
+
+    Which row is which request, and at which temperature it draws.
 
     Entropies are filed under the number of tokens already drawn. A prefill in several parts, or one
     that is done again after a preemption, shows rows whose draw is thrown away; the row that counts
@@ -52,8 +54,11 @@ class SampledEntropies:
     def update(
         self, removed: Iterable[int], added: Iterable[Any], moved: Iterable[tuple[int, int, bool]]
     ) -> None:
-        """removed: rows · added: (row, SamplingParams, prompt ids, live list of drawn ids) · moved:
-        (a, b, swap).
+        """Follow the rows of the batch.
+
+        removed   rows
+        added     (row, SamplingParams, prompt ids, live list of sampled ids)
+        moved     (a, b, swap)
         """
         for row in removed:
             self.rows.pop(row, None)

@@ -1,5 +1,6 @@
-"""Attention over lists of KV segments, the definition in PyTorch; also what runs where there is no
-native code.
+"""Attention over lists of KV segments, the definition in PyTorch.
+
+Also what runs where there is no native code.
 
 Softmax attention over the union of segments s is Σ_s exp(lse_s − lse)·o_s with lse = log Σ_s
 exp(lse_s), so a shared prefix is read once for all its descendants and added to what each row finds
@@ -21,8 +22,9 @@ NO_KEYS = -1.0e30  # lse of a row without keys: finite, so that merging never co
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of each row over the first limits[i] keys: (o[M,Hq,D], lse[M,Hq] natural
-    logarithm), float32.
+    """Attention of each row over the first limits[i] keys.
+
+    Returns (o[M,Hq,D], lse[M,Hq] natural logarithm), float32.
 
     q[M,Hq,D] · k, v[Hkv,N,D] · limits[M], 0 … N; a row that reads nothing has o = 0 and lse =
     NO_KEYS.
@@ -39,8 +41,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, limits: Tensor) -> tuple[Tensor, Ten
 def attend_segments_torch(
     q: Tensor, k: Tensor, v: Tensor, layout: Reads, pool: KVPool, layer: int, out: Tensor
 ) -> None:
-    """`segments.attend_segments` on any device, for packed and plain pools, all dtypes; sums in
-    float32.
+    """`segments.attend_segments` on any device, for packed and plain pools, all dtypes.
+
+    Sums in float32.
 
     Here a NaN among the values of a segment reaches every row of a read, also those whose limit
     ends before it.

@@ -1,5 +1,6 @@
-"""The causal part of long chunks by flash-attn, where it is installed; the prefix stays with our
-kernels.
+"""The causal part of long chunks by flash-attn, where it is installed.
+
+The prefix stays with our kernels.
 
 A chunk's own keys and values are at hand, contiguous, in the order of its rows, so
 `flash_attn_varlen_func` takes them as they are and no block table is involved (its paged kernels
@@ -54,7 +55,8 @@ def find(
 
 @dataclass(frozen=True)
 class Chunks:
-    """Rows of a pass whose causal part flash-attn takes. rows[n], counted from the pass's first;
+    """Rows of a pass whose causal part flash-attn takes. rows[n], counted from the pass's first.
+
     cuts[c + 1].
     """
 

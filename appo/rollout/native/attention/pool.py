@@ -36,8 +36,9 @@ _PACKED = (torch.float32, torch.bfloat16)
 
 
 def available(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
-    """Whether the native code is there and takes this cache: float32, or bfloat16 with an even head
-    dimension.
+    """Whether the native code is there and takes this cache.
+
+    float32, or bfloat16 with an even head dimension.
     """
     isa = native.function("linear_isa")
     return (
@@ -63,8 +64,9 @@ class KVPool:
         layout: str | None = None,
         limit: int | None = None,
     ):
-        """layout: "packed" | "plain"; by default packed where native attention takes it (see
-        `available`).
+        """layout: "packed" | "plain".
+
+        By default packed where native attention takes it (see `available`).
 
         limit   blocks that will ever be asked for: no memory is taken ahead beyond them (None: not
                 known)
@@ -142,8 +144,9 @@ class KVPool:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def trim(self, used: int) -> None:
-        """Give memory back: arenas that hold no block below `used`; a plain pool only when none is
-        used.
+        """Give memory back: arenas that hold no block below `used`.
+
+        A plain pool only when none is used.
         """
         if self.layout == "plain":
             self.arena = self.arena if used else self._plain(0)
@@ -154,8 +157,9 @@ class KVPool:
     # -- the definition of what is where --
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """k, v[M, Hkv, D] become the KV of slots[M] = block * 16 + position in it; -1: that row is
-        not written.
+        """k, v[M, Hkv, D] become the KV of slots[M] = block * 16 + position in it.
+
+        -1: that row is not written.
         """
         written = (slots >= 0).nonzero()[:, 0]
         slots = slots[written]
@@ -179,8 +183,9 @@ class KVPool:
             values[block, :, inside // self.pair, :, inside % self.pair] = v[written][here]
 
     def read(self, blocks: Sequence[int], count: int, layer: int | None = None) -> Tensor:
-        """The first `count` positions of a segment that lies in `blocks`: a copy [L, 2, Hkv, count,
-        D].
+        """The first `count` positions of a segment that lies in `blocks`.
+
+        A copy [L, 2, Hkv, count, D].
 
         With a layer, that one: [2, Hkv, count, D].
         """
@@ -224,8 +229,9 @@ class KVPool:
         return self.arenas[arena][at]
 
     def _words(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [..., Hkv, D / pair, 16, pair] and values [..., Hkv, 16 / pair, D, pair] of [..., 2,
-        Hkv, 16 * D].
+        """Keys and values of packed blocks [..., 2, Hkv, 16 * D].
+
+        Keys [..., Hkv, D / pair, 16, pair] and values [..., Hkv, 16 / pair, D, pair].
         """
         keys, values = part.unbind(-3)
         return (
@@ -235,8 +241,9 @@ class KVPool:
 
 
 def _memory(size: int) -> Tensor:
-    """uint8[size], not touched yet; in huge pages where the system has them, as blocks are read all
-    over the arena.
+    """uint8[size], not touched yet.
+
+    In huge pages where the system has them, as blocks are read all over the arena.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)

@@ -1,5 +1,6 @@
-"""Attention over lists of KV segments in native code: each shared segment is read once for all rows
-below it.
+"""Attention over lists of KV segments in native code.
+
+Each shared segment is read once for all rows below it.
 
 A `Layout` (layout.py) says where each row's keys and values go and which rows read how much of
 which segments; `attend_segments` runs it for one layer over the blocks of a packed pool. The
@@ -53,8 +54,9 @@ def attend_segments(
     isa: str = "",
     threads: int | None = None,
 ) -> None:
-    """Write k, v[M,Hkv,D] into their slots, then out[M,Hq,D] = attention of q[M,Hq,D] over each
-    row's segments.
+    """Write keys and values, then attend each row to its segments.
+
+    k, v[M,Hkv,D] go into their slots; out[M,Hq,D] = attention of q[M,Hq,D].
 
     q, k, v, out  any stride between rows; float32 or bfloat16, as the pool; zeros in `out` for a
                   row without reads

@@ -1,5 +1,6 @@
-"""Runs layouts on a GPU: PyTorch's layers, with attention and KV writes in Triton over a plain
-block pool.
+"""Runs layouts on a GPU.
+
+PyTorch's layers, with attention and KV writes in Triton over a plain block pool.
 
     tables → one pinned transfer → embedding, layers (kv_write, attend, merge each), final norm → hidden states
 
@@ -100,8 +101,9 @@ class DeviceRunner:
         self.pool.trim(0)
 
     def forward(self, layout: Layout, rows: Tensor | None) -> Tensor:
-        """Hidden states of `rows` (ascending; None: all), on the device; deterministic: zeros up to
-        a multiple of 64.
+        """Hidden states of `rows` (ascending; None: all), on the device.
+
+        Deterministic: zeros up to a multiple of 64.
 
         Valid until the next call.
         """
@@ -144,8 +146,9 @@ class DeviceRunner:
         return self.graphs.run(shape, lambda: self._run(given, None))[: len(out)]
 
     def _rows(self, layout: Layout, rows: int) -> int | None:
-        """How many rows a pass is padded to so that its shape comes again; None: it is run as it
-        is.
+        """How many rows a pass is padded to so that its shape comes again.
+
+        None: it is run as it is.
         """
         if self.deterministic:
             return FIXED_ROWS

@@ -23,8 +23,10 @@ ROWS = ("ids", "positions", "slots", "starts")  # have an entry for every row, p
 
 @dataclass(frozen=True)
 class TableShape:
-    """rows: padded ones · size: entries of each table that grows with what the rows read, rows · a
-    power of two
+    """Sizes of the tables of a pass.
+
+    rows   padded ones
+    size   entries of each table that grows with what the rows read: rows · a power of two
     """
 
     rows: int
@@ -54,8 +56,9 @@ class TableShape:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a pass over `rows` rows is given, int64 on the device. out: the rows whose hidden states
-    are wanted.
+    """What a pass over `rows` rows is given, int64 on the device.
+
+    out: the rows whose hidden states are wanted.
     """
 
     ids: Tensor

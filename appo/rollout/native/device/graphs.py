@@ -32,8 +32,9 @@ class Graphs:
         self._memory: tuple[int, ...] = ()
 
     def keep(self, *memory: int) -> None:
-        """Drop all graphs if `memory`, addresses and sizes of what they read, is not that of the
-        last call.
+        """Drop all graphs if `memory` is not that of the last call.
+
+        memory: addresses and sizes of what the graphs read
         """
         if memory != self._memory:
             self.clear()
@@ -66,8 +67,9 @@ class Graphs:
         return out
 
     def _capture(self, body: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """In the memory of the graphs before it: they never run at the same time, and their results
-        stay allocated.
+        """In the memory of the graphs before it.
+
+        They never run at the same time, and their results stay allocated.
         """
         graph = torch.cuda.CUDAGraph()
         shared = next((known[0].pool() for known in self._seen.values() if known), None)

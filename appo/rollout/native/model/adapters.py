@@ -19,8 +19,9 @@ DOWN, UP = ".lora_A", ".lora_B"
 
 
 class Adapters:
-    """Collects `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r] of one push, then installs
-    them.
+    """Collects the adapters of one push, then installs them.
+
+    They are `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r].
     """
 
     def __init__(self) -> None:
@@ -35,8 +36,9 @@ class Adapters:
         return True
 
     def check(self, slices: Mapping[str, Slice], dtype: torch.dtype) -> Callable[[], None]:
-        """Check all of them against the model's linears, by module name; → what installs them, in
-        `dtype`.
+        """Check all of them against the model's linears, by module name.
+
+        → what installs them, in `dtype`.
 
         Nothing is changed before that is called. Raises ModelError.
         """
@@ -86,8 +88,9 @@ class Adapters:
 def _fuse(
     linear: Linear, group: list[tuple[Slice, Tensor, Tensor]], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Stacked down [Σr, in] and block-diagonal up [out, Σr], up's rows in the order of the fused
-    weight.
+    """Stacked down [Σr, in] and block-diagonal up [out, Σr].
+
+    Rows of up are in the order of the fused weight.
     """
     total = sum(down.shape[0] for _, down, _ in group)
     fused = linear.weight.new_zeros(linear.weight.shape[0], total, dtype=dtype)

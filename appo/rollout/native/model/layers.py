@@ -34,8 +34,9 @@ PARTS = ("qkv", "o", "gate_up", "down")
 def choose(
     runner: str, config: DecoderConfig, dtype: torch.dtype, device: torch.device
 ) -> NativeLayers | None:
-    """What runs the layers: None is PyTorch. "auto" takes C++ where it can run; "native" raises
-    EngineError if not.
+    """What runs the layers: None is PyTorch. "auto" takes C++ where it can run.
+
+    "native" raises EngineError if not.
     """
     if runner not in RUNNERS:
         raise EngineError(f"runner={runner!r}: use one of {', '.join(RUNNERS)}")
@@ -93,8 +94,9 @@ class NativeLayers:
         self._packed = False
 
     def pack(self, model: Weights, changed: Iterable[str]) -> None:
-        """Copy the layers, and the head, that have a tensor among `changed` (names as in its
-        `targets`).
+        """Copy the layers, and the head, that have a tensor among `changed`.
+
+        Names as in its `targets`.
 
         To be called after every change of weights; the first call copies everything.
         """
@@ -130,8 +132,10 @@ class NativeLayers:
     def forward(
         self, model: Weights, layout: Layout, pool: KVPool, rows: Tensor | None = None
     ) -> Tensor:
-        """Run a layout; → final hidden states, normed, of `rows` (int64, any order; None: all), [R,
-        d] as the head wants them. KV goes into the pool, which must have the layout's blocks.
+        """Run a layout.
+
+        → final hidden states, normed, of `rows` (int64, any order; None: all), [R, d] as the head
+        wants them. KV goes into the pool, which must have the layout's blocks.
 
         Raises EngineError for a pool of another shape, ValueError for tables that do not fit.
         """
@@ -152,8 +156,9 @@ class NativeLayers:
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, V] float32 of hidden[R, d], which may be float32 beside bfloat16 weights: nothing is
-        rounded then.
+        """[R, V] float32 of hidden[R, d], which may be float32 beside bfloat16 weights.
+
+        Nothing is rounded then.
         """
         return self.head.logits(hidden)
 

@@ -1,5 +1,6 @@
-"""The parts that a model is made of: fused linears, layers of them, and where checkpoint tensors
-lie inside.
+"""The parts that a model is made of.
+
+Fused linears, layers of them, and where checkpoint tensors lie inside.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from torch import Tensor
 
 
 class Linear:
-    """y = x Wᵀ + b, computed in `compute`, from a copy packed once for oneDNN where that exists
-    (1.1-2x at 1-32 rows).
+    """y = x Wᵀ + b, computed in `compute`, from a copy packed once for oneDNN where that exists.
+
+    1.1-2x at 1-32 rows.
 
     `weight` is the tensor that is loaded into; `pack` must follow every change of it. `adapter` =
     (down [Σr, in], up [out, Σr]) adds x downᵀ upᵀ: low-rank updates are applied, not merged,
@@ -68,8 +70,9 @@ class Layer:
 
 @dataclass
 class Slice:
-    """Output rows a … b-1 of a fused linear belong to one module of the checkpoint; `heads` as in
-    Target.
+    """Output rows a … b-1 of a fused linear belong to one module of the checkpoint.
+
+    `heads` as in Target.
     """
 
     linear: Linear

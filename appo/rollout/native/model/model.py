@@ -1,5 +1,6 @@
-"""The model runner: Llama, Qwen2 and Qwen3 as one straight loop over layers, attention supplied by
-the caller.
+"""The model runner: Llama, Qwen2 and Qwen3 as one straight loop over layers.
+
+The caller supplies attention.
 
 This is the definition, and what runs where the C++ runner (layers.py) cannot. Both work on the same
 weights: `native` is the C++ runner of a model that has one.
@@ -85,8 +86,9 @@ class Model:
         self.targets = _targets(self)
 
     def load(self, named_tensors: Iterable[tuple[str, object]]) -> set[str]:
-        """Copy tensors with Hugging Face names into place; check all of them before the first is
-        written.
+        """Copy tensors with Hugging Face names into place.
+
+        Check all of them before the first is written.
 
         `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r] (scaling folded in) replace that
         module's adapter. Returns the names written. Raises ModelError for an unknown name or a
@@ -141,8 +143,9 @@ class Model:
     def forward(
         self, ids: Tensor, positions: Tensor, attention: Attention, out_rows: Tensor | None
     ) -> Tensor:
-        """Final hidden states, normed, as the output layer wants them: [R, d], rows `out_rows`
-        (None: all) of ids[M].
+        """Final hidden states, normed, as the output layer wants them.
+
+        [R, d], rows `out_rows` (None: all) of ids[M].
 
         Always in PyTorch; `native.forward` is the same over a block pool.
         """
@@ -175,8 +178,9 @@ class Model:
         return self.head(hidden) if self.native is None else self.native.logits(hidden)
 
     def sample(self, hidden: Tensor, rows: SamplingRows) -> Sampled | None:
-        """One token per row by the C++ head, from a tile of logits at a time; None where PyTorch is
-        the runner.
+        """One token per row by the C++ head, from a tile of logits at a time.
+
+        None where PyTorch is the runner.
         """
         return None if self.native is None else self.native.head.sample(hidden, rows)
 

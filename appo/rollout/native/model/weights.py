@@ -103,8 +103,9 @@ def _check_supported(raw: dict[str, Any], family: str, path: Path) -> None:
 
 
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters in one form: transformers 5 writes rope_parameters, older files
-    rope_scaling + rope_theta.
+    """Rotary parameters in one form.
+
+    transformers 5 writes rope_parameters, older files rope_scaling + rope_theta.
     """
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
@@ -113,8 +114,9 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def inverse_frequencies(config: DecoderConfig) -> Tensor:
-    """Rotary inverse frequencies [head_dim / 2], float32; llama3 scaling as in the Llama 3.1
-    report's release.
+    """Rotary inverse frequencies [head_dim / 2], float32.
+
+    llama3 scaling as in the Llama 3.1 report's release.
     """
     rope, dim = config.rope, config.head_dim
     inv = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))

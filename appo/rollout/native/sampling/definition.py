@@ -1,5 +1,6 @@
-"""Sample tokens from logits by an exponential race, in PyTorch: the definition, and what runs where
-C++ and Triton cannot.
+"""Sample tokens from logits by an exponential race, in PyTorch.
+
+The definition, and what runs where C++ and Triton cannot.
 
     z_i = x_i / τ        token = argmin_i E_i / e^(z_i) = argmin_i (log E_i - z_i)
 
@@ -45,8 +46,10 @@ class SamplingRows:
 
 @dataclass(frozen=True)
 class Sampled:
-    """tokens[R] int64, -1 where there is nothing to draw from (NaN, +inf, all -inf) · logp[R],
-    entropy[R] float32, nats.
+    """One token per row, and its statistics.
+
+    tokens          [R] int64, -1 where there is nothing to draw from (NaN, +inf, all -inf)
+    logp, entropy   [R] float32, nats
     """
 
     tokens: Tensor
@@ -96,8 +99,9 @@ def _sample_row(
 
 
 def _could_win(words: noise.Key, ids: Tensor, e: Tensor) -> Tensor:
-    """The few ids whose noise may win the race, int64; e[V] are their weights relative to the
-    largest.
+    """The few ids whose noise may win the race, int64.
+
+    e[V] are their weights relative to the largest.
     """
     upper = (
         (noise.mixed(*words[:2], ids) >> 8).bitwise_and_(0xFFFFFF).float()
@@ -109,8 +113,9 @@ def _could_win(words: noise.Key, ids: Tensor, e: Tensor) -> Tensor:
 
 
 def kept(x: Tensor, inv_temp: float, top_k: int, top_p: float) -> Tensor:
-    """ids int64, ascending, that top-k (0: off) and then top-p leave of the logits x[V]; of equals
-    the lowest ids.
+    """ids int64, ascending, that top-k (0: off) and then top-p leave of the logits x[V].
+
+    Of equals the lowest ids.
 
     Top-p keeps the smallest set whose share of what top-k left reaches p.
     """

@@ -1,5 +1,6 @@
-"""`sample` over logits on a GPU in Triton (kernels/sampling/gpu/sample.py): same noise and tokens
-as definition.py.
+"""`sample` over logits on a GPU in Triton (kernels/sampling/gpu/sample.py).
+
+Same noise and tokens as definition.py.
 """
 
 from __future__ import annotations

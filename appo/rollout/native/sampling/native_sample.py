@@ -26,8 +26,9 @@ def available() -> bool:
 def sample(
     logits: Tensor, rows: SamplingRows, threads: int | None = None, isa: str = ""
 ) -> Sampled:
-    """One token per row of logits[R, V] on the CPU. isa: "avx512", "avx2"; "" is the best. threads:
-    None: torch's.
+    """One token per row of logits[R, V] on the CPU. isa: "avx512", "avx2".
+
+    "" is the best. threads: None: torch's.
     """
     out = Sampled.empty(len(logits))
     _function("sample_logits")(

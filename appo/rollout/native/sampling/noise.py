@@ -1,5 +1,6 @@
-"""The noise of a draw: a counter-based generator, so that it depends on (seed, position, token id)
-and nothing else.
+"""The noise of a draw.
+
+A counter-based generator, so that it depends on (seed, position, token id) and nothing else.
 
 Not on the batch, not on how the vocabulary is cut, not on the device: C++ (csrc/sample*) and Triton
 (kernels/sampling/gpu/sample.py) compute the same 64 bits. Two words of splitmix64 from (seed,
@@ -67,8 +68,9 @@ def halves(words: Key, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def uniforms(words: Key, ids: Tensor) -> Tensor:
-    """u of ids under a key, float64: 64 bits rounded once, so 53 significant ones however small u
-    is.
+    """u of ids under a key, float64.
+
+    64 bits rounded once, so 53 significant ones however small u is.
     """
     upper, lower = halves(words, ids)
     return (upper.double() * 2.0**-32 + (lower.double() + 0.5) * 2.0**-64).clamp_(max=BELOW_ONE)

@@ -1,5 +1,6 @@
-"""The sampler of the engine: from the final hidden states of some rows to tokens, logprobs and
-entropies.
+"""The sampler of the engine.
+
+From the final hidden states of some rows to tokens, logprobs and entropies.
 
 It picks what draws them: C++ behind the product with the packed head (no logits are written), C++
 or Triton over logits, or definition.py. The noise is the same everywhere (noise.py): the token of a
@@ -49,8 +50,9 @@ class TokenSampler:
         self.rows([])
 
     def rows(self, params: Sequence[SamplingParams], seqs: Sequence[int] = ()) -> None:
-        """The sampling parameters of the rows to come; `seqs` are their handles, for error
-        messages.
+        """The sampling parameters of the rows to come.
+
+        `seqs` are their handles, for error messages.
         """
         self._seqs = list(seqs)
         # Greedy rows are scored at temperature 1.
@@ -64,8 +66,7 @@ class TokenSampler:
         }
 
     def sample(self, hidden: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Results:
-        """One token for each of the len(seeds) rows that come first in hidden[R, d], the model's
-        `forward`.
+        """One token for each of the first len(seeds) rows of hidden[R, d], the model's `forward`.
 
         seeds: any integers, modulo 2⁶⁴ · positions: absolute, of the tokens that are drawn
         """

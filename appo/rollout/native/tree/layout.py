@@ -64,8 +64,9 @@ class RowRange:
 
 
 def lay_out(ranges: Sequence[RowRange], decode_rows: int) -> Layout:
-    """The tables of a set of ranges, at most one per node; blocks for what they write have been
-    taken.
+    """The tables of a set of ranges, at most one per node.
+
+    Blocks for what they write have been taken.
     """
     ranges = sorted(ranges, key=lambda u: _order(u.node))
     ids: list[int] = []

@@ -1,5 +1,6 @@
-"""The segment tree in C++ (csrc/tree*): the interface, answers and messages of `SegmentTree`, its
-definition.
+"""The segment tree in C++ (csrc/tree*).
+
+The interface, answers and messages of `SegmentTree`, its definition.
 
 Handles, tokens and positions are whole numbers, as there; what is none is a TypeError here,
 whatever it is there. An operation is done or not done, also when memory is short or Ctrl-C comes.
@@ -29,8 +30,9 @@ _FUNCTIONS = (
 
 
 def make_tree(max_blocks: int | None = None) -> Tree:
-    """A tree of at most so many blocks of 16 positions (None: no limit), in C++ where the native
-    library is there.
+    """A tree of at most so many blocks of 16 positions (None: no limit).
+
+    In C++ where the native library is there.
     """
     return SegmentTree(max_blocks) if native.load()[0] is None else NativeTree(max_blocks)
 

@@ -1,4 +1,5 @@
 """Which rows the next forward pass runs: what paths lack, within a budget, or rows that are given.
+
 Changes nothing.
 """
 
@@ -67,8 +68,9 @@ def _done(ranges: dict[int, RowRange], node: SegmentNode) -> int:
 
 
 def _extend(ranges: dict[int, RowRange], node: SegmentNode, count: int, budget: int) -> int:
-    """Plan own positions of a node up to `count` as far as the budget goes; returns what is left of
-    it.
+    """Plan own positions of a node up to `count` as far as the budget goes.
+
+    Returns what is left of it.
     """
     done = _done(ranges, node)
     take = min(count - done, budget)

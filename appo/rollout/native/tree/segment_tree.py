@@ -66,8 +66,9 @@ class SegmentTree(TreeFacts):
         self._get(seq).tokens.extend([index(t) for t in ids])
 
     def truncate(self, seq: int, length: int) -> None:
-        """Drop tokens from absolute position `length` on, and the KV from the last token left on:
-        it runs again.
+        """Drop tokens from absolute position `length` on, and the KV from the last token left on.
+
+        It runs again.
 
         If children stand on what is dropped they keep it: a fork of the node takes the handle.
         """
@@ -126,8 +127,9 @@ class SegmentTree(TreeFacts):
     # -- planning ----------------------------------------------------------------------------------
 
     def plan(self, seqs: Sequence[int], budget: int) -> Layout | int:
-        """Rows for sequences, in this order: what each path lacks, missing ancestors once, whoever
-        asks first.
+        """Rows for sequences, in this order: what each path lacks.
+
+        Missing ancestors are run once, for whoever asks first.
 
         budget   the most rows of prefill; a sequence that lacks just its last row is always in
         Returns the open layout, or how many blocks there are too few (nothing has changed then).
@@ -144,8 +146,9 @@ class SegmentTree(TreeFacts):
         return self._settle(*planned_ranges(leaves, budget))
 
     def layout(self, ranges: Sequence[tuple[int, int, int]]) -> Layout | int:
-        """Rows given as (node id, first own position, count), each node at most once, ancestors
-        covered or among them.
+        """Rows given as (node id, first own position, count), each node at most once.
+
+        Ancestors are covered or among them.
 
         Rows that have KV already are run again and write nothing. Nothing is sampled. Returns as
         `plan` does.
@@ -171,8 +174,9 @@ class SegmentTree(TreeFacts):
         self._cancel(self._closing(layout, "abort"))
 
     def need(self, seqs: Sequence[int], ends: Sequence[int]) -> int:
-        """Blocks still to be taken if every sequence grew to its end (its last token is not run),
-        shared ones once.
+        """Blocks still to be taken if every sequence grew to its end, shared ones once.
+
+        The last token of a sequence is not run.
         """
         if len(seqs) != len(ends):
             raise EngineError(
@@ -218,8 +222,9 @@ class SegmentTree(TreeFacts):
         return seq
 
     def _drop(self, node: SegmentNode | None) -> None:
-        """One reference less; what nobody refers to goes, what only children need is trimmed to
-        what they inherit.
+        """One reference less.
+
+        What nobody refers to goes, what only children need is trimmed to what they inherit.
         """
         while node is not None:
             node.refs -= 1
@@ -241,8 +246,9 @@ class SegmentTree(TreeFacts):
         node.seen, node.lost = min(node.seen, count), min(node.lost, count)
 
     def _keep(self, node: SegmentNode, count: int) -> int:
-        """Forget the KV of own positions from `count` on; returns the number of blocks that gives
-        back.
+        """Forget the KV of own positions from `count` on.
+
+        Returns the number of blocks that gives back.
         """
         self.tokens_held -= max(0, node.kv - count)
         node.kv = min(node.kv, count)

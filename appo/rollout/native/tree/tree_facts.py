@@ -96,8 +96,9 @@ class TreeFacts:
         return node.stale(node.length)
 
     def path(self, seq: int) -> list[tuple[int, int]]:
-        """(node id, how many of its own positions are on the path), root first; of the last one all
-        are.
+        """(node id, how many of its own positions are on the path), root first.
+
+        Of the last one all are.
         """
         return [(node.id, count) for node, count in self._get(seq).path()]
 

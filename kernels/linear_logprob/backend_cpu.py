@@ -19,7 +19,11 @@ from appo._kernels.common.backends import linear_isa as isa
 from appo._kernels.linear_logprob.blocks import LinearCall, Upstream
 
 _WIDE_SUMS = 1 << 23  # numbers of dh up to which its float32 sums are simply kept (32 MiB)
-_TILE, _KEPT_HEAD, _KEPT_TILE = 256, 64, 576  # csrc/linear_logprob/linear_logprob.h: columns, bytes of what forward keeps
+_TILE, _KEPT_HEAD, _KEPT_TILE = (
+    256,
+    64,
+    576,
+)  # csrc/linear_logprob/linear_logprob.h: columns, bytes of what forward keeps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -1,4 +1,4 @@
-"""The output head in C++ (csrc/layer_head.cpp).
+"""The output head in C++ (csrc/decoder/head.cpp).
 
 Its weight packed once, logits or sampled tokens from it.
 

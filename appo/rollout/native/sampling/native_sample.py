@@ -1,4 +1,4 @@
-"""`sample` over logits in memory in C++ (csrc/sample*), and its noise.
+"""`sample` over logits in memory in C++ (csrc/sampling/), and its noise.
 
 Behind the output head: head.py.
 

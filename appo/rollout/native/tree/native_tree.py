@@ -1,4 +1,4 @@
-"""The segment tree in C++ (csrc/tree*).
+"""The segment tree in C++ (csrc/kv_tree/).
 
 The interface, answers and messages of `SegmentTree`, its definition.
 

@@ -103,7 +103,7 @@ def rotary_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _run(name: str, *args: Any) -> None:
-    native.function(name, "cpu")(*(a.detach() if isinstance(a, Tensor) else a for a in args), "", torch.get_num_threads())  # fmt: skip
+    native.require(name)(*(a.detach() if isinstance(a, Tensor) else a for a in args), "", torch.get_num_threads())  # fmt: skip
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -147,6 +147,6 @@ def _threads(threads: int | None) -> int:
 
 def _native(name: str) -> Any:
     if isa() is None:
-        native.function("linear_isa", "cpu")  # says why there is no library
+        native.require("linear_isa")  # says why there is no library
         raise RuntimeError("backend='cpu' needs a machine with AVX2 and a library built for it")
-    return native.function(name, "cpu")
+    return native.require(name)

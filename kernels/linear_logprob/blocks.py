@@ -5,7 +5,7 @@ A backend is a module `linear_<name>` with two functions: `partial_stats(call) -
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -52,6 +52,12 @@ class Upstream(NamedTuple):
     constant: Tensor
     bent: Tensor | None
     ga: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Upstream:
+        """`change` of every vector that is there."""
+        m, log2s, constant = change(self.m), change(self.log2s), change(self.constant)
+        bent = None if self.bent is None else change(self.bent)
+        return Upstream(m, log2s, constant, bent, change(self.ga))
 
 
 # Tokens and vocabulary columns per block. The logit block (2 MiB on a CPU) stays in cache between the matrix product

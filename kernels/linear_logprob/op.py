@@ -280,7 +280,7 @@ def linear_grads(
     at, call = _call(h, w, targets, scale, rows, softcap, vocab_start, deterministic, block)
     up = Upstream(m, log2s, constant, bent, ga)
     if at is not None:
-        up = Upstream(*(x[at] for x in (m, log2s, constant, bent, ga)))
+        up = up.map(lambda x: x[at])
     if h.device.type == "cpu" and not bool(bent.any()):
         up = up._replace(bent=None)  # no upstream of the entropy: one product per logit less
     dtype = scale.dtype if wide else h.dtype

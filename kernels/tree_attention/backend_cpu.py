@@ -64,6 +64,6 @@ def _native(name: str, call: TreeCall) -> Any:
             "use backend='auto'"
         )
     if backends.linear_isa() is None:
-        native.function("linear_isa", "cpu")  # says why there is no library
+        native.require("linear_isa")  # says why there is no library
         raise RuntimeError("backend='cpu' needs a machine with AVX2 and a library built for it")
-    return native.function(name, "cpu")
+    return native.require(name)

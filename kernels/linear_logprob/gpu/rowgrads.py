@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -90,7 +92,7 @@ def _case(name: str, size: Row, dtype: str, options: bool = False) -> AotCase:
         **dict.fromkeys(("cap_ptr", "bent_ptr", "weighted_ptr"), optional),
         "out_ptr": f"*{dtype}",
     }
-    constexprs = {k: None for k, t in pointers.items() if t == "constexpr"}
+    constexprs: dict[str, Any] = {k: None for k, t in pointers.items() if t == "constexpr"}
     constexprs |= {"ROWS": size.rows, "COLUMNS": size.columns}
     numbers = dict.fromkeys(("stride", "stride_out", "N", "V", "v0"), "i32")
     signature = pointers | numbers | dict.fromkeys(constexprs, "constexpr")

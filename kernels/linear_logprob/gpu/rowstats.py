@@ -6,6 +6,8 @@ Blocks of columns come one after another; the statistics of the columns before a
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -89,7 +91,7 @@ def _case(name: str, size: Row, cap: bool) -> AotCase:
         "cap_ptr": "*fp32" if cap else "constexpr",
         "stats_ptr": "*fp32",
     }
-    constexprs = {"FIRST": False, "ROWS": size.rows, "COLUMNS": size.columns}
+    constexprs: dict[str, Any] = {"FIRST": False, "ROWS": size.rows, "COLUMNS": size.columns}
     constexprs |= {} if cap else {"cap_ptr": None}
     numbers = dict.fromkeys(("stride", "stride_stats", "N", "V", "v0"), "i32")
     signature = pointers | numbers | dict.fromkeys(constexprs, "constexpr")

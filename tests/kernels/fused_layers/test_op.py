@@ -98,8 +98,8 @@ def test_threads_and_instruction_sets():
 
     def gradients(isa, threads):
         y, factor, dx, dw = torch.empty_like(x), torch.empty(1500), torch.empty_like(x), torch.empty(160)  # fmt: skip
-        native.function("rms_norm_forward", "cpu")(x, w, 1e-6, y, factor, isa, threads)
-        native.function("rms_norm_backward", "cpu")(x, w, factor, dy, dx, dw, isa, threads)
+        native.require("rms_norm_forward")(x, w, 1e-6, y, factor, isa, threads)
+        native.require("rms_norm_backward")(x, w, factor, dy, dx, dw, isa, threads)
         return torch.cat([y.flatten(), dx.flatten(), dw])
 
     one = gradients("", 1)

@@ -78,8 +78,7 @@ def attend_segments(
             f"k has shape {tuple(k.shape)} and dtype {k.dtype}; the pool has (heads, head dimension, dtype) {like}"
         )
     limit = torch.get_num_threads() if threads is None else threads
-    attend: Any = native.function("attend_segments", "cpu")
-    attend(
+    native.require("attend_segments")(
         q, k, v, layout.slots, layout.segments, layout.blocks, layout.reads, layout.limits, pool.addresses,
         pool.layers, layer, out, tile_rows, isa, limit,
     )  # fmt: skip

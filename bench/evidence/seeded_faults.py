@@ -61,8 +61,8 @@ FAULTS = [
     Fault(
         "entropy gradient set to 0",
         "kernels/linear_logprob/op.py",
-        "he * LN2, ga)",
-        "he * 0.0, ga)",
+        "d_entropy * LN2, d_logp)",
+        "d_entropy * 0.0, d_logp)",
         "test_gradients and torch",
     ),
     Fault(
@@ -103,8 +103,8 @@ FAULTS = [
     Fault(
         "entropy gradient set to 0, Triton K4",
         "kernels/common/gpu/algebra.py",
-        "constant[:, None] - bent[:, None] * logp2",
-        "constant[:, None] + 0.0 * logp2",
+        "p_factor[:, None] - plogp_factor[:, None] * logp2",
+        "p_factor[:, None] + 0.0 * logp2",
         "test_gradients and triton",
     ),
     Fault(

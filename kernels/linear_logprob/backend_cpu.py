@@ -82,7 +82,7 @@ def gradients(
     Workspace: 10 to 20 MB, and the sums of dh: 4 B per number, 2 B for a bf16 dh above 8 million numbers.
     """
     order, users = _users(call)
-    vectors = [up.m, up.log2s, up.constant, up.bent, up.ga]
+    vectors = [up.m, up.log2s, up.p_factor, up.plogp_factor, up.d_logp]
     given = [None if x is None else _sorted(x, order) for x in vectors]
     dh = low = None
     if need_h:

@@ -188,14 +188,16 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, ga: Tensor, he: Tensor, le: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_logp: Tensor, d_entropy: Tensor, d_lse: Tensor
+    ) -> tuple[Tensor | None, ...]:
         h, w, targets, scale, rows, prob_cache, m, log2s, entropy, lse = ctx.saved_tensors
         need_h, need_w, _, need_scale = ctx.needs_input_grad[:4]
         real = targets != IGNORE
-        ga, he, le = (torch.where(real, g, 0.0) for g in (ga, he, le))
+        d_logp, d_entropy, d_lse = (torch.where(real, g, 0.0) for g in (d_logp, d_entropy, d_lse))
         needs = (need_h, need_w, need_scale)
         wide = ctx.group is not None  # a sum over ranks is rounded after it, not before
-        up = (m, log2s, le - ga - he * entropy, he * LN2, ga)
+        up = (m, log2s, d_lse - d_logp - d_entropy * entropy, d_entropy * LN2, d_logp)
         dh, dw, d_scale = grads_op(
             h, w, targets, scale, rows, *ctx.how, prob_cache, *up, *needs, wide
         )
@@ -204,8 +206,8 @@ class _Fused(torch.autograd.Function):
                 dh = sum_ranks(dh, ctx.group).to(h.dtype)
             if need_scale:
                 d_scale = sum_ranks(d_scale, ctx.group)
-        # Σ_j G_j x_j with x_j = log p_j + lse and Σ_j G_j = le: the large common part of x never enters a sum.
-        d_inv_temp = (LN2 * d_scale + le * lse) / scale if need_scale else None
+        # Σ_j G_j x_j with x_j = log p_j + lse and Σ_j G_j = d_lse: the large common part of x never enters a sum.
+        d_inv_temp = (LN2 * d_scale + d_lse * lse) / scale if need_scale else None
         return dh if need_h else None, dw if need_w else None, None, d_inv_temp, *([None] * 9)
 
 
@@ -290,9 +292,9 @@ def linear_grads(
     prob_cache: Tensor,
     m: Tensor,
     log2s: Tensor,
-    constant: Tensor,
-    bent: Tensor,
-    ga: Tensor,
+    p_factor: Tensor,
+    plogp_factor: Tensor,
+    d_logp: Tensor,
     need_h: bool,
     need_w: bool,
     need_scale: bool,
@@ -303,11 +305,13 @@ def linear_grads(
     The vectors are those of `Upstream`. dh has the dtype of h, or with `wide` that of `scale`.
     """
     at, call = _call(h, w, targets, scale, rows, softcap, vocab_start, deterministic, block)
-    up = Upstream(m, log2s, constant, bent, ga)
+    up = Upstream(m, log2s, p_factor, plogp_factor, d_logp)
     if at is not None:
         up = up.map(lambda x: x[at])
-    if h.device.type == "cpu" and not bool(bent.any()):
-        up = up._replace(bent=None)  # no upstream of the entropy: one product per logit less
+    if h.device.type == "cpu" and not bool(plogp_factor.any()):
+        up = up._replace(
+            plogp_factor=None
+        )  # no upstream of the entropy: one product per logit less
     dtype = scale.dtype if wide else h.dtype
     if call.column.shape[0] == 0:
         return (

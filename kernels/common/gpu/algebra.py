@@ -81,11 +81,15 @@ def merge(m_a, s_a, u_a, z_a, m_b, s_b, u_b, z_b):
 
 @triton.jit
 def gradient(
-    x, scale, m, log2s, constant, bent, ga, cap, exists, hit, CAP: tl.constexpr, BENT: tl.constexpr
+    x, scale, m, log2s, p_factor, plogp_factor, d_logp, cap, exists, hit,
+    CAP: tl.constexpr, PLOGP: tl.constexpr,
 ):  # fmt: skip
-    """(G[R, C], Σ_j g_j log2 p_j [R]) from raw logits x[R, C]; per token [R]: scale … ga, as in kernels/linear_logprob/blocks.py.
+    """(G[R, C], Σ_j g_j log2 p_j [R]) from raw logits x[R, C].
 
-    g = p · (constant - bent · log2 p) + ga · hit, the target term added in float32; G = scale · g · slope of the cap.
+    Per token [R]: scale … d_logp, as in kernels/linear_logprob/blocks.py.
+
+    g = p · (p_factor - plogp_factor · log2 p) + d_logp · hit, the target term added in float32.
+    G = scale · g · slope of the cap.
     Two subtractions for log2 p: x2 - m is exact where p matters, x2 - (m + log2 s) rounds by the size of m.
     """
     if CAP:
@@ -93,12 +97,13 @@ def gradient(
         x = cap * t
     logp2 = (scaled(x, (scale * LOG2E)[:, None], exists) - m[:, None]) - log2s[:, None]
     p = tl.exp2(logp2)
-    if BENT:
-        g = p * (constant[:, None] - bent[:, None] * logp2)
-        g = tl.where(p == 0.0, 0.0, g)  # log2 p may be -1e30 there, and bent · log2 p infinite
+    if PLOGP:
+        g = p * (p_factor[:, None] - plogp_factor[:, None] * logp2)
+        # where p is 0, log2 p may be -1e30 and its product with plogp_factor infinite
+        g = tl.where(p == 0.0, 0.0, g)
     else:
-        g = p * constant[:, None]
-    g += tl.where(hit, ga[:, None], 0.0)
+        g = p * p_factor[:, None]
+    g += tl.where(hit, d_logp[:, None], 0.0)
     weighted = tl.sum(g * logp2, axis=1)
     g *= scale[:, None]
     if CAP:

@@ -18,12 +18,14 @@ from appo._kernels.linear_logprob.blocks import Upstream
 
 @triton.jit(do_not_specialize=["N", "v0"])
 def rowgrads_kernel(
-    logits_ptr, column_ptr, scale_ptr, cap_ptr, m_ptr, log2s_ptr, constant_ptr, bent_ptr, ga_ptr, out_ptr, weighted_ptr,
+    logits_ptr, column_ptr, scale_ptr, cap_ptr, m_ptr, log2s_ptr,
+    p_factor_ptr, plogp_factor_ptr, d_logp_ptr, out_ptr, weighted_ptr,
     stride, stride_out, N, V, v0, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out[N, V] = G of logits[N, V], the columns v0 … v0+V-1; weighted[N] += Σ g log2 p over them.
 
-    Per token [N] float32: scale, m, log2s, constant, bent (or None), ga; column int64; cap[1] or None; weighted or None.
+    Per token [N] float32: scale, m, log2s, p_factor, plogp_factor (or None), d_logp; column int64.
+    cap[1] or None; weighted or None.
     out may be the logits themselves when it is float32: a program reads a block before it writes it. Grid: blocks of ROWS
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -33,9 +35,9 @@ def rowgrads_kernel(
     scale = tl.load(scale_ptr + token)
     m = tl.load(m_ptr + token)
     log2s = tl.load(log2s_ptr + token)
-    constant = tl.load(constant_ptr + token)
-    ga = tl.load(ga_ptr + token)
-    bent = ga if bent_ptr is None else tl.load(bent_ptr + token)
+    p_factor = tl.load(p_factor_ptr + token)
+    d_logp = tl.load(d_logp_ptr + token)
+    plogp_factor = d_logp if plogp_factor_ptr is None else tl.load(plogp_factor_ptr + token)
     cap = 0.0 if cap_ptr is None else tl.load(cap_ptr)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     for col0 in range(0, V, COLUMNS):
@@ -45,7 +47,8 @@ def rowgrads_kernel(
         x = tl.load(logits_ptr + token[:, None] * stride + column[None, :], mask=here, other=0.0)
         hit = column[None, :] == target[:, None]
         g, weighted = gradient(
-            x, scale, m, log2s, constant, bent, ga, cap, exists, hit, cap_ptr is not None, bent_ptr is not None
+            x, scale, m, log2s, p_factor, plogp_factor, d_logp, cap, exists, hit,
+            cap_ptr is not None, plogp_factor_ptr is not None,
         )  # fmt: skip
         total += weighted
         out = out_ptr + token[:, None] * stride_out + column[None, :]
@@ -64,7 +67,8 @@ def rowgrads(
     size = row(logits.device.type)
     with launch.on(logits.device):
         rowgrads_kernel[(ceil_div(n, size.rows),)](
-            logits, column, scale, cap, up.m, up.log2s, up.constant, up.bent, up.ga, out, weighted,
+            logits, column, scale, cap, up.m, up.log2s,
+            up.p_factor, up.plogp_factor, up.d_logp, out, weighted,
             logits.stride(0), out.stride(0), n, v, v0, size.rows, size.columns,
             num_warps=size.warps, **launch.OPTIONS,
         )  # fmt: skip
@@ -88,8 +92,8 @@ def _case(name: str, size: Row, dtype: str, options: bool = False) -> AotCase:
     pointers = {
         "logits_ptr": "*fp32",
         "column_ptr": "*i64",
-        **dict.fromkeys(("scale_ptr", "m_ptr", "log2s_ptr", "constant_ptr", "ga_ptr"), "*fp32"),
-        **dict.fromkeys(("cap_ptr", "bent_ptr", "weighted_ptr"), optional),
+        **dict.fromkeys(("scale_ptr", "m_ptr", "log2s_ptr", "p_factor_ptr", "d_logp_ptr"), "*fp32"),
+        **dict.fromkeys(("cap_ptr", "plogp_factor_ptr", "weighted_ptr"), optional),
         "out_ptr": f"*{dtype}",
     }
     constexprs: dict[str, Any] = {k: None for k, t in pointers.items() if t == "constexpr"}

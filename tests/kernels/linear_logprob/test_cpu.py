@@ -69,10 +69,12 @@ def upstream(call, merged, factors=(1.0, 0.3, -0.1), seed=1):
     """`Upstream` for random gradients of logp, entropy and lse, times `factors`, in the dtype of the statistics."""
     g = torch.Generator().manual_seed(seed)
     n, dtype = call.scale.shape[0], call.scale.dtype
-    ga, he, le = (f * torch.randn(n, generator=g).to(dtype) for f in factors)
+    d_logp, d_entropy, d_lse = (f * torch.randn(n, generator=g).to(dtype) for f in factors)
     entropy = finish(merged)[1].to(dtype)
-    bent = he * LN2 if factors[1] else None
-    return Upstream(merged.m, torch.log2(merged.s), le - ga - he * entropy, bent, ga)
+    plogp_factor = d_entropy * LN2 if factors[1] else None
+    return Upstream(
+        merged.m, torch.log2(merged.s), d_lse - d_logp - d_entropy * entropy, plogp_factor, d_logp
+    )
 
 
 def gradients(call, *, factors=(1.0, 0.3, -0.1), need=(True, True, True), threads=1, **kwargs):
@@ -97,7 +99,7 @@ def assert_stats(call, got, logp=1e-5, entropy=5e-5):
 
 
 def assert_gradients(call, got, want):
-    """By norm; below 1 absolutely, because constant = le - ga - he·H has cancelled before it is handed over."""
+    """By norm; below 1 absolutely, because p_factor = d_lse - d_logp - d_entropy·H has cancelled before it is handed over."""
     bound = {f32: 2e-6, f16: 5e-4, bf16: 3e-3}
     for a, b, dtype in zip(got[:2], want[:2], (call.h.dtype, call.w.dtype)):
         assert a.dtype == dtype

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
+from appo._kernels.tree_attention.last_call import LastCall
 from appo._kernels.tree_attention.op import TreeCall
-from appo._kernels.tree_attention.recent import Recent
 
 BLOCK = 128  # tokens per block, of queries and of keys
 
@@ -85,4 +85,4 @@ def _listed(table: Tensor) -> tuple[Tensor, Tensor]:
     return count[None, None], order[None, None].contiguous()
 
 
-_masks = Recent(block_mask)
+_masks = LastCall(block_mask)

@@ -1,7 +1,8 @@
 """What lies between the matrix products of a layer: RMSNorm, SwiGLU and rotary positions, forward and backward.
 
-On a CPU each is one pass over memory in native code (csrc/fused_layers/); everywhere else, and in float64, the definitions below. Both
-compute in float32 (float64 for float64) and round once. For backward the inputs are kept, and a float32 per row by RMSNorm.
+On a CPU each is one pass over memory in native code (csrc/fused_layers); everywhere else, and in float64, the
+definitions below run. Both compute in float32 (float64 for float64) and round once. The inputs are saved for
+backward, and a float32 per row by RMSNorm.
 """
 
 from __future__ import annotations

@@ -68,8 +68,9 @@ def _future_value(
     if how == "triton":
         out = packed.gpu("branching.gpu.scan").future_value(x, m, offsets, gamma)
     else:
-        out, most = torch.empty_like(x), torch.get_num_threads() if threads is None else threads
-        native.require("future_value")(x, m, packed.on_host(offsets), gamma, out, most)
+        out = torch.empty_like(x)
+        max_threads = torch.get_num_threads() if threads is None else threads
+        native.require("future_value")(x, m, packed.on_host(offsets), gamma, out, max_threads)
     return out.to(log_ratio.dtype)
 
 

@@ -1,4 +1,4 @@
-"""K7: the best k ≤ 64 tokens of every group of segments, in a total order: rule, value, packed position.
+"""The best k ≤ 64 tokens of every group of segments, in a total order: rule, value, packed position.
 
 A candidate is one signed 64-bit key, larger is better:
 

@@ -1,4 +1,4 @@
-"""K4: a strip of logits recomputed tile by tile and turned into its gradient, which is rounded once, on its way out."""
+"""A strip of logits recomputed tile by tile and turned into its gradient, which is rounded once, on its way out."""
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations

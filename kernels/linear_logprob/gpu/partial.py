@@ -1,4 +1,4 @@
-"""K1: hidden states and head in, softmax statistics out. No logit ever leaves the registers.
+"""Hidden states and head in, softmax statistics out. No logit ever leaves the registers.
 
 A program owns one block of tokens and one slot of columns. It walks the slot tile by tile: matrix product, then the
 tile joins the statistics of the slot, which are stored once. Nobody else writes there: no atomics, no locks.

@@ -1,4 +1,4 @@
-"""K3: statistics of a block of float32 logits that a library's matrix product left in memory; one read, nothing else.
+"""Statistics of a block of float32 logits that a library's matrix product left in memory; one read, nothing else.
 
 Blocks of columns come one after another; the statistics of the columns before are carried in stats[4, N].
 """

@@ -362,7 +362,7 @@ def test_public_function_and_autocast(backend):
 @interpreted
 @pytest.mark.parametrize("slots", [1, 2, 7, 16, 17, 40])
 def test_merge_of_slots(slots):
-    """K2 against the PyTorch merge; a slot without any column has weight 0 wherever it stands."""
+    """merge.py against the PyTorch merge; a slot without any column has weight 0 wherever it stands."""
     g = torch.Generator().manual_seed(slots)
     parts = [
         column_stats(torch.randn(70, 5, generator=g) * 9, torch.full((70,), i))

@@ -138,6 +138,30 @@ def test_a_linked_package_is_found_in_the_kernels_folder(tmp_path):
     assert found["appo"]["arrows"] == 6 and found["kernels"]["room_names"] == ["gpu", "scan"]
 
 
+def test_kernels_beside_a_facade(tmp_path):
+    """Source seen as appo._kernels, facade appo.kernels: one room of appo; the facade is no room of kernels."""
+    files = {n: t for n, t in PLAIN.items() if not n.startswith("kernels/")} | {
+        "appo/kernels/__init__.py": "from appo._kernels.branching.op import f\n",
+        "kernels/branching/op.py": "from appo._kernels.common import native\n",
+        "kernels/branching/gpu/scan.py": "from appo._kernels.branching.op import f\n",
+        "kernels/common/native.py": "import appo.errors\n",
+    }
+    checkout(tmp_path, files)
+    os.symlink("../kernels", tmp_path / "appo" / "_kernels")
+    found = import_graph.measure(tmp_path)
+    assert found["appo"]["room_names"] == [
+        "__init__",
+        "algo",
+        "cli",
+        "errors",
+        "kernels",
+        "rollout",
+    ]
+    assert found["appo"]["arrows"] == 6 and found["appo"]["circles"] == []
+    assert found["kernels"]["room_names"] == ["branching", "common"]
+    assert found["kernels"]["arrows"] == 1  # within branching, and to appo.errors: not counted
+
+
 def test_folders_of_csrc_are_rooms(tmp_path):
     files = {
         "appo/__init__.py": "",

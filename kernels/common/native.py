@@ -15,7 +15,6 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +71,12 @@ def function(name: str) -> Any | None:
     return None if module is None else module[name]
 
 
-def require(name: str) -> Callable[..., Any]:
+def require(name: str) -> Any:
     """The native function `name`; RuntimeError that says why where the library is not used."""
     module, reason = load()
     if module is None:
         raise RuntimeError(f"backend='cpu' needs the native library. {reason}")
-    found: Callable[..., Any] = module[name]
-    return found
+    return module[name]
 
 
 def _stale(info: dict[str, Any]) -> bool:

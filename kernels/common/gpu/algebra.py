@@ -80,6 +80,41 @@ def merge(m_a, s_a, u_a, z_a, m_b, s_b, u_b, z_b):
 
 
 @triton.jit
+def load_upstream(
+    token, scale_ptr, m_ptr, log2s_ptr, p_factor_ptr, plogp_factor_ptr, d_logp_ptr, cap_ptr
+):
+    """(scale, m, log2s, p_factor, plogp_factor, d_logp) [R] of the tokens and the cap, for `gradient`.
+
+    Where plogp_factor_ptr or cap_ptr is None their values mean nothing: `gradient` is told so.
+    """
+    scale = tl.load(scale_ptr + token)
+    m = tl.load(m_ptr + token)
+    log2s = tl.load(log2s_ptr + token)
+    p_factor = tl.load(p_factor_ptr + token)
+    d_logp = tl.load(d_logp_ptr + token)
+    plogp_factor = d_logp if plogp_factor_ptr is None else tl.load(plogp_factor_ptr + token)
+    cap = 0.0 if cap_ptr is None else tl.load(cap_ptr)
+    return scale, m, log2s, p_factor, plogp_factor, d_logp, cap
+
+
+@triton.jit
+def no_columns(ROWS: tl.constexpr):
+    """(m, s, u, z) [ROWS] of no column at all."""
+    m = tl.full((ROWS,), EMPTY, dtype=tl.float32)
+    zero = tl.zeros((ROWS,), dtype=tl.float32)
+    return m, zero, zero, zero
+
+
+@triton.jit
+def store_stats(at, step, m, s, u, z, inside):
+    """Write the four statistics of the tokens at `at`, `step` numbers apart."""
+    tl.store(at, m, mask=inside)
+    tl.store(at + step, s, mask=inside)
+    tl.store(at + 2 * step, u, mask=inside)
+    tl.store(at + 3 * step, z, mask=inside)
+
+
+@triton.jit
 def gradient(
     x, scale, m, log2s, p_factor, plogp_factor, d_logp, cap, exists, hit,
     CAP: tl.constexpr, PLOGP: tl.constexpr,

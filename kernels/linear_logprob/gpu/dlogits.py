@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from appo._kernels.common.gpu import launch
-from appo._kernels.common.gpu.algebra import gradient, target_column
+from appo._kernels.common.gpu.algebra import gradient, load_upstream, target_column
 from appo._kernels.common.gpu.aot import AotCase
 from appo._kernels.common.gpu.config import DLOGITS, SMALL, Tile, ceil_div
 from appo._kernels.linear_logprob.blocks import Upstream
@@ -41,13 +41,9 @@ def dlogits_kernel(
     )  # fmt: skip
 
     target = target_column(column_ptr, token, v0, V)
-    scale = tl.load(scale_ptr + token)
-    m = tl.load(m_ptr + token)
-    log2s = tl.load(log2s_ptr + token)
-    p_factor = tl.load(p_factor_ptr + token)
-    d_logp = tl.load(d_logp_ptr + token)
-    plogp_factor = d_logp if plogp_factor_ptr is None else tl.load(plogp_factor_ptr + token)
-    cap = 0.0 if cap_ptr is None else tl.load(cap_ptr)
+    scale, m, log2s, p_factor, plogp_factor, d_logp, cap = load_upstream(
+        token, scale_ptr, m_ptr, log2s_ptr, p_factor_ptr, plogp_factor_ptr, d_logp_ptr, cap_ptr
+    )
     total = tl.zeros((ROWS,), dtype=tl.float32)
     inside = row < N
     pieces = column_pieces(acc, ROWS, COLUMNS, PIECES)

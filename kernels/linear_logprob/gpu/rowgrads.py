@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from appo._kernels.common.gpu import launch
-from appo._kernels.common.gpu.algebra import gradient, target_column
+from appo._kernels.common.gpu.algebra import gradient, load_upstream, target_column
 from appo._kernels.common.gpu.aot import AotCase
 from appo._kernels.common.gpu.config import ROW, Row, ceil_div, row
 from appo._kernels.linear_logprob.blocks import Upstream
@@ -32,13 +32,9 @@ def rowgrads_kernel(
     inside = row < N
     token = tl.minimum(row, N - 1).to(tl.int64)
     target = target_column(column_ptr, token, v0, V)
-    scale = tl.load(scale_ptr + token)
-    m = tl.load(m_ptr + token)
-    log2s = tl.load(log2s_ptr + token)
-    p_factor = tl.load(p_factor_ptr + token)
-    d_logp = tl.load(d_logp_ptr + token)
-    plogp_factor = d_logp if plogp_factor_ptr is None else tl.load(plogp_factor_ptr + token)
-    cap = 0.0 if cap_ptr is None else tl.load(cap_ptr)
+    scale, m, log2s, p_factor, plogp_factor, d_logp, cap = load_upstream(
+        token, scale_ptr, m_ptr, log2s_ptr, p_factor_ptr, plogp_factor_ptr, d_logp_ptr, cap_ptr
+    )
     total = tl.zeros((ROWS,), dtype=tl.float32)
     for col0 in range(0, V, COLUMNS):
         column = col0 + tl.arange(0, COLUMNS)

@@ -13,7 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from appo._kernels.common.gpu import launch
-from appo._kernels.common.gpu.algebra import EMPTY, LOG2E, scaled, tanh_over, target_column, update
+from appo._kernels.common.gpu.algebra import (
+    LOG2E,
+    no_columns,
+    scaled,
+    store_stats,
+    tanh_over,
+    target_column,
+    update,
+)
 from appo._kernels.common.gpu.aot import AotCase
 from appo._kernels.common.gpu.config import ROW, Row, ceil_div, row
 
@@ -37,10 +45,7 @@ def rowstats_kernel(
     at = stats_ptr + token
     step = stride_stats.to(tl.int64)
     if FIRST:
-        m = tl.full((ROWS,), EMPTY, dtype=tl.float32)
-        s = tl.zeros((ROWS,), dtype=tl.float32)
-        u = tl.zeros((ROWS,), dtype=tl.float32)
-        z = tl.zeros((ROWS,), dtype=tl.float32)
+        m, s, u, z = no_columns(ROWS)
     else:
         m = tl.load(at)
         s = tl.load(at + step)
@@ -54,11 +59,7 @@ def rowstats_kernel(
             x = cap * tanh_over(x, cap)
         x2 = scaled(x, scale2[:, None], exists)
         m, s, u, z = update(m, s, u, z, x2, column[None, :] == target[:, None])
-    inside = row < N
-    tl.store(at, m, mask=inside)
-    tl.store(at + step, s, mask=inside)
-    tl.store(at + 2 * step, u, mask=inside)
-    tl.store(at + 3 * step, z, mask=inside)
+    store_stats(at, step, m, s, u, z, row < N)
 
 
 def rowstats(

@@ -7,6 +7,7 @@ merge over ranks, logp, entropy and lse from the statistics, and the upstream fa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,16 @@ class LogProbEntropy(NamedTuple):
     logp: Tensor
     entropy: Tensor
     lse: Tensor
+
+
+class HeadOptions(NamedTuple):
+    """What both operators are told beside tensors; the meaning of each is told at `linear_logprob_entropy`."""
+
+    softcap: float | None
+    vocab_start: int
+    backend: str
+    deterministic: bool
+    block: Sequence[int] | None
 
 
 def linear_logprob_entropy(
@@ -94,17 +105,8 @@ def linear_logprob_entropy(
     # A gradient of the temperature sums over all logits: half-precision probabilities would show in it.
     wanted = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
     saved_bytes = saved_bytes if wanted and not scale.requires_grad else 0
-    call = (
-        rows,
-        softcap,
-        vocab_start,
-        vocabulary,
-        group,
-        backend,
-        deterministic,
-        block,
-        saved_bytes,
-    )
+    options = HeadOptions(softcap, vocab_start, backend, deterministic, block)
+    call = (rows, options, vocabulary, group, saved_bytes)
     return LogProbEntropy(*_Fused.apply(h, w, targets, scale, *call))
 
 
@@ -154,36 +156,22 @@ class _Fused(torch.autograd.Function):
         targets: Tensor,
         scale: Tensor,
         rows: Tensor | None,
-        softcap: float | None,
-        vocab_start: int,
+        options: HeadOptions,
         vocabulary: tuple[int, int],
         group: Any,
-        backend: str,
-        deterministic: bool,
-        block: tuple[int, int] | None,
         saved_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        low, high = vocabulary
-        how = (rows, softcap, vocab_start, backend, deterministic, block)
-        packed, prob_cache = stats_op(h, w, targets, scale, *how, low, high, saved_bytes)
+        packed, prob_cache = stats_op(
+            h, w, targets, scale, rows, *options, *vocabulary, saved_bytes
+        )
         stats = Stats(*packed.unbind(0))
         if group is not None:
             stats = merge_ranks(stats, group)
         real = targets != IGNORE
         logp, entropy, lse = (torch.where(real, x, 0.0) for x in finish(stats))
-        ctx.save_for_backward(
-            h,
-            w,
-            targets,
-            scale,
-            rows,
-            prob_cache,
-            stats.m.clone(),
-            torch.log2(stats.s),
-            entropy,
-            lse,
-        )
-        ctx.how, ctx.group = how[1:], group
+        per_token = (stats.m.clone(), torch.log2(stats.s), entropy, lse)
+        ctx.save_for_backward(h, w, targets, scale, rows, prob_cache, *per_token)
+        ctx.options, ctx.group = options, group
         return logp, entropy, lse
 
     @staticmethod
@@ -197,9 +185,9 @@ class _Fused(torch.autograd.Function):
         d_logp, d_entropy, d_lse = (torch.where(real, g, 0.0) for g in (d_logp, d_entropy, d_lse))
         needs = (need_h, need_w, need_scale)
         wide = ctx.group is not None  # a sum over ranks is rounded after it, not before
-        up = (m, log2s, d_lse - d_logp - d_entropy * entropy, d_entropy * LN2, d_logp)
+        up = Upstream(m, log2s, d_lse - d_logp - d_entropy * entropy, d_entropy * LN2, d_logp)
         dh, dw, d_scale = grads_op(
-            h, w, targets, scale, rows, *ctx.how, prob_cache, *up, *needs, wide
+            h, w, targets, scale, rows, *ctx.options, prob_cache, *up, *needs, wide
         )
         if wide:
             if need_h:
@@ -208,7 +196,7 @@ class _Fused(torch.autograd.Function):
                 d_scale = sum_ranks(d_scale, ctx.group)
         # Σ_j G_j x_j with x_j = log p_j + lse and Σ_j G_j = d_lse: the large common part of x never enters a sum.
         d_inv_temp = (LN2 * d_scale + d_lse * lse) / scale if need_scale else None
-        return dh if need_h else None, dw if need_w else None, None, d_inv_temp, *([None] * 9)
+        return dh if need_h else None, dw if need_w else None, None, d_inv_temp, *([None] * 5)
 
 
 def linear_stats(
@@ -217,11 +205,7 @@ def linear_stats(
     targets: Tensor,
     scale: Tensor,
     rows: Tensor | None,
-    softcap: float | None,
-    vocab_start: int,
-    backend: str,
-    deterministic: bool,
-    block: list[int] | None,
+    options: HeadOptions,
     low: int,
     high: int,
     saved_bytes: int,
@@ -233,16 +217,18 @@ def linear_stats(
     if h.device.type == "cpu" or debug.active():
         check_values(targets, rows, scale, h.shape[0], (low, high))
     n = targets.shape[0]
-    at, call = _call(h, w, targets, scale, rows, softcap, vocab_start, deterministic, block)
+    at, call = _call(h, w, targets, scale, rows, options)
     prob_cache = torch.empty(
-        _cache_size(h, w, n, softcap, backend, saved_bytes), dtype=torch.uint8, device=h.device
+        _cache_size(h, w, n, options, saved_bytes), dtype=torch.uint8, device=h.device
     )
     if call.column.shape[0] == 0:
         stats = scale.new_zeros(4, 0)
     else:
         how = {"prob_cache": prob_cache} if prob_cache.numel() else {}
         with torch.autocast(h.device.type, enabled=False):
-            stats = backends.module(backends.choose(backend, h, w)).partial_stats(call, **how)
+            stats = backends.module(backends.choose(options.backend, h, w)).partial_stats(
+                call, **how
+            )
     debug.count_non_finite(stats)
     if at is not None:
         neutral = scale.new_tensor([0.0, 1.0, 0.0, 0.0])[:, None].repeat(1, n)
@@ -250,13 +236,11 @@ def linear_stats(
     return stats, prob_cache
 
 
-def _cache_size(
-    h: Tensor, w: Tensor, n: int, softcap: float | None, backend: str, saved_bytes: int
-) -> int:
+def _cache_size(h: Tensor, w: Tensor, n: int, options: HeadOptions, saved_bytes: int) -> int:
     """Bytes of `prob_cache`: none where less than half of the probabilities would fit."""
-    if not saved_bytes or softcap is not None or torch.float32 in (h.dtype, w.dtype):
+    if not saved_bytes or options.softcap is not None or torch.float32 in (h.dtype, w.dtype):
         return 0
-    if backends.choose(backend, h, w) != "cpu":
+    if backends.choose(options.backend, h, w) != "cpu":
         return 0
     every = linear_cpu.cache_bytes(n, w.shape[0])
     return min(every, saved_bytes) if every <= 2 * saved_bytes else 0
@@ -268,13 +252,11 @@ def _fake_stats(
     targets: Tensor,
     scale: Tensor,
     rows: Tensor | None,
-    softcap: float | None,
-    vocab_start: int,
-    backend: str,
+    options: HeadOptions,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     n, saved_bytes = targets.shape[0], rest[-1]
-    prob_cache = h.new_empty(_cache_size(h, w, n, softcap, backend, saved_bytes), dtype=torch.uint8)
+    prob_cache = h.new_empty(_cache_size(h, w, n, options, saved_bytes), dtype=torch.uint8)
     return scale.new_empty(4, n), prob_cache
 
 
@@ -284,17 +266,9 @@ def linear_grads(
     targets: Tensor,
     scale: Tensor,
     rows: Tensor | None,
-    softcap: float | None,
-    vocab_start: int,
-    backend: str,
-    deterministic: bool,
-    block: list[int] | None,
+    options: HeadOptions,
     prob_cache: Tensor,
-    m: Tensor,
-    log2s: Tensor,
-    p_factor: Tensor,
-    plogp_factor: Tensor,
-    d_logp: Tensor,
+    up: Upstream,
     need_h: bool,
     need_w: bool,
     need_scale: bool,
@@ -304,14 +278,12 @@ def linear_grads(
 
     The vectors are those of `Upstream`. dh has the dtype of h, or with `wide` that of `scale`.
     """
-    at, call = _call(h, w, targets, scale, rows, softcap, vocab_start, deterministic, block)
-    up = Upstream(m, log2s, p_factor, plogp_factor, d_logp)
+    at, call = _call(h, w, targets, scale, rows, options)
     if at is not None:
         up = up.map(lambda x: x[at])
-    if h.device.type == "cpu" and not bool(plogp_factor.any()):
-        up = up._replace(
-            plogp_factor=None
-        )  # no upstream of the entropy: one product per logit less
+    if h.device.type == "cpu" and up.plogp_factor is not None and not bool(up.plogp_factor.any()):
+        # no upstream of the entropy: one product per logit less
+        up = up._replace(plogp_factor=None)
     dtype = scale.dtype if wide else h.dtype
     if call.column.shape[0] == 0:
         return (
@@ -320,7 +292,7 @@ def linear_grads(
             scale.new_zeros(targets.shape[0] if need_scale else 0),
         )
     with torch.autocast(h.device.type, enabled=False):
-        run = backends.module(backends.choose(backend, h, w)).gradients
+        run = backends.module(backends.choose(options.backend, h, w)).gradients
         how = {"prob_cache": prob_cache} if prob_cache.numel() else {}
         dh, dw, d_scale = run(call, up, need_h, need_w, need_scale, dtype, **how)
     if at is not None and d_scale is not None:
@@ -353,21 +325,18 @@ def _call(
     targets: Tensor,
     scale: Tensor,
     rows: Tensor | None,
-    softcap: float | None,
-    vocab_start: int,
-    deterministic: bool,
-    block: list[int] | None,
+    options: HeadOptions,
 ) -> tuple[Tensor | None, LinearCall]:
     """(positions that have a target, or None for all; the call for them).
 
     On a CPU ignored targets cost nothing: only the others are computed. On a GPU to find them out would wait for the
     device, so they are computed and masked; leave them out with `rows`.
     """
-    size = None if block is None else (block[0], block[1])
+    block = None if options.block is None else (options.block[0], options.block[1])
     rows = None if rows is None else rows.to(torch.int64)
-    column = targets - vocab_start
+    column = targets - options.vocab_start
     at = None
     if h.device.type == "cpu" and bool((targets == IGNORE).any()):
         at = (targets != IGNORE).nonzero()[:, 0]
         column, scale, rows = column[at], scale[at], at if rows is None else rows[at]
-    return at, LinearCall(h, w, column, rows, scale, softcap, deterministic, size)
+    return at, LinearCall(h, w, column, rows, scale, options.softcap, options.deterministic, block)

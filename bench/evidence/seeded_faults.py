@@ -131,7 +131,7 @@ FAULTS = [
     Fault(
         "entropy gradient set to 0, C++",
         "csrc/linear_logprob/grads.cpp",
-        "g_.bent ? g_.bent[n] * scale : 0.0f",
+        "g_.plogp_factor ? g_.plogp_factor[n] * scale : 0.0f",
         "0.0f",
         "test_gradients and cpu",
     ),

@@ -88,9 +88,9 @@ def test_one_digest_of_the_sources(monkeypatch, tmp_path):
     """setup.py and the loader hash the same files; a changed or moved file changes both."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     root = tmp_path / "checkout"
-    shutil.copytree(ROOT / "csrc", root / "csrc")
+    shutil.copytree(builds.ROOT / "csrc", root / "csrc")
     for name in ("CMakeLists.txt", "setup.py"):
-        shutil.copy(ROOT / name, root / name)
+        shutil.copy(builds.ROOT / name, root / name)
     built = runpy.run_path(str(root / "setup.py"))["source_digest"]
 
     def both():

@@ -54,8 +54,8 @@ FAULTS = [
     Fault(
         "targets shifted by one",
         "kernels/linear_logprob/op.py",
-        "column = targets - vocab_start\n",
-        "column = targets - vocab_start - 1\n",
+        "column = targets - options.vocab_start\n",
+        "column = targets - options.vocab_start - 1\n",
         "test_values and torch and 1100",
     ),
     Fault(

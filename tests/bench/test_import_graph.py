@@ -38,9 +38,9 @@ PLAIN = {
     "appo/cli.py": "import appo.algo.credit, appo.rollout.native.b\n",
     "kernels/scan.py": "import torch\nimport appo.errors as e\n",
     "kernels/gpu/tile.py": "from appo.kernels.scan import f\nfrom appo.kernels import scan\n",
-    "csrc/kv_tree/kv_tree.h": "#pragma once\n",
-    "csrc/kv_tree/kv_tree.cpp": '#include <vector>\n#include "tree.h"\n#include "checks.h"\n',
-    "csrc/common/checks.h": "",
+    "csrc/tree.h": "#pragma once\n",
+    "csrc/tree.cpp": '#include <vector>\n#include "tree.h"\n#include "checks.h"\n',
+    "csrc/checks.h": "",
 }
 
 

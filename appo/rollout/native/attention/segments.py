@@ -12,7 +12,7 @@ beside it, on how they are grouped, or on the number of threads.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor

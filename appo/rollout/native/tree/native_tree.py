@@ -12,7 +12,6 @@ import functools
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 

@@ -12,7 +12,7 @@ beside it, on how they are grouped, or on the number of threads.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -78,8 +78,7 @@ def attend_segments(
             f"k has shape {tuple(k.shape)} and dtype {k.dtype}; the pool has (heads, head dimension, dtype) {like}"
         )
     limit = torch.get_num_threads() if threads is None else threads
-    attend: Any = native.function("attend_segments", "cpu")
-    attend(
+    native.require("attend_segments")(
         q, k, v, layout.slots, layout.segments, layout.blocks, layout.reads, layout.limits, pool.addresses,
         pool.layers, layer, out, tile_rows, isa, limit,
     )  # fmt: skip

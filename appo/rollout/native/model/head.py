@@ -70,4 +70,4 @@ class NativeHead:
 
 
 def _function(name: str) -> Any:
-    return native.function(name, "cpu")
+    return native.require(name)

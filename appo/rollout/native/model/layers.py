@@ -167,4 +167,4 @@ class NativeLayers:
 
 
 def _function(name: str) -> Any:
-    return native.function(name, "cpu")
+    return native.require(name)

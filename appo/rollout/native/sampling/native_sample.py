@@ -48,4 +48,4 @@ def noise_bits(seed: int, position: int, count: int, isa: str = "") -> Tensor:
 
 
 def _function(name: str) -> Any:
-    return native.function(name, "cpu")
+    return native.require(name)

@@ -12,7 +12,6 @@ import functools
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
@@ -40,9 +39,7 @@ def make_tree(max_blocks: int | None = None) -> Tree:
 @functools.cache
 def _library() -> SimpleNamespace:
     """The functions tree_* of the native library, which raise EngineError and StaleWeightsError."""
-    functions: dict[str, Any] = {
-        name: native.function(f"tree_{name}", "cpu") for name in _FUNCTIONS
-    }
+    functions = {name: native.require(f"tree_{name}") for name in _FUNCTIONS}
     from tvm_ffi import register_error
 
     register_error("EngineError", EngineError)

@@ -259,8 +259,8 @@ FAULTS = [
     Fault(
         "partly hidden blocks taken as whole, FlexAttention",
         "kernels/tree_attention/backend_flex.py",
-        "whole = (last <= q0) & (least > q1)",
-        "whole = (last <= q0) & (least > q0)",
+        "whole = (last <= q0) & (min_end > q1)",
+        "whole = (last <= q0) & (min_end > q0)",
         "test_blocks_are_those",
         FOREIGN,
     ),

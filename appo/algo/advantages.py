@@ -28,6 +28,11 @@ def _spread(r: F64, ddof: int, source: np.dtype) -> float:
     return 0.0 if std <= tolerance * max(1.0, float(np.abs(r).max())) else std
 
 
+def _z(r: F64, mean: float, std: float) -> F64:
+    """(R - mean) / (std + 1e-6)."""
+    return (r - mean) / (std + EPS)
+
+
 def standardise(rewards: ArrayLike, *, ddof: int = 0) -> F64:
     """(R - mean) / (std + 1e-6) of one group; exactly 0 where the group is constant or has one member.
 
@@ -38,7 +43,7 @@ def standardise(rewards: ArrayLike, *, ddof: int = 0) -> F64:
     std = _spread(r, ddof, raw.dtype)
     if len(r) < 2 or std == 0.0:
         return np.zeros_like(r)
-    return (r - r.mean()) / (std + EPS)
+    return _z(r, float(r.mean()), std)
 
 
 def group_advantage(
@@ -48,7 +53,7 @@ def group_advantage(
     std: Literal["sample", "population", "none"] = "sample",
     singleton: Literal["raw", "zero"] = "raw",
 ) -> F64:
-    """GRPO: rewards[n] standardised inside each group of `groups[n]`.
+    """GRPO: rewards[n] standardized inside each group of `groups[n]`.
 
     std "none" subtracts the mean only (Dr.GRPO). singleton "raw": a group of one keeps R/(1+1e-6), or R without std,
     the convention of verl. Source: DeepSeekMath; verl `compute_grpo_outcome_advantage` semantics.
@@ -61,7 +66,7 @@ def group_advantage(
         i = np.flatnonzero(labels == label)
         if len(i) == 1:
             if singleton == "raw":
-                out[i] = r[i] if std == "none" else r[i] / (1.0 + EPS)
+                out[i] = r[i] if std == "none" else _z(r[i], 0.0, 1.0)
         elif std == "none":
             flat = _spread(r[i], 0, raw.dtype) == 0.0
             out[i] = 0.0 if flat else r[i] - r[i].mean()
@@ -71,7 +76,7 @@ def group_advantage(
 
 
 def dual_group_advantage(root_rewards: ArrayLike, branch_rewards: ArrayLike) -> tuple[F64, F64]:
-    """APPO: roots and branches of one prompt standardised separately, population std. → (a_root[N], a_branch[K])."""
+    """APPO: roots and branches of one prompt standardized separately, population std. → (a_root[N], a_branch[K])."""
     return standardise(root_rewards), standardise(branch_rewards)
 
 
@@ -92,8 +97,8 @@ def prefix_credit(
 
     root_rewards[N], branch_rewards[K], branch_root[K] (which root), branch_split[K], lengths[N] (response tokens)
     → per root float64[length].  rule "sum": a_root + mean of the covering branches' a_k; "mean": the average of the
-    two; "literal": the root's reward standardised by both groups' statistics. Where no branch covers t: a_root.
-    Source: paper Eq. 6; algorithm.md section 1.10.
+    two; "literal": the root's reward standardized by both groups' statistics. Where no branch covers t: a_root.
+    Source: paper, Eq. 6; docs/algorithms.md, section 4.
     """
     a_root, a_branch = dual_group_advantage(root_rewards, branch_rewards)
     if rule == "literal":
@@ -114,8 +119,9 @@ def prefix_credit(
 
 
 def _literal(root: NDArray, branch: NDArray, a_root: F64) -> F64:
+    """Eq. 6 by the letter: the mean of a root's z among the roots and its z among the branches."""
     b = branch.astype(np.float64)
     std = _spread(b, 0, branch.dtype) if len(b) > 1 else 0.0
     if std == 0.0:
         return a_root
-    return (a_root + (root.astype(np.float64) - b.mean()) / (std + EPS)) / 2
+    return (a_root + _z(root.astype(np.float64), float(b.mean()), std)) / 2

@@ -1,7 +1,7 @@
 """Where to branch: from the statistics of a prompt's roots to distinct positions, best first.
 
-The numbers (Ω, z-scores, top-k with defined ties) are kernels; this room decides which positions may be chosen at all
-and lays the `branch_by` ablations over the same selection. Source: algorithm.md section 1, steps 3-6.
+The numbers (Ω, z-scores, top-k with defined ties) are kernels; this module decides which positions may be chosen at all
+and lays the `branch_by` ablations over the same selection. Source: paper, Eq. 5; docs/algorithms.md, section 3.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from appo.algo.presets import Algorithm
+from appo.algo.algorithm import Algorithm
 from appo.kernels import branch_scores, select_branch_points
 from appo.types import Trajectory
 

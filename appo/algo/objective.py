@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from appo.algo.algorithm import Algorithm
 from appo.algo.losses import aggregate, row_sums
-from appo.algo.presets import Algorithm
 from appo.kernels import PolicyLoss, policy_loss
 from appo.types import Counts
 

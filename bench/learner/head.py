@@ -22,7 +22,7 @@ import torch
 
 import appo
 from appo.algo.objective import make_objective
-from appo.algo.presets import resolve
+from appo.algo.resolve import resolve
 from appo.config import Config, LearnerConfig, LoraConfig, RunContext
 from appo.kernels import linear_logprob_entropy
 from appo.learner import Learner

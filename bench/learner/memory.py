@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import appo
-from appo.algo.presets import resolve
+from appo.algo.resolve import resolve
 from appo.config import LearnerConfig, LoraConfig, RunContext
 from appo.learner import Learner
 from appo.learner import policy as forward

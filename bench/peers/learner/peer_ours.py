@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from appo.algo.objective import make_objective
-from appo.algo.presets import resolve
+from appo.algo.resolve import resolve
 from appo.config import AlgoConfig, LearnerConfig, RunContext
 from appo.learner import Learner
 from appo.learner import learner as backend

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from appo.algo.objective import make_objective
-from appo.algo.presets import resolve
+from appo.algo.resolve import resolve
 from appo.config import AlgoConfig, LearnerConfig, RunContext
 from appo.learner import Learner
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from appo.algo.algorithm import Algorithm
-from appo.algo.losses import aggregate, row_sums
-from appo.kernels import PolicyLoss, policy_loss
+from appo.kernels import PolicyLoss, aggregate, policy_loss, row_weight
 from appo.types import Counts
 
 
@@ -74,7 +73,7 @@ def make_objective(
             rows.advantage * weight,
             rows.mask,
             rows.offsets,
-            _row_weight(rows, algo, counts),
+            row_weight(algo.aggregate, rows.mask, rows.offsets, counts, rows.weight),
             gamma=algo.gamma if algo.future_weight else None,
             future_clip=algo.future_clip,
             future_weight=algo.future_weight,
@@ -102,16 +101,6 @@ def make_objective(
 def importance_weight(drift: Tensor, cap: float | None) -> Tensor:
     """min(exp(drift), cap) per token; drift[E] = old_logp - behavior_logp. No cap: no correction, 1 everywhere."""
     return torch.ones_like(drift) if cap is None else drift.clamp(-20.0, math.log(cap)).exp()
-
-
-@torch.no_grad()
-def _row_weight(rows: LossRows, algo: Algorithm, counts: Counts) -> Tensor:
-    """The denominators of `losses.aggregate` as one factor per row. float64[R]"""
-    weight = rows.weight.double()
-    if algo.aggregate == "token-mean":
-        return weight / max(counts.tokens, 1.0)
-    total = counts.rows if algo.aggregate == "seq-mean-token-mean" else counts.rollouts
-    return weight / row_sums(rows.mask, rows.offsets).clamp(min=1.0) / max(total, 1.0)
 
 
 @torch.no_grad()

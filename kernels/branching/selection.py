@@ -1,6 +1,6 @@
 """The choice of positions to branch at: the best k of every group by strictness, value and position.
 
-The order is total, so selection has one result, whatever computes it: `_select_torch` (the definition), csrc/branching.cpp
+The order is total, so selection has one result, whatever computes it: `_select_torch` by `definition.ranking`, csrc/branching.cpp
 or kernels/branching/gpu/topk.py.
 """
 
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from appo._kernels.branching import definition
 from appo._kernels.branching.op import BranchScores, check_variant
 from appo._kernels.common import native, packed
 
-RULE_EMPTY, RULE_STRICT, RULE_ENTROPY, RULE_PRODUCT, RULE_REPEAT = -1, 0, 1, 2, 3
+RULE_EMPTY, RULE_REPEAT = -1, 3  # the others: `definition`
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,8 @@ def _select_torch(
     variant: str,
 ) -> Chosen:
     group = groups.to(eligible.device)[packed.segment_ids(offsets, eligible)]  # [N]
-    candidate = eligible.to(torch.bool)
-    strict = candidate & (scores.z_entropy > 0) & (scores.z_omega > 0)
-    if variant == "paper":
-        value = torch.where(strict, scores.score, scores.z_entropy)
-        usable, filler = candidate & (scores.z_entropy > 0), RULE_ENTROPY
-    else:
-        value, usable, filler = scores.score, candidate, RULE_PRODUCT
-    rule = torch.where(strict, RULE_STRICT, filler)
+    z = (scores.z_entropy, scores.z_omega, scores.score)
+    usable, rule, value = definition.ranking(*z, eligible, variant)
 
     # One stable sort per key, least important first; positions are in order to begin with.
     order = usable.nonzero()[:, 0]

@@ -58,7 +58,7 @@ def test_groups_without_signal_leave_no_rows_but_stay_in_the_denominators():
     same = tree((0.5, 0.5), ((0, 2, 0.3), (1, 3, 0.3)))
     out = assign([same, tree()], APPO)
     assert out.credits[0] == [] and len(out.credits[1]) == 2 and out.zero_groups == 1
-    assert out.counts.rollouts == 8 and out.counts.rows == 4
+    assert (out.counts.tokens, out.counts.rows, out.counts.rollouts) == (28, 4, 8)
 
 
 def test_equal_roots_with_unequal_branches_still_teach():

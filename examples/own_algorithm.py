@@ -1,4 +1,5 @@
-"""Dr. GRPO in one file: the mean is subtracted, nothing is divided by a deviation, every token counts alike.
+"""Dr. GRPO in one file: the mean is subtracted, nothing is divided by a deviation, every token
+counts alike.
 
     appo train tiny algo=own_algorithm:DR_GRPO steps=1
 

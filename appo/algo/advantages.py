@@ -1,7 +1,8 @@
-"""Advantages: rewards of a group of leaves → how much better each was than its peers. float64 throughout.
+"""Advantages: rewards of a group of leaves → how much better each was than its peers. float64
+throughout.
 
-A group whose rewards do not differ says nothing: its advantages are exactly 0, also where the mean of equal floats is
-inexact (the spread is compared with a tolerance, never with 0).
+A group whose rewards do not differ says nothing: its advantages are exactly 0, also where the mean
+of equal floats is inexact (the spread is compared with a tolerance, never with 0).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ F64 = NDArray[np.float64]
 
 
 def _spread(r: F64, ddof: int, source: np.dtype) -> float:
-    """Standard deviation, exactly 0 for a group that is constant up to rounding of its source dtype."""
+    """Standard deviation, exactly 0 for a group that is constant up to rounding of its source
+    dtype.
+    """
     if len(r) <= ddof:
         return 0.0
     std = float(np.std(r, ddof=ddof))
@@ -34,7 +37,8 @@ def _z(r: F64, mean: float, std: float) -> F64:
 
 
 def standardise(rewards: ArrayLike, *, ddof: int = 0) -> F64:
-    """(R - mean) / (std + 1e-6) of one group; exactly 0 where the group is constant or has one member.
+    """(R - mean) / (std + 1e-6) of one group; exactly 0 where the group is constant or has one
+    member.
 
     rewards[n] any float dtype → float64[n]. ddof 0: population std (APPO), 1: sample std (GRPO).
     """
@@ -55,8 +59,9 @@ def group_advantage(
 ) -> F64:
     """GRPO: rewards[n] standardized inside each group of `groups[n]`.
 
-    std "none" subtracts the mean only (Dr.GRPO). singleton "raw": a group of one keeps R/(1+1e-6), or R without std,
-    the convention of verl. Source: DeepSeekMath; verl `compute_grpo_outcome_advantage` semantics.
+    std "none" subtracts the mean only (Dr.GRPO). singleton "raw": a group of one keeps R/(1+1e-6),
+    or R without std, the convention of verl. Source: DeepSeekMath; verl
+    `compute_grpo_outcome_advantage` semantics.
     """
     raw = np.asarray(rewards)
     r = raw.astype(np.float64)
@@ -76,7 +81,9 @@ def group_advantage(
 
 
 def dual_group_advantage(root_rewards: ArrayLike, branch_rewards: ArrayLike) -> tuple[F64, F64]:
-    """APPO: roots and branches of one prompt standardized separately, population std. → (a_root[N], a_branch[K])."""
+    """APPO: roots and branches of one prompt standardized separately, population std. → (a_root[N],
+    a_branch[K]).
+    """
     return standardise(root_rewards), standardise(branch_rewards)
 
 
@@ -89,16 +96,21 @@ def prefix_credit(
     *,
     rule: Literal["sum", "mean", "literal"] = "sum",
 ) -> list[F64]:
-    """A_base of every root token: the root's own advantage and that of the branches which share the token.
+    """A_base of every root token: the root's own advantage and that of the branches which share the
+    token.
 
-    `branch_split[k]` is the first response position that branch k drew itself, so it shares root tokens t < split and
-    speaks for those only. (The published code keeps the chosen token c and resumes after it: split = c + 1, its rule
-    "c ≥ t"; when c itself is drawn again, split = c, and the outcome of another choice at c is no credit for c.)
+    `branch_split[k]` is the first response position that branch k drew itself, so it shares root
+    tokens t < split and speaks for those only. (The published code keeps the chosen token c and
+    resumes after it: split = c + 1, its rule "c ≥ t"; when c itself is drawn again, split = c, and
+    the outcome of another choice at c is no credit for c.)
 
-    root_rewards[N], branch_rewards[K], branch_root[K] (which root), branch_split[K], lengths[N] (response tokens)
-    → per root float64[length].  rule "sum": a_root + mean of the covering branches' a_k; "mean": the average of the
-    two; "literal": the root's reward standardized by both groups' statistics. Where no branch covers t: a_root.
-    Source: paper, Eq. 6; docs/algorithms.md, section 4.
+    root_rewards[N], branch_rewards[K]
+    branch_root[K]   the root that branch k forked from
+    branch_split[K]  its first own position
+    lengths[N]       response tokens of each root
+    rule             "sum": a_root + mean of the covering branches' a_k; "mean": the average of the
+                     two; "literal": the root's reward standardized by both groups' statistics
+    Returns float64[length] for each root; a_root where no branch covers t. Paper, Eq. 6.
     """
     a_root, a_branch = dual_group_advantage(root_rewards, branch_rewards)
     if rule == "literal":

@@ -1,7 +1,9 @@
-"""An algorithm as one row of plain data: branching rule + advantage rule + loss options. No torch here.
+"""An algorithm as one row of plain data: branching rule + advantage rule + loss options. No torch
+here.
 
-The built-in ones stand in `appo.algo.presets`, one file each; one of your own is any `Algorithm` that
-`algo=my_module:MY_ALGO` names (`appo.algo.resolve`). docs/algorithms.md has the equations that the fields belong to.
+The built-in ones stand in `appo.algo.presets`, one file each; one of your own is any `Algorithm`
+that `algo=my_module:MY_ALGO` names (`appo.algo.resolve`). docs/algorithms.md has the equations that
+the fields belong to.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from appo.types import Aggregate, BranchBy, Credit, CreditRule, Resample, Rollou
 AdvantageRule = Callable[[RolloutTree, list[int], "Algorithm"], list[Credit]]
 """(tree, graded leaves, algorithm) → the credits of the leaves that are trained.
 
-Every leaf in the list has a reward. A trained leaf gets one `Credit`, also where its advantage is 0: denominators count
-it. `appo.algo.credit.token_credit` makes one.
+Every leaf in the list has a reward. A trained leaf gets one `Credit`, also where its advantage is
+0: denominators count it. `appo.algo.credit.token_credit` makes one.
 """
 
 
@@ -24,7 +26,8 @@ it. `appo.algo.credit.token_credit` makes one.
 class Algorithm:
     """One resolved algorithm. `branches` is per root; 0 means independent rollouts.
 
-    Users may set every field as `algo.<field>`, except `advantage`, `advantage_keys`, `fewest_roots` and `future_clip`.
+    Users may set every field as `algo.<field>`, except `advantage`, `advantage_keys`,
+    `fewest_roots` and `future_clip`.
     """
 
     name: str

@@ -1,4 +1,6 @@
-"""From rewarded trees to what the learner trains on: per-token advantages, loss masks and the global denominators."""
+"""From rewarded trees to what the learner trains on: per-token advantages, loss masks and the
+global denominators.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from appo.types import Counts, Credit, RolloutTree, Trajectory
 
 @dataclass(frozen=True)
 class MiniBatchCredit:
-    """`credits[i]` are the trained rows of tree i; rows whose advantage is 0 everywhere are left out, but counted."""
+    """`credits[i]` are the trained rows of tree i; rows whose advantage is 0 everywhere are left
+    out, but counted.
+    """
 
     credits: list[list[Credit]]
     counts: Counts
@@ -25,10 +29,12 @@ class MiniBatchCredit:
 def assign(
     trees: Sequence[RolloutTree], algo: Algorithm, *, keep_all: bool = False
 ) -> MiniBatchCredit:
-    """Advantages for every trained leaf of a mini-batch. keep_all: also rows without any (for an entropy bonus).
+    """Advantages for every trained leaf of a mini-batch. keep_all: also rows without any (for an
+    entropy bonus).
 
-    A leaf without reward (its grader failed) is in no group and is not trained. Denominators follow the algorithm's
-    definition over all graded leaves, so dropping zero rows does not change the gradient of the policy term.
+    A leaf without reward (its grader failed) is in no group and is not trained. Denominators follow
+    the algorithm's definition over all graded leaves, so dropping zero rows does not change the
+    gradient of the policy term.
     """
     kept: list[list[Credit]] = []
     tokens = rows = rollouts = 0
@@ -51,7 +57,8 @@ def token_credit(
 ) -> Credit:
     """The credit of one trained leaf: `advantage` on the tokens that the policy drew, 0 elsewhere.
 
-    advantage: one number, or one per response position; trained_from: the first position that is trained.
+    advantage: one number, or one per response position; trained_from: the first position that is
+    trained.
     """
     mask = view.mask.copy()
     mask[:trained_from] = False

@@ -1,6 +1,8 @@
-"""`algo.*` of a configuration → the `Algorithm` that runs: a preset with the user's values laid over it.
+"""`algo.*` of a configuration → the `Algorithm` that runs: a preset with the user's values laid
+over it.
 
-The preset is a built-in one, or the user's own by import string. Also the batch arithmetic M = N(B+1). No torch here.
+The preset is a built-in one, or the user's own by import string. Also the batch arithmetic M =
+N(B+1). No torch here.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ EXPECTED = "an appo.algo.algorithm.Algorithm, or a function without arguments th
 def resolve(cfg: AlgoConfig) -> Algorithm:
     """The preset `cfg.name` with the user's values laid over it.
 
-    Raises ConfigError for an unknown name, an import string that does not lead to an `Algorithm`, N(B+1) ≠ M, branches
-    on an algorithm without, and values out of range.
+    Raises ConfigError for an unknown name, an import string that does not lead to an `Algorithm`,
+    N(B+1) ≠ M, branches on an algorithm without, and values out of range.
     """
     preset = find(cfg.name)
     if cfg.variant == "released":
@@ -63,7 +65,9 @@ def find(name: str) -> Algorithm:
 
 
 def _own(name: str) -> Algorithm:
-    """The user's algorithm, by import string: an `Algorithm`, or what a function without arguments returns."""
+    """The user's algorithm, by import string: an `Algorithm`, or what a function without arguments
+    returns.
+    """
     found = import_string(name, "algo.name", EXPECTED, _is_no_algorithm)
     if isinstance(found, Algorithm):
         return found

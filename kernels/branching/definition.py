@@ -1,7 +1,9 @@
-"""Eq. 3 to 5 of arXiv 2606.12384 in PyTorch, float64: the formulas that every backend is tested against.
+"""Eq. 3 to 5 of arXiv 2606.12384 in PyTorch, float64: the formulas that every backend is tested
+against.
 
-Everything works on *packed* roots: vectors of N tokens and offsets[B+1] that cut them into B segments, one per root.
-The torch backends call these functions. The policy loss calls `future_value_torch` and `omega` too (Eq. 7).
+Everything works on *packed* roots: vectors of N tokens and offsets[B+1] that cut them into B
+segments, one per root. The torch backends call these functions. The policy loss calls
+`future_value_torch` and `omega` too (Eq. 7).
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ RULE_STRICT, RULE_ENTROPY, RULE_PRODUCT = 0, 1, 2
 
 
 def future_value_torch(log_ratio: Tensor, mask: Tensor, offsets: Tensor, gamma: float) -> Tensor:
-    """S_t = Σ_{k ≥ t} γ^(k-t) · mask_k · d_k inside each segment (Eq. 4); [N] in the dtype of log_ratio.
+    """S_t = Σ_{k ≥ t} γ^(k-t) · mask_k · d_k inside each segment (Eq. 4); [N] in the dtype of
+    log_ratio.
 
     By doubling: after step j every token holds the sum of its next 2^j terms. O(N log L).
     """
@@ -49,10 +52,12 @@ def omega(future: Tensor, low: float, high: float) -> Tensor:
 def standardise(
     x: Tensor, mask: Tensor, segment: Tensor, segments: int, variant: str
 ) -> tuple[Tensor, Tensor]:
-    """z = (x - mean) / (std + 1e-6) over the mask tokens of each segment, population std, two passes.
+    """z = (x - mean) / (std + 1e-6) over the mask tokens of each segment, population std, two
+    passes.
 
-    x[N] float64, mask[N] bool, segment[N] → (z[N], 0 where the mask is False; uninformative[B]). "paper": a vector
-    whose deviation is rounding is standardized to exactly 0; "released": the bare formula.
+    x[N] float64, mask[N] bool, segment[N] → (z[N], 0 where the mask is False; uninformative[B]).
+    "paper": a vector whose deviation is rounding is standardized to exactly 0; "released": the bare
+    formula.
     """
 
     def per_segment(values: Tensor) -> Tensor:

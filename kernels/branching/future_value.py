@@ -1,8 +1,9 @@
-"""The segmented reverse discounted scan: what lies ahead of each token, in O(N) and without a T × T matrix.
+"""The segmented reverse discounted scan: what lies ahead of each token, in O(N) and without a T × T
+matrix.
 
-Along one segment (`future_value`) and along a tree of segments (`tree_future_value`). The native code (csrc/scan.cpp), the
-Triton kernels (kernels/branching/gpu/scan.py) and the PyTorch definitions compute the same sums in float64 and are tested
-against each other.
+Along one segment (`future_value`) and along a tree of segments (`tree_future_value`). The native
+code (csrc/scan.cpp), the Triton kernels (kernels/branching/gpu/scan.py) and the PyTorch definitions
+compute the same sums in float64 and are tested against each other.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def future_value(
     backend: str = "auto",
     threads: int | None = None,
 ) -> Tensor:
-    """S_i = Σ_{k≥i} γ^(k-i) · mask_k · log_ratio_k over the raw positions of each segment. O(N), float64 inside.
+    """S_i = Σ_{k≥i} γ^(k-i) · mask_k · log_ratio_k over the raw positions of each segment. O(N),
+    float64 inside.
 
     log_ratio[N] floating point; mask[N]; offsets[B+1] from 0 to N, not decreasing; 0 ≤ gamma ≤ 1
     backend  "auto" | "torch" | "cpu" (RuntimeError without the native library) | "triton"; see `packed`
@@ -50,7 +52,9 @@ def _future_value(
     backend: str,
     threads: int | None,
 ) -> Tensor:
-    """`future_value` as an operator that is opaque to torch.compile: a compiled graph does not break at it."""
+    """`future_value` as an operator that is opaque to torch.compile: a compiled graph does not
+    break at it.
+    """
     how = packed.choose(backend, log_ratio)
     if how == "torch":
         return definition.future_value_torch(log_ratio, mask, offsets, gamma)
@@ -81,7 +85,8 @@ def tree_future_value(
     weights: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The same sum along a tree: what lies ahead of a node's last token is the weighted sum over its children.
+    """The same sum along a tree: what lies ahead of a node's last token is the weighted sum over
+    its children.
 
         F_i = mask_i · log_ratio_i + γ · F_{i+1}                          inside a node
         F_i = mask_i · log_ratio_i + γ · Σ_{children c} w_c · F_first(c)  at the last token of a node
@@ -121,7 +126,9 @@ def tree_future_value(
 def _tree_torch(
     log_ratio: Tensor, mask: Tensor, offsets: Tensor, parents: Tensor, weights: Tensor, gamma: float
 ) -> Tensor:
-    """The definition: node by node, the last first; a node's carry enters as one more token behind it."""
+    """The definition: node by node, the last first; a node's carry enters as one more token behind
+    it.
+    """
     packed.segment_lengths(offsets, log_ratio.shape[0])
     x = torch.where(mask.to(torch.bool), log_ratio.double(), 0.0)
     carry = x.new_zeros(parents.shape[0])

@@ -1,10 +1,13 @@
-"""Where to branch: the Branching Score (arXiv 2606.12384, Eq. 5). The choice of positions is in `selection`.
+"""Where to branch: the Branching Score (arXiv 2606.12384, Eq. 5). The choice of positions is in
+`selection`.
 
-Everything works on *packed* roots: vectors of N tokens and offsets[B+1] that cut them into B segments, one per root
-rollout. A mask marks tokens that the policy sampled; tool tokens add nothing but keep their place in the exponent.
-All sums run in float64: they are O(N), and a clipped ratio is so nearly constant that float32 would standardise noise.
+Everything works on *packed* roots: vectors of N tokens and offsets[B+1] that cut them into B
+segments, one per root rollout. A mask marks tokens that the policy sampled; tool tokens add nothing
+but keep their place in the exponent. All sums run in float64: they are O(N), and a clipped ratio is
+so nearly constant that float32 would standardise noise.
 
-`branching.definition` holds the formulas. The backends agree with it to rounding: they add the sums in another order.
+`branching.definition` holds the formulas. The backends agree with it to rounding: they add the sums
+in another order.
 """
 
 from __future__ import annotations
@@ -50,12 +53,12 @@ def branch_scores(
 ) -> BranchScores:
     """Branching Score z(clip(Ω, 1 ± clip)) · z(entropy) with Ω = exp(clamp(S, ± 20)), per segment.
 
-    entropy[N] nats, log_ratio[N] current minus reference log-prob, mask[N], offsets[B+1]; see `future_value`.
-    z uses the population standard deviation + 1e-6 over mask tokens, two passes in float64.
-    variant "paper": a vector whose deviation is rounding (≤ 1e-8 · max(1, max|x|)) is standardised to exactly 0;
-    "released": the bare formula. `omega_uninformative` is reported in both.
-    backend "auto" | "torch" | "cpu" | "triton"; see `packed`. "triton" trusts offsets on the GPU.
-    Raises ValueError for shapes, devices, offsets or numbers that do not fit.
+    entropy[N] nats, log_ratio[N] current minus reference log-prob, mask[N], offsets[B+1]; see
+    `future_value`. z uses the population standard deviation + 1e-6 over mask tokens, two passes in
+    float64. variant "paper": a vector whose deviation is rounding (≤ 1e-8 · max(1, max|x|)) is
+    standardised to exactly 0; "released": the bare formula. `omega_uninformative` is reported in
+    both. backend "auto" | "torch" | "cpu" | "triton"; see `packed`. "triton" trusts offsets on the
+    GPU. Raises ValueError for shapes, devices, offsets or numbers that do not fit.
     """
     check_variant(variant)
     packed.check_gamma(gamma)
@@ -77,7 +80,9 @@ def _branch_scores(
     variant: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`branch_scores` as an operator that is opaque to torch.compile: a compiled graph does not break at it."""
+    """`branch_scores` as an operator that is opaque to torch.compile: a compiled graph does not
+    break at it.
+    """
     how = packed.choose(backend, log_ratio)
     if how == "torch":
         return definition.branch_scores_torch(

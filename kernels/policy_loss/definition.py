@@ -1,11 +1,12 @@
 """The policy loss, formula by formula, in PyTorch and float64: Eq. 7 and 8 of arXiv 2606.12384.
 
-`backend_torch` is composed of these functions; the native code (csrc/policy_loss.cpp) and the Triton kernel
-(gpu/policy_loss.py) compute the same in one pass and are tested against it. `appo.algo.objective` takes the
-denominators from here.
+`backend_torch` is composed of these functions; the native code (csrc/policy_loss.cpp) and the
+Triton kernel (gpu/policy_loss.py) compute the same in one pass and are tested against it.
+`appo.algo.objective` takes the denominators from here.
 
-Layout: N tokens of R rows, row after row; offsets[R+1] marks the rows; mask[N] is True where a token is trained.
-Losses are minimized. Advantages, old log-probs and every Ω-derived weight are constants under differentiation.
+Layout: N tokens of R rows, row after row; offsets[R+1] marks the rows; mask[N] is True where a
+token is trained. Losses are minimized. Advantages, old log-probs and every Ω-derived weight are
+constants under differentiation.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def future_scale(f: Tensor, b: float) -> Tensor:
 def clipped_surrogate(
     a: Tensor, r: Tensor, clip_low: float, clip_high: float, dual_clip: float
 ) -> Tensor:
-    """u_t = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), at most -A · dual_clip where A < 0 (Eq. 8).
+    """u_t = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), at most -A · dual_clip where A < 0
+    (Eq. 8).
 
     a[N], r[N] → [N]; dual_clip inf: no dual clip.
     """
@@ -58,7 +60,8 @@ def clipped_surrogate(
 def surrogate_slope(
     a: Tensor, d: Tensor, clip_low: float, clip_high: float, dual_clip: float
 ) -> Tensor:
-    """∂u_t / ∂d_t = -A r where the unclipped term is the maximum, within dual_clip and |d| ≤ 20; else 0.
+    """∂u_t / ∂d_t = -A r where the unclipped term is the maximum, within dual_clip and |d| ≤ 20;
+    else 0.
 
     a[N], d[N] → [N]. NaN stays NaN.
     """
@@ -87,21 +90,24 @@ def row_of(offsets: Tensor) -> Tensor:
 
 
 def row_sums(x: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Σ of each row: x[N], row[N] as `row_of` gives it → float64[R], differentiable, in a fixed order."""
+    """Σ of each row: x[N], row[N] as `row_of` gives it → float64[R], differentiable, in a fixed
+    order.
+    """
     return x.new_zeros(rows, dtype=torch.float64).index_add(0, row, x.double())
 
 
 def denominators(
     mode: Aggregate, mask: Tensor, offsets: Tensor, counts: Counts
 ) -> tuple[Tensor, float]:
-    """What a row's sum is divided by, and what the sum of rows is divided by: ([R] float64, number).
+    """What a row's sum is divided by, and what the sum of rows is divided by: ([R] float64,
+    number).
 
     token-mean            1     tokens of the mini-batch
     seq-mean-token-mean   T_i   trained rows of the mini-batch
-    rollout-mean          T_i   graded leaves of the mini-batch (APPO's 1/M: branches count, though not trained)
+    rollout-mean          T_i   graded leaves of the mini-batch: branches count, trained or not
 
-    T_i: tokens of row i in the mask, at least 1. `counts` are those of all ranks and micro-batches, so any split into
-    micro-batches gives the same gradient.
+    T_i: tokens of row i in the mask, at least 1. `counts` are those of all ranks and micro-batches,
+    so any split into micro-batches gives the same gradient.
     """
     rows = offsets.shape[0] - 1
     if mode == "token-mean":
@@ -123,7 +129,8 @@ def row_weight(
 def aggregate(
     x: Tensor, mask: Tensor, offsets: Tensor, mode: Aggregate, counts: Counts, weight: Tensor
 ) -> Tensor:
-    """Σ_rows weight_i · Σ_t m_t x_t / T_i / total: x[N], weight[R] → scalar, float64, differentiable.
+    """Σ_rows weight_i · Σ_t m_t x_t / T_i / total: x[N], weight[R] → scalar, float64,
+    differentiable.
 
     Values outside the mask count nothing, NaN or not.
     """

@@ -1,9 +1,11 @@
-"""The policy loss in one pass over the tokens: ratio, future-aware scale, clipped surrogate, its gradient, its metrics.
+"""The policy loss in one pass over the tokens: ratio, future-aware scale, clipped surrogate, its
+gradient, its metrics.
 
-`definition` holds the formulas one by one. Composed by autograd they read the vectors a dozen times, once more for each
-metric, and keep their intermediates for backward. Here one pass reads logp, old_logp, advantage and mask and writes the
-gradient, so that backward is a single product. The native code (csrc/policy_loss.cpp), the Triton kernel
-(gpu/policy_loss.py) and `backend_torch`, which calls the definition, are tested against each other.
+`definition` holds the formulas one by one. Composed by autograd they read the vectors a dozen
+times, once more for each metric, and keep their intermediates for backward. Here one pass reads
+logp, old_logp, advantage and mask and writes the gradient, so that backward is a single product.
+The native code (csrc/policy_loss.cpp), the Triton kernel (gpu/policy_loss.py) and `backend_torch`,
+which calls the definition, are tested against each other.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from appo._kernels.policy_loss.rules import Rules, check, stored
 
 
 class PolicyLoss(NamedTuple):
-    """loss [] float64, differentiable by logp; the rest without gradient, float64, on the device (no wait to compute it).
+    """loss [] float64, differentiable by logp; the rest without gradient, float64, on the device
+    (no wait to compute it).
 
     future[N]       the future factor f in the dtype of logp, also behind the mask; no items without gamma
     tokens          tokens in the mask
@@ -56,7 +59,8 @@ def policy_loss(
     dual_clip: float | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
-    """Σ_rows w_row · Σ_{t in mask} max(-A'r, -A' clip(r, 1-clip_low, 1+clip_high)), at most -A' · dual_clip where A' < 0.
+    """Σ_rows w_row · Σ_{t in mask} max(-A'r, -A' clip(r, 1-clip_low, 1+clip_high)), at most -A' ·
+    dual_clip where A' < 0.
 
         d = logp - old_logp in the mask, 0 elsewhere        r = exp(clamp(d, ±20))
         f = clip(exp(clamp(S, ±20)), *future_clip)           S_t = Σ_{k≥t} γ^(k-t) d_k over the raw positions of the row

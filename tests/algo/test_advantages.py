@@ -21,7 +21,8 @@ def test_dual_group_and_prefix_credit(name):
     close(v, a_root, e["A_init"])
     close(v, a_branch, e["A_branch"])
     mask = np.array(i["mask"])
-    # The vectors name the chosen token, which the published code keeps: the branch draws from the next one on.
+    # The vectors name the chosen token, which the published code keeps: the branch draws from the
+    # next one on.
     split = [s + 1 for s in i["branch_split"]]
     rules = {"code_sum": "sum", "mean_of_init_and_attached": "mean", "literal_eq6": "literal"}
     for key, rule in rules.items():

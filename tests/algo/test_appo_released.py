@@ -1,4 +1,6 @@
-"""Parts of the released code, with the trained path's policy loss, against vectors of the released functions."""
+"""Parts of the released code, with the trained path's policy loss, against vectors of the released
+functions.
+"""
 
 import numpy as np
 import pytest

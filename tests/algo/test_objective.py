@@ -1,4 +1,6 @@
-"""Old log-probs: the ratio, the weight of stale tokens and their gradient against a plain formula, and every token its own."""
+"""Old log-probs: the ratio, the weight of stale tokens and their gradient against a plain formula,
+and every token its own.
+"""
 
 import math
 import zlib
@@ -42,7 +44,9 @@ def stats_of(logp):
 
 
 def plain(logp, rows, algo, *, here, cap, rollouts):
-    """The loss written out token by token. here: the version of the old log-probs is the one under training."""
+    """The loss written out token by token. here: the version of the old log-probs is the one under
+    training.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for a, b in zip(OFFSETS, OFFSETS[1:]):
         kept = [t for t in range(a, b) if rows.mask[t]]
@@ -107,7 +111,9 @@ def check_metrics(metrics, logp, rows, here, cap):
 
 
 def test_rounding_of_the_engine_is_not_taken_for_a_moved_policy():
-    """Mini-batch 1 was empty, so mini-batch 2 meets the weights of the step's start; the engine's log-probs are noisy."""
+    """Mini-batch 1 was empty, so mini-batch 2 meets the weights of the step's start; the engine's
+    log-probs are noisy.
+    """
     algo, g = ALGORITHMS["appo"], torch.Generator().manual_seed(0)
     n = 4000
     logp = -torch.rand(n, generator=g).double()
@@ -140,7 +146,7 @@ def test_rounding_of_the_engine_is_not_taken_for_a_moved_policy():
     assert importance_weight(torch.tensor([-50.0, 0.0, 50.0]), 2.0).tolist() == pytest.approx([math.exp(-20), 1, 2])  # fmt: skip
 
 
-# -- every token its own old log-prob ------------------------------------------------------------------------------------
+# -- every token its own old log-prob
 
 
 def signature(ids):
@@ -156,7 +162,9 @@ class PathLearner(FixedLearner):
 
 
 def edge_signatures(batch):
-    """Of every edge of a packed batch, read off the stream alone: the path of a token is what sees it."""
+    """Of every edge of a packed batch, read off the stream alone: the path of a token is what sees
+    it.
+    """
     out = []
     ids, subtree_end = batch.token_ids.tolist(), batch.subtree_end.tolist()
     for at, target, kept in zip(batch.source.tolist(), batch.target.tolist(), batch.mask.tolist()):
@@ -166,7 +174,9 @@ def edge_signatures(batch):
 
 
 def trees_with_old_logp():
-    """Trees with branches, whose old log-probs were set when there were only roots, as a step does it."""
+    """Trees with branches, whose old log-probs were set when there were only roots, as a step does
+    it.
+    """
     trainer = make_trainer(learner=PathLearner())
     result = run_steps(trainer, [1], 1)[0]
     return trainer, [t for t, k in zip(result.trees, result.minibatch) if k == 1]
@@ -198,7 +208,9 @@ def credit_of(tree, leaf, rng):
 
 
 def expected_old_logp(batch, trees):
-    """Root tokens: the signature; tokens that a branch drew: what the engine recorded; tool results: 0."""
+    """Root tokens: the signature; tokens that a branch drew: what the engine recorded; tool
+    results: 0.
+    """
     out = []
     for i, leaf in batch.rows:
         view, record = trees[i].trajectory(leaf), trees[i].leaves[leaf]
@@ -265,7 +277,7 @@ def test_rows_without_any_tree_still_take_part_in_the_collective():
     assert assign([], ALGORITHMS["appo"]).credits == []
 
 
-# -- micro-batches -------------------------------------------------------------------------------------------------------
+# -- micro-batches
 
 
 class Rows:

@@ -1,4 +1,6 @@
-"""Every definition of advantages, credit and branching rules is called and tested: a wrong one fails a test."""
+"""Every definition of advantages, credit and branching rules is called and tested: a wrong one
+fails a test.
+"""
 
 from pathlib import Path
 

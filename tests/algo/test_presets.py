@@ -1,4 +1,6 @@
-"""Presets: what a name resolves to, the mirror of their fields in the configuration, and algorithms of one's own."""
+"""Presets: what a name resolves to, the mirror of their fields in the configuration, and algorithms
+of one's own.
+"""
 
 import dataclasses
 import sys

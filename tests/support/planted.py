@@ -1,6 +1,7 @@
 """Planted errors: one piece of a definition is replaced by a wrong one, and tests of it must fail.
 
-A definition that no test notices to be wrong is a definition that nothing calls, or that nothing tests.
+A definition that no test notices to be wrong is a definition that nothing calls, or that nothing
+tests.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     tree/   branches that fork from roots
     turn/   advantages of single turns
 
-To add one, write its file and its line in `ALGORITHMS`. Sources: docs/algorithms.md; paper = arXiv 2606.12384.
+To add one, write its file and its line in `ALGORITHMS`. Sources: docs/algorithms.md; paper = arXiv
+2606.12384.
 """
 
 from appo.algo.algorithm import Algorithm

@@ -1,4 +1,6 @@
-"""The parts of the policy loss that the objective calls by themselves: rows, denominators, aggregates."""
+"""The parts of the policy loss that the objective calls by themselves: rows, denominators,
+aggregates.
+"""
 
 import pytest
 import torch

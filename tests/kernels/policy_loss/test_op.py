@@ -28,7 +28,9 @@ def run(backend, logp, old_logp, advantage, mask, offsets, weight=None, **rules)
 
 def written_out(logp, old_logp, advantage, mask, offsets, weight, *, gamma=None, future_clip=(1.0, 1.2),
                 future_weight=0.0, clip_low=0.2, clip_high=0.28, dual_clip=None):  # fmt: skip
-    """(loss, gradient): the formula of the docstring row by row, with a T × T matrix of γ^(k-t), and autograd."""
+    """(loss, gradient): the formula of the docstring row by row, with a T × T matrix of γ^(k-t),
+    and autograd.
+    """
     leaf = logp.detach().clone().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     cuts = offsets.tolist()
@@ -162,7 +164,9 @@ def test_golden_on_policy_gradient_is_1_plus_b_times_the_plain_one(name, backend
 
 @each_backend
 def test_golden_rows_without_trained_tokens_and_scaling(backend):
-    """F5: a row outside the mask enters nothing. F6: A (1 + b f), here through r = 1, where the loss is -A."""
+    """F5: a row outside the mask enters nothing. F6: A (1 + b f), here through r = 1, where the
+    loss is -A.
+    """
     v = vector("F5")
     mask = torch.tensor(v["inputs"]["mask"], dtype=torch.bool)
     losses_ = torch.tensor(v["inputs"]["per_token_loss"], dtype=torch.float64)
@@ -285,7 +289,9 @@ def test_same_bits_for_any_thread_count_and_beside_other_rows():
 
 @each_backend
 def test_upstream_and_other_inputs(backend):
-    """The gradient follows the upstream factor; integer offsets and masks, strided vectors; nothing but logp has one."""
+    """The gradient follows the upstream factor; integer offsets and masks, strided vectors; nothing
+    but logp has one.
+    """
     logp, old_logp, advantage, mask, offsets, weight = problem([20, 30], seed=6, dtype=torch.float32)  # fmt: skip
     _, want = run(backend, logp, old_logp, advantage, mask, offsets, weight)
     wide = torch.stack([logp, old_logp, advantage], dim=1)

@@ -1,4 +1,6 @@
-"""Every definition of the policy loss is called and tested: a wrong one fails a test of the operation."""
+"""Every definition of the policy loss is called and tested: a wrong one fails a test of the
+operation.
+"""
 
 from pathlib import Path
 

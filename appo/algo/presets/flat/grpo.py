@@ -1,4 +1,6 @@
-"""GRPO: every rollout against all rollouts of its prompt. docs/algorithms.md, section 9; DeepSeekMath, section 4.1."""
+"""GRPO: every rollout against all rollouts of its prompt. docs/algorithms.md, section 9;
+DeepSeekMath, section 4.1.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from appo.types import Credit, RolloutTree
 
 
 def group_credit(tree: RolloutTree, graded: list[int], algo: Algorithm) -> list[Credit]:
-    """A = (R - mean R) / (std R + 1e-6) over the graded leaves, the same on every token that the leaf drew."""
+    """A = (R - mean R) / (std R + 1e-6) over the graded leaves, the same on every token that the
+    leaf drew.
+    """
     rewards = [reward_of(tree, i) for i in graded]
     advantage = group_advantage(rewards, [0] * len(graded), std="sample")
     return [

@@ -1,4 +1,6 @@
-"""APPO: branches probe the prefixes of roots, and roots are trained. docs/algorithms.md, sections 3 to 5; the paper."""
+"""APPO: branches probe the prefixes of roots, and roots are trained. docs/algorithms.md, sections 3
+to 5; the paper.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from appo.types import Credit, RolloutTree
 def dual_group_credit(tree: RolloutTree, graded: list[int], algo: Algorithm) -> list[Credit]:
     """A_base of Eq. 6: a root's own advantage and that of the branches which share the token.
 
-    A branch whose root was not graded is left out. train_branches: branches too, each token that a branch drew itself
-    with the branch's own advantage b_k (an extension of ours).
+    A branch whose root was not graded is left out. train_branches: branches too, each token that a
+    branch drew itself with the branch's own advantage b_k (an extension of ours).
     """
     roots = [i for i in graded if tree.leaves[i].is_root]
     branches = [

@@ -1,11 +1,12 @@
 """Parts of the authors' released code (docs/algorithms.md, section 8). **No preset runs them.**
 
-They are tested against golden vectors that were computed with the released functions, so that a preset
-`variant: released` can be put together of them. What it needs beside them is there already:
-`branch_scores(variant="released")`, `select_branch_points(variant="released")`, and `policy_loss` with dual_clip=3.
+They are tested against golden vectors that were computed with the released functions, so that a
+preset `variant: released` can be put together of them. What it needs beside them is there already:
+`branch_scores(variant="released")`, `select_branch_points(variant="released")`, and `policy_loss`
+with dual_clip=3.
 
-Layout: E tokens of R rows, row after row; offsets[R+1] marks the rows; mask[E] is True where a token is trained;
-log_ratio[E] = logp - old_logp.
+Layout: E tokens of R rows, row after row; offsets[R+1] marks the rows; mask[E] is True where a
+token is trained; log_ratio[E] = logp - old_logp.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def released_scale(
     clip: tuple[float, float] = (1.0, 1.2),
     safety: float = 6.0,
 ) -> Tensor:
-    """f = clip(exp(S), *clip), S = Σ_{k ≥ t} γ^(k-t) clamp(d_k, ±20) over the tokens with d ≤ ln c. [E] → [E]
+    """f = clip(exp(S), *clip), S = Σ_{k ≥ t} γ^(k-t) clamp(d_k, ±20) over the tokens with d ≤ ln c.
+    [E] → [E]
 
     Where A < 0 and r > safety, f is clipped to [0.8, 1].
     """
@@ -52,9 +54,11 @@ def sequence_filter(
 
 
 def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
-    """Per-token estimate of KL(policy ‖ reference), d = ℓ - ℓ_ref. Schulman, "Approximating KL divergence". [E] → [E]
+    """Per-token estimate of KL(policy ‖ reference), d = ℓ - ℓ_ref. Schulman, "Approximating KL
+    divergence". [E] → [E]
 
-    k1 = d, k2 = d²/2, k3 = exp(-d) - 1 + d; for k3, d is clamped to ±20 and the result to ±10 (gradient 0 beyond).
+    k1 = d, k2 = d²/2, k3 = exp(-d) - 1 + d; for k3, d is clamped to ±20 and the result to ±10
+    (gradient 0 beyond).
     """
     d = logp - ref_logp
     if kind == "k1":

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # public name → module that defines it
 _PUBLIC = {
-    "Config": "appo.config",
-    "load_config": "appo.config",
+    "Config": "appo.config.schema",
+    "load_config": "appo.config.load",
     "train": "appo.run.train",
     "evaluate": "appo.run.train",
     "read_trees": "appo.rollout.store",

@@ -20,6 +20,12 @@ import numpy as np
 
 Role = Literal["prompt", "model", "tool"]
 
+# Words of an algorithm's settings: keys of the configuration and fields of `appo.algo.algorithm.Algorithm`.
+BranchBy = Literal["score", "entropy", "random"]  # what ranks positions
+Resample = Literal["at", "after"]  # the chosen token is drawn again, or kept
+CreditRule = Literal["sum", "mean", "literal"]  # reading of A_base
+Aggregate = Literal["token-mean", "seq-mean-token-mean", "rollout-mean"]  # denominators of the loss
+
 
 @dataclass(frozen=True)
 class Task:

@@ -1,7 +1,8 @@
-"""Advantages: rewards of a group of leaves → how much better each was than its peers. float64 throughout.
+"""Advantages: rewards of a group of leaves → how much better each was than its peers. float64
+throughout.
 
-A group whose rewards do not differ says nothing: its advantages are exactly 0, also where the mean of equal floats is
-inexact (the spread is compared with a tolerance, never with 0).
+A group whose rewards do not differ says nothing: its advantages are exactly 0, also where the mean
+of equal floats is inexact (the spread is compared with a tolerance, never with 0).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ F64 = NDArray[np.float64]
 
 
 def _spread(r: F64, ddof: int, source: np.dtype) -> float:
-    """Standard deviation, exactly 0 for a group that is constant up to rounding of its source dtype."""
+    """Standard deviation, exactly 0 for a group that is constant up to rounding of its source
+    dtype.
+    """
     if len(r) <= ddof:
         return 0.0
     std = float(np.std(r, ddof=ddof))
@@ -28,8 +31,14 @@ def _spread(r: F64, ddof: int, source: np.dtype) -> float:
     return 0.0 if std <= tolerance * max(1.0, float(np.abs(r).max())) else std
 
 
+def _z(r: F64, mean: float, std: float) -> F64:
+    """(R - mean) / (std + 1e-6)."""
+    return (r - mean) / (std + EPS)
+
+
 def standardise(rewards: ArrayLike, *, ddof: int = 0) -> F64:
-    """(R - mean) / (std + 1e-6) of one group; exactly 0 where the group is constant or has one member.
+    """(R - mean) / (std + 1e-6) of one group; exactly 0 where the group is constant or has one
+    member.
 
     rewards[n] any float dtype → float64[n]. ddof 0: population std (APPO), 1: sample std (GRPO).
     """
@@ -38,7 +47,7 @@ def standardise(rewards: ArrayLike, *, ddof: int = 0) -> F64:
     std = _spread(r, ddof, raw.dtype)
     if len(r) < 2 or std == 0.0:
         return np.zeros_like(r)
-    return (r - r.mean()) / (std + EPS)
+    return _z(r, float(r.mean()), std)
 
 
 def group_advantage(
@@ -48,10 +57,11 @@ def group_advantage(
     std: Literal["sample", "population", "none"] = "sample",
     singleton: Literal["raw", "zero"] = "raw",
 ) -> F64:
-    """GRPO: rewards[n] standardised inside each group of `groups[n]`.
+    """GRPO: rewards[n] standardized inside each group of `groups[n]`.
 
-    std "none" subtracts the mean only (Dr.GRPO). singleton "raw": a group of one keeps R/(1+1e-6), or R without std,
-    the convention of verl. Source: DeepSeekMath; verl `compute_grpo_outcome_advantage` semantics.
+    std "none" subtracts the mean only (Dr.GRPO). singleton "raw": a group of one keeps R/(1+1e-6),
+    or R without std, the convention of verl. Source: DeepSeekMath; verl
+    `compute_grpo_outcome_advantage` semantics.
     """
     raw = np.asarray(rewards)
     r = raw.astype(np.float64)
@@ -61,7 +71,7 @@ def group_advantage(
         i = np.flatnonzero(labels == label)
         if len(i) == 1:
             if singleton == "raw":
-                out[i] = r[i] if std == "none" else r[i] / (1.0 + EPS)
+                out[i] = r[i] if std == "none" else _z(r[i], 0.0, 1.0)
         elif std == "none":
             flat = _spread(r[i], 0, raw.dtype) == 0.0
             out[i] = 0.0 if flat else r[i] - r[i].mean()
@@ -71,7 +81,9 @@ def group_advantage(
 
 
 def dual_group_advantage(root_rewards: ArrayLike, branch_rewards: ArrayLike) -> tuple[F64, F64]:
-    """APPO: roots and branches of one prompt standardised separately, population std. → (a_root[N], a_branch[K])."""
+    """APPO: roots and branches of one prompt standardized separately, population std. → (a_root[N],
+    a_branch[K]).
+    """
     return standardise(root_rewards), standardise(branch_rewards)
 
 
@@ -84,16 +96,21 @@ def prefix_credit(
     *,
     rule: Literal["sum", "mean", "literal"] = "sum",
 ) -> list[F64]:
-    """A_base of every root token: the root's own advantage and that of the branches which share the token.
+    """A_base of every root token: the root's own advantage and that of the branches which share the
+    token.
 
-    `branch_split[k]` is the first response position that branch k drew itself, so it shares root tokens t < split and
-    speaks for those only. (The published code keeps the chosen token c and resumes after it: split = c + 1, its rule
-    "c ≥ t"; when c itself is drawn again, split = c, and the outcome of another choice at c is no credit for c.)
+    `branch_split[k]` is the first response position that branch k drew itself, so it shares root
+    tokens t < split and speaks for those only. (The published code keeps the chosen token c and
+    resumes after it: split = c + 1, its rule "c ≥ t"; when c itself is drawn again, split = c, and
+    the outcome of another choice at c is no credit for c.)
 
-    root_rewards[N], branch_rewards[K], branch_root[K] (which root), branch_split[K], lengths[N] (response tokens)
-    → per root float64[length].  rule "sum": a_root + mean of the covering branches' a_k; "mean": the average of the
-    two; "literal": the root's reward standardised by both groups' statistics. Where no branch covers t: a_root.
-    Source: paper Eq. 6; algorithm.md section 1.10.
+    root_rewards[N], branch_rewards[K]
+    branch_root[K]   the root that branch k forked from
+    branch_split[K]  its first own position
+    lengths[N]       response tokens of each root
+    rule             "sum": a_root + mean of the covering branches' a_k; "mean": the average of the
+                     two; "literal": the root's reward standardized by both groups' statistics
+    Returns float64[length] for each root; a_root where no branch covers t. Paper, Eq. 6.
     """
     a_root, a_branch = dual_group_advantage(root_rewards, branch_rewards)
     if rule == "literal":
@@ -114,8 +131,9 @@ def prefix_credit(
 
 
 def _literal(root: NDArray, branch: NDArray, a_root: F64) -> F64:
+    """Eq. 6 by the letter: the mean of a root's z among the roots and its z among the branches."""
     b = branch.astype(np.float64)
     std = _spread(b, 0, branch.dtype) if len(b) > 1 else 0.0
     if std == 0.0:
         return a_root
-    return (a_root + (root.astype(np.float64) - b.mean()) / (std + EPS)) / 2
+    return (a_root + _z(root.astype(np.float64), float(b.mean()), std)) / 2

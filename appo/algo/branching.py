@@ -1,7 +1,8 @@
 """Where to branch: from the statistics of a prompt's roots to distinct positions, best first.
 
-The numbers (Ω, z-scores, top-k with defined ties) are kernels; this room decides which positions may be chosen at all
-and lays the `branch_by` ablations over the same selection. Source: algorithm.md section 1, steps 3-6.
+The numbers (Ω, z-scores, top-k with defined ties) are kernels; this module decides which positions
+may be chosen at all and lays the `branch_by` ablations over the same selection. Source: paper, Eq.
+5; docs/algorithms.md, section 3.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from appo.algo.presets import Algorithm
+from appo.algo.algorithm import Algorithm
 from appo.kernels import branch_scores, select_branch_points
 from appo.types import Trajectory
 
@@ -33,7 +34,9 @@ class BranchPoint:
 
 @dataclass(frozen=True)
 class BranchPlan:
-    """points ordered by root, then rank · omega_uninformative[N]: Ω said nothing for this root · shortfall: slots left empty."""
+    """points ordered by root, then rank · omega_uninformative[N]: Ω said nothing for this root ·
+    shortfall: slots left empty.
+    """
 
     points: list[BranchPoint]
     omega_uninformative: list[bool]
@@ -43,10 +46,11 @@ class BranchPlan:
 def eligible_positions(
     view: Trajectory, closes_call: np.ndarray, drawable: np.ndarray, room: int
 ) -> np.ndarray:
-    """bool[T]: sampled, not blank or EOS (`drawable[V]` by id), not the token that ends a tool call, with room left.
+    """bool[T]: sampled, not blank or EOS (`drawable[V]` by id), not the token that ends a tool
+    call, with room left.
 
-    room: tokens a branch may still sample if it re-draws the first sampled token (the whole budget). A position whose
-    prefix has already used the budget cannot be chosen.
+    room: tokens a branch may still sample if it re-draws the first sampled token (the whole
+    budget). A position whose prefix has already used the budget cannot be chosen.
     """
     used = np.cumsum(view.mask) - view.mask  # sampled tokens before t
     return view.mask & drawable[view.response_ids] & ~closes_call & (used < room)
@@ -62,8 +66,9 @@ def plan_branches(
 ) -> BranchPlan:
     """Branch points for the N roots of one prompt; all arrays are per root over response positions.
 
-    entropy and log_ratio are those of the *current* policy (log_ratio = current - reference, exactly 0 when the
-    weights have not moved). `branch_by: entropy` ignores Ω, `random` draws uniformly from the eligible positions.
+    entropy and log_ratio are those of the *current* policy (log_ratio = current - reference,
+    exactly 0 when the weights have not moved). `branch_by: entropy` ignores Ω, `random` draws
+    uniformly from the eligible positions.
     """
     lengths = [len(e) for e in entropy]
     offsets = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int64)

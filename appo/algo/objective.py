@@ -1,4 +1,6 @@
-"""The loss function that the learner is handed: it closes over an `Algorithm` and sees only packed tensors."""
+"""The loss function that the learner is handed: it closes over an `Algorithm` and sees only packed
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from appo.algo.losses import aggregate, row_sums
-from appo.algo.presets import Algorithm
-from appo.kernels import PolicyLoss, policy_loss
+from appo.algo.algorithm import Algorithm
+from appo.kernels import PolicyLoss, aggregate, policy_loss, row_weight
 from appo.types import Counts
 
 
@@ -50,14 +51,17 @@ def make_objective(
 ) -> Objective:
     """Loss of `algo` on one micro-batch, divided by the global denominators, and its metrics.
 
-    Ratios are exp(logp - old_logp). version() is the policy version under training, old_logp_version() the one whose log-probs
-    the learner computes as old log-probs (None: it computes none, old log-probs are what the engine recorded). Two things are then
-    known without looking, and hold exactly: a token drawn by the version under training has ratio 1, and so has every
-    token while the version under training is that one. What two implementations of one policy differ by (engine
-    and learner: 0.02 a token in bfloat16) is rounding, not policy, and summed by Ω it would look like information.
+    Ratios are exp(logp - old_logp). version() is the policy version under training,
+    old_logp_version() the one whose log-probs the learner computes as old log-probs (None: it
+    computes none, old log-probs are what the engine recorded). Two things are then known without
+    looking, and hold exactly: a token drawn by the version under training has ratio 1, and so has
+    every token while the version under training is that one. What two implementations of one policy
+    differ by (engine and learner: 0.02 a token in bfloat16) is rounding, not policy, and summed by
+    Ω it would look like information.
 
-    From the policy that drew a token to the old log-prob leads a constant weight on its advantage, truncated importance
-    sampling: min(exp(old_logp - behavior_logp), importance_cap), 1 for tokens of the version under training; None: always 1.
+    From the policy that drew a token to the old log-prob leads a constant weight on its advantage,
+    truncated importance sampling: min(exp(old_logp - behavior_logp), importance_cap), 1 for tokens
+    of the version under training; None: always 1.
     """
 
     def objective(stats: TokenStats, rows: LossRows, counts: Counts) -> tuple[Tensor, Metrics]:
@@ -74,7 +78,7 @@ def make_objective(
             rows.advantage * weight,
             rows.mask,
             rows.offsets,
-            _row_weight(rows, algo, counts),
+            row_weight(algo.aggregate, rows.mask, rows.offsets, counts, rows.weight),
             gamma=algo.gamma if algo.future_weight else None,
             future_clip=algo.future_clip,
             future_weight=algo.future_weight,
@@ -100,23 +104,17 @@ def make_objective(
 
 
 def importance_weight(drift: Tensor, cap: float | None) -> Tensor:
-    """min(exp(drift), cap) per token; drift[E] = old_logp - behavior_logp. No cap: no correction, 1 everywhere."""
+    """min(exp(drift), cap) per token; drift[E] = old_logp - behavior_logp. No cap: no correction, 1
+    everywhere.
+    """
     return torch.ones_like(drift) if cap is None else drift.clamp(-20.0, math.log(cap)).exp()
 
 
 @torch.no_grad()
-def _row_weight(rows: LossRows, algo: Algorithm, counts: Counts) -> Tensor:
-    """The denominators of `losses.aggregate` as one factor per row. float64[R]"""
-    weight = rows.weight.double()
-    if algo.aggregate == "token-mean":
-        return weight / max(counts.tokens, 1.0)
-    total = counts.rows if algo.aggregate == "seq-mean-token-mean" else counts.rollouts
-    return weight / row_sums(rows.mask, rows.offsets).clamp(min=1.0) / max(total, 1.0)
-
-
-@torch.no_grad()
 def _metrics(fused: PolicyLoss, per_token: dict[str, Tensor], mask: Tensor) -> Metrics:
-    """Means over trained tokens: those the loss has summed already, and those given per token. Does not wait for them."""
+    """Means over trained tokens: those the loss has summed already, and those given per token. Does
+    not wait for them.
+    """
     sums = {"clip_fraction": fused.clipped, "kl_old_logp": fused.kl, "log_ratio_abs": fused.log_ratio_abs,
             "future_scale": fused.scale}  # fmt: skip
     sums |= {name: torch.where(mask, x, 0).double().sum() for name, x in per_token.items()}

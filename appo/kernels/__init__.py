@@ -17,11 +17,9 @@ if TYPE_CHECKING:  # the types of the names below, for editors and mypy
         future_value as future_value,
     )
     from appo._kernels.branching.future_value import (
-        half_life_to_gamma as half_life_to_gamma,
-    )
-    from appo._kernels.branching.future_value import (
         tree_future_value as tree_future_value,
     )
+    from appo._kernels.branching.half_life import half_life_to_gamma as half_life_to_gamma
     from appo._kernels.branching.op import BranchScores as BranchScores
     from appo._kernels.branching.op import branch_scores as branch_scores
     from appo._kernels.branching.selection import BranchPoints as BranchPoints
@@ -36,6 +34,8 @@ if TYPE_CHECKING:  # the types of the names below, for editors and mypy
         linear_logprob_entropy as linear_logprob_entropy,
     )
     from appo._kernels.linear_logprob.op import logprob_entropy as logprob_entropy
+    from appo._kernels.policy_loss.definition import aggregate as aggregate
+    from appo._kernels.policy_loss.definition import row_weight as row_weight
     from appo._kernels.policy_loss.op import PolicyLoss as PolicyLoss
     from appo._kernels.policy_loss.op import policy_loss as policy_loss
     from appo._kernels.tree_attention.op import tree_attention as tree_attention
@@ -49,7 +49,7 @@ _PUBLIC = {
     "watch": "common.debug",
     "future_value": "branching.future_value",
     "tree_future_value": "branching.future_value",
-    "half_life_to_gamma": "branching.future_value",
+    "half_life_to_gamma": "branching.half_life",
     "branch_scores": "branching.op",
     "BranchScores": "branching.op",
     "select_branch_points": "branching.selection",
@@ -57,6 +57,8 @@ _PUBLIC = {
     "tree_attention": "tree_attention.op",
     "policy_loss": "policy_loss.op",
     "PolicyLoss": "policy_loss.op",
+    "aggregate": "policy_loss.definition",
+    "row_weight": "policy_loss.definition",
     "backend_info": "common.native",
 }
 

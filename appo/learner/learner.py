@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from appo.config import LearnerConfig, RunContext, check_learner
 from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError
 from appo.kernels import LogProbEntropy
@@ -34,12 +35,9 @@ from appo.learner.guards import (
 )
 from appo.learner.lora import CastRetention, adapter_tensors, add_lora, merged_tensors
 from appo.learner.policy import Policy, load_model
-from appo.learner.settings import LearnerSettings
 from appo.learner.shards import load_shards, save_shard
 from appo.packing.pack import PackedBatch, pack_sequences
 from appo.types import Counts
-
-__all__ = ["Learner", "LearnerSettings", "LossFunction"]
 
 Metrics = dict[str, tuple[float | Tensor, float | Tensor]]  # name → (sum, count)
 LossFunction = Callable[[LogProbEntropy, PackedBatch, Counts], tuple[Tensor, Metrics]]
@@ -48,37 +46,41 @@ LossFunction = Callable[[LogProbEntropy, PackedBatch, Counts], tuple[Tensor, Met
 class Learner:
     """A policy under training. Collective: under torchrun every rank makes the same calls in the same order.
 
-    >>> learner = Learner("models/SmolLM2-135M-Instruct", LearnerSettings(lr=1e-3), seed=0)
+    >>> learner = Learner("models/SmolLM2-135M-Instruct", LearnerConfig(lr=1e-3), seed=0)
     >>> metrics = learner.train_minibatch(pack(trees, credits, token_budget=4096), counts, loss_fn)
     """
 
     def __init__(
         self,
         model_dir: Path | str,
-        cfg: LearnerSettings,
+        cfg: LearnerConfig,
         seed: int,
         ranks: Ranks | None = None,
+        context: RunContext | None = None,
     ):
-        if cfg.threads:
-            torch.set_num_threads(cfg.threads)
-        self.cfg, self.model_dir = cfg, Path(model_dir)
+        """Load the model of a folder. Raises ConfigError for settings that cannot work, ModelError for the folder."""
+        context = context or RunContext()
+        check_learner(cfg, context)
+        if context.threads:
+            torch.set_num_threads(context.threads)
+        self.cfg, self.context, self.model_dir = cfg, context, Path(model_dir)
         self.step = 0  # optimiser steps that changed weights
         self.guard = NonFiniteGuard(
-            cfg.max_nonfinite, Path(cfg.dump_dir) if cfg.dump_dir else default_dump_dir()
+            cfg.max_nonfinite, Path(context.dump_dir) if context.dump_dir else default_dump_dir()
         )
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)  # decides the adapters
-        lm = load_model(model_dir, getattr(torch, cfg.dtype))
+        lm = load_model(model_dir, getattr(torch, context.dtype))
         self._base = _fingerprint(lm)
         self._peft = None
         if cfg.mode == "lora":
             self._peft = add_lora(
                 lm,
-                r=cfg.lora_r,
-                alpha=cfg.lora_alpha,
-                targets=cfg.lora_targets,
-                layers=cfg.lora_layers,
+                r=cfg.lora.r,
+                alpha=cfg.lora.alpha,
+                targets=cfg.lora.targets,
+                layers=cfg.lora.layers,
             )
         self._trained = {n: tuple(p.shape) for n, p in lm.named_parameters() if p.requires_grad}
         self._count = {
@@ -99,7 +101,7 @@ class Learner:
             head_backend=cfg.head_backend,
         ).to(self.device)
         policy.train()  # gradient checkpointing asks for it; there is no dropout
-        self.engine = zero.start_engine(policy, cfg)
+        self.engine = zero.start_engine(policy, cfg, context.dtype)
         self._closed = False
 
     @property
@@ -203,7 +205,7 @@ class Learner:
         return not self.engine.optimizer.overflow, float("nan" if norm is None else norm)
 
     def _lr(self) -> float:
-        return zero.learning_rate(self.cfg, self.step)
+        return zero.learning_rate(self.cfg, self.step, self.context.total_steps)
 
     def _most(self, batches: int) -> int:
         """The largest number of batches on any rank."""
@@ -238,7 +240,7 @@ class Learner:
         """(batch on our device, its statistics); None stands for an idle stream."""
         batch = (pack_sequences([[0, 0]]) if batch is None else batch).padded(self._multiple)
         batch = batch.to(self.device)
-        return batch, self.engine(batch, 1 / self.cfg.temperature)
+        return batch, self.engine(batch, 1 / self.context.temperature)
 
     @torch.no_grad()
     def logprobs(
@@ -249,7 +251,7 @@ class Learner:
         temperature None: that of the settings.
         """
         batch = pack_sequences(token_ids).to(self.device)
-        stats = self.engine(batch, 1 / (temperature or self.cfg.temperature))
+        stats = self.engine(batch, 1 / (temperature or self.context.temperature))
         flat, ends = stats.logp.float().cpu().numpy(), batch.offsets.tolist()
         return [flat[a:b] for a, b in zip(ends, ends[1:])]
 
@@ -315,16 +317,14 @@ class Learner:
 
     def _identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that loads it."""
-        c = self.cfg
-        lora = (
-            [c.lora_r, c.lora_alpha, sorted(c.lora_targets), c.lora_layers]
-            if c.mode == "lora"
-            else None
-        )
+        c = self.cfg.lora
+        lora = None
+        if self.cfg.mode == "lora":
+            lora = [c.r, c.alpha, sorted(c.targets), c.layers]
         return {
-            "dtype": c.dtype,  # first: it changes the checksum of the base model too
+            "dtype": self.context.dtype,  # first: it changes the checksum of the base model too
             "base_model": self._base,
-            "mode": c.mode,
+            "mode": self.cfg.mode,
             "lora": lora,
             "trained": {n: list(s) for n, s in self._trained.items()},
         }
@@ -334,7 +334,7 @@ class Learner:
             "step": self.step,
             "world_size": self.world,
             "nonfinite": [self.guard.in_a_row, self.guard.total],
-            "settings": asdict(self.cfg),
+            "settings": asdict(self.cfg) | asdict(self.context),
         }
 
     def save_hf(self, path: Path | str) -> None:

@@ -18,9 +18,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from appo.config.learner import LORA_TARGETS
 from appo.errors import ConfigError
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 # A model of transformers or a layer of peft: their attributes are set at run time, no checker sees them.
 HFModel = Any
@@ -31,7 +31,7 @@ def add_lora(
     *,
     r: int,
     alpha: float,
-    targets: Sequence[str] = TARGETS,
+    targets: Sequence[str] = LORA_TARGETS,
     layers: int | None = None,
 ) -> PeftModel:
     """Put adapters on the linear layers named `targets` in the last `layers` blocks (None: all); freeze the rest.

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from appo.config import RunContext
 from appo.dist.ranks import Ranks
 from appo.errors import LearnerError
 from appo.learner.lora import CastRetention
@@ -42,7 +43,7 @@ class Engine(Protocol):
 class Source(Protocol):
     """The part of a learner that a push needs."""
 
-    cfg: Any  # .dtype, .temperature
+    context: RunContext
     ranks: Ranks
 
     def named_weights(
@@ -127,7 +128,7 @@ def push(
     stream.skip_rest()
     _agree(learner.ranks, problem, stream.crc)
     try:
-        theirs = _engine_logprobs(engine, probe_ids, learner.cfg.temperature)
+        theirs = _engine_logprobs(engine, probe_ids, learner.context.temperature)
     except Exception as error:
         theirs, problem = [], error
     mine = learner.logprobs(probe_ids)  # all ranks or none
@@ -135,7 +136,9 @@ def push(
     if problem is None:
         gap = np.abs(np.concatenate([a - b for a, b in zip(theirs, mine, strict=True)]))
         worst, mean = float(gap.max()), float(gap.mean())
-        problem = _disagreement(worst, mean, learner.cfg.dtype, tolerance, version, len(probe_ids))
+        problem = _disagreement(
+            worst, mean, learner.context.dtype, tolerance, version, len(probe_ids)
+        )
     _agree(learner.ranks, problem, 0)
     return {
         "push/tensors": float(len(stream.names)),

@@ -18,31 +18,16 @@ import tempfile
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from appo.config import LearnerConfig
+
 if not torch.cuda.is_available():  # before anything (transformers does) imports DeepSpeed
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-class ZeroSettings(Protocol):
-    """The fields of LearnerSettings that concern the optimiser."""
-
-    lr: float
-    weight_decay: float
-    betas: tuple[float, float]
-    eps: float
-    warmup_steps: int
-    schedule: str
-    total_steps: int
-    max_grad_norm: float
-    zero_stage: int
-    offload: str
-    dtype: str
-
 
 # Elements that DeepSpeed sends at a time; its buffers have this size. The default (5e8) takes 2 GB of float32 per rank at
 # stages 2 and 3, whatever the model; from a few tens of megabytes on a larger message is no faster.
@@ -98,13 +83,13 @@ def _name_ranks() -> None:
         os.environ[name] = value  # DeepSpeed reads them
 
 
-def zero_config(s: ZeroSettings, trained: int = BUCKET) -> dict[str, Any]:
+def zero_config(s: LearnerConfig, dtype: str, trained: int = BUCKET) -> dict[str, Any]:
     """DeepSpeed's configuration for `trained` parameters. One micro-batch is one backward; boundaries are set by hand."""
-    bf16 = s.dtype == "bfloat16"
+    bf16 = dtype == "bfloat16"
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": s.max_grad_norm,
+        "gradient_clipping": s.max_grad_norm,  # 0: DeepSpeed clips nothing
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_optimization(s, max(1, min(BUCKET, trained))),
@@ -118,7 +103,7 @@ def zero_config(s: ZeroSettings, trained: int = BUCKET) -> dict[str, Any]:
     return config
 
 
-def _zero_optimization(s: ZeroSettings, bucket: int) -> dict[str, Any]:
+def _zero_optimization(s: LearnerConfig, bucket: int) -> dict[str, Any]:
     out: dict[str, Any] = {"stage": s.zero_stage, "reduce_bucket_size": bucket}
     out["allgather_bucket_size"] = BUCKET
     if s.zero_stage == 3:
@@ -132,7 +117,7 @@ def _zero_optimization(s: ZeroSettings, bucket: int) -> dict[str, Any]:
     return out
 
 
-def start_engine(model: nn.Module, s: ZeroSettings) -> Any:
+def start_engine(model: nn.Module, s: LearnerConfig, dtype: str) -> Any:
     """The DeepSpeed engine around `model`, with AdamW on the parameters that require a gradient."""
     deepspeed = import_deepspeed()
     params = [p for p in model.parameters() if p.requires_grad]
@@ -151,7 +136,7 @@ def start_engine(model: nn.Module, s: ZeroSettings) -> Any:
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=zero_config(s, sum(p.numel() for p in params)),
+            config=zero_config(s, dtype, sum(p.numel() for p in params)),
             dist_init_required=False,
         )
     return engine
@@ -163,7 +148,7 @@ def gathered(params: Iterable[nn.Parameter]) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(list(params), modifier_rank=None)
 
 
-def learning_rate(s: ZeroSettings, step: int) -> float:
+def learning_rate(s: LearnerConfig, step: int, total_steps: int) -> float:
     """Learning rate of the optimiser step number `step` (0 for the first).
 
     Linear warm-up over `warmup_steps`, then constant, or to 0 at `total_steps` by a line or half a cosine. Only
@@ -173,5 +158,5 @@ def learning_rate(s: ZeroSettings, step: int) -> float:
         return s.lr * (step + 1) / s.warmup_steps
     if s.schedule == "constant":
         return s.lr
-    done = min(1.0, (step - s.warmup_steps) / max(1, s.total_steps - s.warmup_steps))
+    done = min(1.0, (step - s.warmup_steps) / max(1, total_steps - s.warmup_steps))
     return s.lr * (1 - done if s.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from appo.algo.algorithm import Algorithm
 from appo.algo.branching import BranchPlan, BranchPoint, eligible_positions, plan_branches
-from appo.algo.presets import Algorithm
 from appo.errors import EngineError
 from appo.rollout.agent import ActiveRollout, Agent, AgentSettings, RolloutState
 from appo.rollout.engine import RolloutEngine

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from appo.algo.presets import Algorithm
+from appo.algo.algorithm import Algorithm
 from appo.config import Config
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from appo.algo.presets import Algorithm, resolve
+from appo.algo.algorithm import Algorithm
+from appo.algo.resolve import resolve
 from appo.config import Config
 from appo.data.tasks import TaskStream, build_tasks
 from appo.dist.failures import agree_or_raise

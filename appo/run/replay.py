@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from appo.algo.presets import resolve
+from appo.algo.resolve import resolve
 from appo.config import Config, load_config
 from appo.dist.failures import agree_or_raise, fail_together
 from appo.dist.ranks import Ranks

@@ -1,7 +1,9 @@
-"""Which settings a resumed run may change: the checkpoint's configuration against the one of now, key by key.
+"""Which settings a resumed run may change: the checkpoint's configuration against the one of now,
+key by key.
 
-A run that goes on must compute what it would have computed. Keys that cannot change that are free; keys that change
-it within rounding only are allowed and named; every other difference is refused.
+A run that goes on must compute what it would have computed. Keys that cannot change that are free;
+keys that change it within rounding only are allowed and named; every other difference is refused.
+Which key is which stands beside the key: `appo.config.marks`.
 """
 
 from __future__ import annotations
@@ -11,23 +13,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from appo.config import Config
+from appo.config.marks import Resume, resume_marks
 from appo.errors import CheckpointError
-
-# Names of keys, or of groups with everything below them.
-FREE = (
-    "output", "resume", "recipe", "steps", "save_every", "keep_last", "save_trees", "threads", "watchdog_s", "eval",
-    "model.offline", "rollout.kv_tokens", "tools.workers", "tools.timeout_s", "reward.workers", "reward.timeout_s",
-    "learner.max_nonfinite",
-    "data.train", "data.eval",  # a file may move: its content is part of the checkpoint (`Cursor`)
-)  # fmt: skip
-
-# Sums in another order, or the same sums in other pieces: the run goes on, but not bit by bit.
-ROUNDING = (
-    "learner.zero_stage", "learner.offload", "learner.token_budget", "learner.gradient_checkpointing",
-    "learner.head_backend", "rollout.max_batch", "rollout.prefill_chunk",
-)  # fmt: skip
-
-NOT_SHOWN = ("output", "resume", "recipe")  # always different, and never of interest
 
 
 class Change(NamedTuple):
@@ -42,12 +29,16 @@ class Change(NamedTuple):
 
 
 def flatten(cfg: Config) -> dict[str, Any]:
-    """{"learner.lr": 1e-6, …}: every key of a configuration with its value, fit for JSON. Part of a checkpoint."""
+    """{"learner.lr": 1e-6, …}: every key of a configuration with its value, fit for JSON. Part of a
+    checkpoint.
+    """
     return dict(_leaves("", dataclasses.asdict(cfg)))
 
 
 def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Keys whose values differ, in the order of `now`. A key that the checkpoint is too old to know had its default."""
+    """Keys whose values differ, in the order of `now`. A key that the checkpoint is too old to know
+    had its default.
+    """
     defaults = flatten(Config())
     keys = [*now, *(k for k in saved if k not in now)]
     pairs = ((k, saved.get(k, defaults.get(k)), now.get(k)) for k in keys)
@@ -55,31 +46,36 @@ def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 
 def check_config(saved: Mapping[str, Any], cfg: Config, run: str) -> list[str]:
-    """Refuse a configuration that does not continue the run whose checkpoint holds `saved` (made by `flatten`).
+    """Refuse a configuration that does not continue the run whose checkpoint holds `saved` (made by
+    `flatten`).
 
-    run: the run folder, for the message. Returns notes about differences that are accepted. Raises CheckpointError
-    that lists the others with old and new values.
+    run: the run folder, for the message. Returns notes about differences that are accepted. Raises
+    CheckpointError that lists the others with old and new values.
     """
-    differences = [c for c in changed(saved, flatten(cfg)) if not _within(c.key, NOT_SHOWN)]
+    marks = resume_marks(Config)
+    differences = [
+        c for c in changed(saved, flatten(cfg)) if _mark(c.key, marks) is not Resume.HIDDEN
+    ]
     planned = (
         cfg.learner.schedule != "constant"
     )  # then the learning rate depends on the number of steps
     refused, notes = [], []
     for c in differences:
+        mark = _mark(c.key, marks)
         if c.key == "steps" and planned:
             refused.append(f"{c} (learner.schedule is {cfg.learner.schedule!r})")
-        elif _within(c.key, ROUNDING):
+        elif mark is Resume.ROUNDING:
             notes.append(f"changed on resume, equal up to rounding only: {c}")
-        elif _within(c.key, FREE):
+        elif mark is Resume.FREE:
             late = " (roots that were not drawn ahead yet are drawn with the weights of now)"
             ahead = c.key == "steps" and cfg.staleness and c.new > c.old
             notes.append(f"changed on resume: {c}{late if ahead else ''}")
         else:
             refused.append(str(c))
     if refused:
-        may = [
-            k for k in (*FREE, *ROUNDING) if k not in NOT_SHOWN and not (planned and k == "steps")
-        ]
+        kinds = (Resume.FREE, Resume.ROUNDING)
+        may = [k for kind in kinds for k, m in marks.items() if m is kind]
+        may = [k for k in may if not (planned and k == "steps")]
         raise CheckpointError(
             f"resume={run}: the configuration is not the one of its checkpoint ({'; '.join(refused)}). Set these back, "
             f"or start a new run with another output. What may change: {', '.join(may)}"
@@ -87,8 +83,11 @@ def check_config(saved: Mapping[str, Any], cfg: Config, run: str) -> list[str]:
     return notes
 
 
-def _within(key: str, names: tuple[str, ...]) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in names)
+def _mark(key: str, marks: Mapping[str, Resume]) -> Resume:
+    """The mark of a key, or of the key that holds it: data.params.digits is part of data.params."""
+    while key not in marks and "." in key:
+        key = key.rpartition(".")[0]
+    return marks.get(key, Resume.SAME)
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from appo.config import Config
+from appo.config import Config, run_context
 from appo.data.prompts import PromptBuilder, encode_plain, result_text
 from appo.dist.ranks import Ranks
 from appo.errors import ConfigError
@@ -48,22 +48,10 @@ def make_learner(p: Plan, ranks: Ranks | None = None) -> Any:
     """The learner of the configuration, with the base weights loaded. Collective."""
     from appo.learner.learner import Learner
 
-    return Learner(p.source.path, _learner_settings(p), seed=p.cfg.seed, ranks=ranks or Ranks())
-
-
-def _learner_settings(p: Plan) -> Any:
-    """`learner.*` as the learner's own settings."""
-    from appo.learner.settings import LearnerSettings
-
-    c = p.cfg.learner
-    return LearnerSettings(
-        mode=c.mode, lora_r=c.lora.r, lora_alpha=c.lora.alpha, lora_targets=tuple(c.lora.targets),
-        lora_layers=c.lora.layers, lr=c.lr, weight_decay=c.weight_decay, betas=(c.betas[0], c.betas[1]),
-        warmup_steps=c.warmup_steps, schedule=c.schedule, total_steps=p.cfg.steps * p.cfg.minibatches,
-        max_grad_norm=c.max_grad_norm, zero_stage=c.zero_stage, offload=c.offload, dtype=p.cfg.model.dtype,
-        gradient_checkpointing=c.gradient_checkpointing, temperature=p.cfg.rollout.temperature,
-        head_backend=c.head_backend, max_nonfinite=c.max_nonfinite, threads=p.threads, dump_dir=str(p.output),
-    )  # fmt: skip
+    context = run_context(p.cfg, p.threads, str(p.output))
+    return Learner(
+        p.source.path, p.cfg.learner, seed=p.cfg.seed, ranks=ranks or Ranks(), context=context
+    )
 
 
 def make_trainer(

@@ -55,12 +55,7 @@ def card_warnings(p: Plan) -> list[str]:
         out.append(
             "sandbox level rlimit: model-written code can read and write your files. Development only."
         )
-    if (
-        p.algo.name == "appo"
-        and p.cfg.minibatches < 2
-        and p.algo.has_branches
-        and not p.cfg.staleness
-    ):
+    if p.algo.has_branches and p.cfg.minibatches < 2 and not p.cfg.staleness:
         out.append("minibatches=1: all branch points are chosen with unmoved weights, so Omega is 1 everywhere and "
                    "branching falls back to entropy; use minibatches >= 2")  # fmt: skip
     size = p.cfg.prompts_per_step // p.cfg.minibatches

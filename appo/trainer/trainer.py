@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from appo.algo.algorithm import Algorithm
 from appo.algo.branching import BranchPlan
 from appo.algo.credit import assign
 from appo.algo.objective import Objective
-from appo.algo.presets import Algorithm
 from appo.dist.ranks import Ranks
 from appo.packing.pack import pack
 from appo.packing.sharing import sharing_counts

@@ -22,10 +22,10 @@ import torch
 
 import appo
 from appo.algo.objective import make_objective
-from appo.algo.presets import resolve
-from appo.config import Config
+from appo.algo.resolve import resolve
+from appo.config import Config, LearnerConfig, LoraConfig, RunContext
 from appo.kernels import linear_logprob_entropy
-from appo.learner import Learner, LearnerSettings
+from appo.learner import Learner
 from appo.packing.pack import PackedBatch, pack
 from appo.types import Counts, Credit, Leaf, Node, RolloutTree, Task
 
@@ -63,12 +63,10 @@ def mini_batch(cfg: Config, vocab: int) -> tuple[list[PackedBatch], Counts]:
     return pack(trees, credits, token_budget=cfg.learner.token_budget), counts
 
 
-def settings(cfg: Config, quick: bool, threads: int) -> LearnerSettings:
+def settings(cfg: Config, quick: bool) -> LearnerConfig:
     lora = cfg.learner.lora
-    return LearnerSettings(
-        lora_r=lora.r, lora_alpha=lora.alpha, lora_layers=2 if quick else lora.layers, lr=1e-6,
-         threads=threads, zero_stage=cfg.learner.zero_stage, dtype=cfg.model.dtype,
-    )  # fmt: skip
+    adapters = LoraConfig(r=lora.r, alpha=lora.alpha, layers=2 if quick else lora.layers)
+    return LearnerConfig(mode="lora", lora=adapters, lr=1e-6, zero_stage=cfg.learner.zero_stage)
 
 
 def head_only(
@@ -99,7 +97,8 @@ def main() -> None:
     repeats = 1 if args.quick else 7
     with tempfile.TemporaryDirectory() as scratch:
         folder = model_folder(scratch, args.quick)
-        with Learner(folder, settings(cfg, args.quick, args.threads), seed=0) as learner:
+        context = RunContext(dtype=cfg.model.dtype, threads=args.threads)
+        with Learner(folder, settings(cfg, args.quick), seed=0, context=context) as learner:
             batches, counts = mini_batch(cfg, learner.lm.config.vocab_size)
             objective = make_objective(resolve(cfg.algo))
 

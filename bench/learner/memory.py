@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 import appo
-from appo.algo.presets import resolve
-from appo.learner import Learner, LearnerSettings
+from appo.algo.resolve import resolve
+from appo.config import LearnerConfig, LoraConfig, RunContext
+from appo.learner import Learner
 from appo.learner import policy as forward
 from appo.learner.policy import Policy, load_model
 from appo.packing.pack import PackedBatch, pack_sequences
@@ -133,7 +134,7 @@ def loss(stats: Any, batch: PackedBatch, counts: Counts) -> tuple[Tensor, dict]:
     return stats.logp.sum() / counts.tokens, {}
 
 
-def state_checks(folder: Path, family: str, settings: LearnerSettings) -> list[Check]:
+def state_checks(folder: Path, family: str, dtype: str, settings: LearnerConfig) -> list[Check]:
     """Weights, masters and moments tensor by tensor; then everything that is alive between two micro-batches."""
     before = storages(alive())
     batches, counts = [stream(64), stream(64)], Counts(128, 2, 2)
@@ -143,7 +144,7 @@ def state_checks(folder: Path, family: str, settings: LearnerSettings) -> list[C
         if done == 0:
             found.append(storages(alive()))
 
-    with Learner(folder, settings, seed=0) as learner:
+    with Learner(folder, settings, seed=0, context=RunContext(dtype=dtype)) as learner:
         learner.train_minibatch(batches, counts, loss)  # makes the moments
         learner.on_micro_batch = look
         learner.train_minibatch(batches, counts, loss)
@@ -160,13 +161,13 @@ def state_checks(folder: Path, family: str, settings: LearnerSettings) -> list[C
         }
         got = {name: float(sum(storages(part).values())) for name, part in parts.items()}
     everything = sum(n for address, n in found[0].items() if address not in before)
-    lora = settings.lora_r if settings.mode == "lora" else 0
-    t = Training(settings.dtype, settings.zero_stage, world, settings.offload, lora_r=lora)
+    lora = settings.lora.r if settings.mode == "lora" else 0
+    t = Training(dtype, settings.zero_stage, world, settings.offload, lora_r=lora)
     shape = Shape.read(folder)
     want, buffer = memory.state(shape, t), memory.bucket(shape, t)
     if settings.zero_stage == 2 and settings.offload == "none":
         buffer = 0.0  # given back after each micro-batch
-    where = f"{family}, {settings.dtype}, {settings.mode}, ZeRO {settings.zero_stage}, "
+    where = f"{family}, {dtype}, {settings.mode}, ZeRO {settings.zero_stage}, "
     where += f"offload {settings.offload}, " if settings.offload != "none" else ""
     where += f"rank 1 of {world}"
     bound = 0.02 if settings.offload == "none" or settings.zero_stage == 3 else 0.15
@@ -178,7 +179,7 @@ def state_checks(folder: Path, family: str, settings: LearnerSettings) -> list[C
     ]
 
 
-def settings_grid(quick: bool) -> list[LearnerSettings]:
+def settings_grid(quick: bool) -> list[tuple[str, LearnerConfig]]:
     """(dtype, stage, offload) of full fine-tuning, and LoRA."""
     grid = [
         ("float32", 0, "none"),
@@ -193,10 +194,12 @@ def settings_grid(quick: bool) -> list[LearnerSettings]:
             (d, s, "optimizer")
             for d, s in (("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2))
         ]
-    out = [LearnerSettings(mode="full", dtype=d, zero_stage=s, offload=o) for d, s, o in grid]
-    return out + [
-        LearnerSettings(mode="lora", lora_r=8, zero_stage=s) for s in ((3,) if quick else (1, 2, 3))
+    out = [(d, LearnerConfig(zero_stage=s, offload=o)) for d, s, o in grid]
+    adapters = [
+        LearnerConfig(mode="lora", lora=LoraConfig(r=8), zero_stage=s)
+        for s in ((3,) if quick else (1, 2, 3))
     ]
+    return out + [("bfloat16", c) for c in adapters]
 
 
 def all_state_checks(scratch: Path, quick: bool) -> list[Check]:
@@ -204,8 +207,8 @@ def all_state_checks(scratch: Path, quick: bool) -> list[Check]:
     out = []
     for family in ("qwen2",) if quick else ("qwen2", "qwen3 tied"):
         folder = make_model(scratch / family, family)
-        for settings in settings_grid(quick):
-            out += state_checks(folder, family, settings)
+        for dtype, settings in settings_grid(quick):
+            out += state_checks(folder, family, dtype, settings)
     return out
 
 

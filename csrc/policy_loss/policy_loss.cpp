@@ -1,8 +1,8 @@
 // Ratio, future-aware scale, clipped surrogate, its gradient and the sums that are reported: one
-// backward sweep per row. Twin of `policy_loss_torch` in kernels/policy_loss/op.py; the two are tested
-// against each other.
+// backward sweep per row. Twin of kernels/policy_loss/backend_torch.py; the two are tested against
+// each other.
 //
-// Reads logp, behaviour, advantage (4 or 8 bytes each) and mask (1); writes future and gradient.
+// Reads logp, old_logp, advantage (4 or 8 bytes each) and mask (1); writes future and gradient.
 // Everything between is in double, in blocks of tokens that stay in the first-level cache.
 
 #include <tvm/ffi/function.h>

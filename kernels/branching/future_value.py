@@ -1,8 +1,9 @@
-"""The segmented reverse discounted scan: what lies ahead of each token, in O(N) and without a T × T matrix.
+"""The segmented reverse discounted scan: what lies ahead of each token, in O(N) and without a T × T
+matrix.
 
-Along one segment (`future_value`) and along a tree of segments (`tree_future_value`). The native code (csrc/branching/future_value.cpp), the
-Triton kernels (kernels/branching/gpu/scan.py) and the PyTorch definitions below compute the same sums in float64 and are tested
-against each other.
+Along one segment (`future_value`) and along a tree of segments (`tree_future_value`). The native
+code (csrc/branching/future_value.cpp), the Triton kernels (kernels/branching/gpu/scan.py) and the PyTorch definitions
+compute the same sums in float64 and are tested against each other.
 """
 
 from __future__ import annotations
@@ -12,19 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from appo._kernels.branching import definition
 from appo._kernels.common import native, packed
 from appo._kernels.common.operators import operator
-
-
-def half_life_to_gamma(tau: float) -> float:
-    """γ = 2^(-1/τ): a log-ratio τ tokens ahead counts half.
-
-    >>> half_life_to_gamma(1)
-    0.5
-    """
-    if not tau > 0:
-        raise ValueError(f"half-life is {tau}, expected > 0 tokens")
-    return 2.0 ** (-1.0 / tau)
 
 
 @torch.no_grad()
@@ -37,7 +28,8 @@ def future_value(
     backend: str = "auto",
     threads: int | None = None,
 ) -> Tensor:
-    """S_i = Σ_{k≥i} γ^(k-i) · mask_k · log_ratio_k over the raw positions of each segment. O(N), float64 inside.
+    """S_i = Σ_{k≥i} γ^(k-i) · mask_k · log_ratio_k over the raw positions of each segment. O(N),
+    float64 inside.
 
     log_ratio[N] floating point; mask[N]; offsets[B+1] from 0 to N, not decreasing; 0 ≤ gamma ≤ 1
     backend  "auto" | "torch" | "cpu" (RuntimeError without the native library) | "triton"; see `packed`
@@ -60,10 +52,12 @@ def _future_value(
     backend: str,
     threads: int | None,
 ) -> Tensor:
-    """`future_value` as an operator that is opaque to torch.compile: a compiled graph does not break at it."""
+    """`future_value` as an operator that is opaque to torch.compile: a compiled graph does not
+    break at it.
+    """
     how = packed.choose(backend, log_ratio)
     if how == "torch":
-        return future_value_torch(log_ratio, mask, offsets, gamma)
+        return definition.future_value_torch(log_ratio, mask, offsets, gamma)
     (x,), m = packed.widened(log_ratio), packed.as_bytes(mask)
     if how == "triton":
         out = packed.gpu("branching.gpu.scan").future_value(x, m, offsets, gamma)
@@ -81,26 +75,6 @@ def _fake_future_value(log_ratio: Tensor, *_: Any) -> Tensor:
 future_value_op = operator("future_value", _future_value, _fake_future_value)
 
 
-def future_value_torch(log_ratio: Tensor, mask: Tensor, offsets: Tensor, gamma: float) -> Tensor:
-    """The definition, by doubling: after step j every token holds the sum of its next 2^j terms. O(N log L)."""
-    offsets = offsets.to(log_ratio.device)
-    lengths = packed.segment_lengths(offsets, log_ratio.shape[0])
-    total = torch.where(mask.to(torch.bool), log_ratio.double(), 0.0)
-    if total.numel() == 0 or gamma == 0.0:
-        return total.to(log_ratio.dtype)
-    end = torch.repeat_interleave(offsets[1:], lengths)  # [N] one past each token's own segment
-    position = torch.arange(total.shape[0], device=total.device)
-    longest, reach = int(lengths.max()), 1
-    while reach < longest:
-        inside = position[:-reach] + reach < end[:-reach]
-        ahead = torch.where(inside, total[reach:], 0.0)
-        if gamma**reach == 0.0:
-            break  # not 0 · inf: what is that far ahead has no weight
-        total = torch.cat([total[:-reach] + gamma**reach * ahead, total[-reach:]])
-        reach *= 2
-    return total.to(log_ratio.dtype)
-
-
 @torch.no_grad()
 def tree_future_value(
     log_ratio: Tensor,
@@ -112,7 +86,8 @@ def tree_future_value(
     weights: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The same sum along a tree: what lies ahead of a node's last token is the weighted sum over its children.
+    """The same sum along a tree: what lies ahead of a node's last token is the weighted sum over
+    its children.
 
         F_i = mask_i · log_ratio_i + γ · F_{i+1}                          inside a node
         F_i = mask_i · log_ratio_i + γ · Σ_{children c} w_c · F_first(c)  at the last token of a node
@@ -152,7 +127,9 @@ def tree_future_value(
 def _tree_torch(
     log_ratio: Tensor, mask: Tensor, offsets: Tensor, parents: Tensor, weights: Tensor, gamma: float
 ) -> Tensor:
-    """The definition: node by node, the last first; a node's carry enters as one more token behind it."""
+    """The definition: node by node, the last first; a node's carry enters as one more token behind
+    it.
+    """
     packed.segment_lengths(offsets, log_ratio.shape[0])
     x = torch.where(mask.to(torch.bool), log_ratio.double(), 0.0)
     carry = x.new_zeros(parents.shape[0])
@@ -161,7 +138,9 @@ def _tree_torch(
     for node in range(parents.shape[0] - 1, -1, -1):
         own = torch.cat([x[cuts[node] : cuts[node + 1]], carry[node : node + 1]])
         ones = torch.ones_like(own, dtype=torch.bool)
-        value = future_value_torch(own, ones, torch.tensor([0, len(own)], device=x.device), gamma)
+        value = definition.future_value_torch(
+            own, ones, torch.tensor([0, len(own)], device=x.device), gamma
+        )
         out[cuts[node] : cuts[node + 1]] = value[:-1]
         parent, weight = int(parents[node]), float(weights[node])
         if parent >= 0 and weight != 0.0:

@@ -1,10 +1,13 @@
-"""Where to branch: the Branching Score (arXiv 2606.12384, section 4). The choice of positions is in `selection`.
+"""Where to branch: the Branching Score (arXiv 2606.12384, Eq. 5). The choice of positions is in
+`selection`.
 
-Everything works on *packed* roots: vectors of N tokens and offsets[B+1] that cut them into B segments, one per root
-rollout. A mask marks tokens that the policy sampled; tool tokens add nothing but keep their place in the exponent.
-All sums run in float64: they are O(N), and a clipped ratio is so nearly constant that float32 would standardise noise.
+Everything works on *packed* roots: vectors of N tokens and offsets[B+1] that cut them into B
+segments, one per root rollout. A mask marks tokens that the policy sampled; tool tokens add nothing
+but keep their place in the exponent. All sums run in float64: they are O(N), and a clipped ratio is
+so nearly constant that float32 would standardise noise.
 
-`_scores_torch` is the definition. The backends agree with it to rounding: they add the sums in another order.
+`branching.definition` holds the formulas. The backends agree with it to rounding: they add the sums
+in another order.
 """
 
 from __future__ import annotations
@@ -15,13 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from appo._kernels.branching.future_value import future_value_torch
+from appo._kernels.branching import definition
 from appo._kernels.common import native, packed
 from appo._kernels.common.operators import operator
-
-SUM_CLAMP = 20.0  # on the discounted sum of log-ratios, before exp
-Z_EPS = 1e-6  # added to the population standard deviation
-FLAT = 1e-8  # a standard deviation below FLAT · max(1, max|x|) is rounding, not information
 
 
 class BranchScores(NamedTuple):
@@ -54,12 +53,12 @@ def branch_scores(
 ) -> BranchScores:
     """Branching Score z(clip(Ω, 1 ± clip)) · z(entropy) with Ω = exp(clamp(S, ± 20)), per segment.
 
-    entropy[N] nats, log_ratio[N] current minus reference log-prob, mask[N], offsets[B+1]; see `future_value`.
-    z uses the population standard deviation + 1e-6 over mask tokens, two passes in float64.
-    variant "paper": a vector whose deviation is rounding (≤ 1e-8 · max(1, max|x|)) is standardised to exactly 0;
-    "released": the bare formula. `omega_uninformative` is reported in both.
-    backend "auto" | "torch" | "cpu" | "triton"; see `packed`. "triton" trusts offsets on the GPU.
-    Raises ValueError for shapes, devices, offsets or numbers that do not fit.
+    entropy[N] nats, log_ratio[N] current minus reference log-prob, mask[N], offsets[B+1]; see
+    `future_value`. z uses the population standard deviation + 1e-6 over mask tokens, two passes in
+    float64. variant "paper": a vector whose deviation is rounding (≤ 1e-8 · max(1, max|x|)) is
+    standardised to exactly 0; "released": the bare formula. `omega_uninformative` is reported in
+    both. backend "auto" | "torch" | "cpu" | "triton"; see `packed`. "triton" trusts offsets on the
+    GPU. Raises ValueError for shapes, devices, offsets or numbers that do not fit.
     """
     check_variant(variant)
     packed.check_gamma(gamma)
@@ -81,10 +80,14 @@ def _branch_scores(
     variant: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`branch_scores` as an operator that is opaque to torch.compile: a compiled graph does not break at it."""
+    """`branch_scores` as an operator that is opaque to torch.compile: a compiled graph does not
+    break at it.
+    """
     how = packed.choose(backend, log_ratio)
     if how == "torch":
-        return _scores_torch(entropy, log_ratio, mask, offsets, gamma, clip, variant)
+        return definition.branch_scores_torch(
+            entropy, log_ratio, mask, offsets, gamma, clip, variant
+        )
     d, h = packed.widened(log_ratio, entropy)
     m, bounds, paper = packed.as_bytes(mask), (1.0 - clip, 1.0 + clip), variant == "paper"
     if how == "triton":
@@ -110,48 +113,6 @@ def _fake_branch_scores(
 
 
 branch_scores_op = operator("branch_scores", _branch_scores, _fake_branch_scores)
-
-
-def _scores_torch(
-    entropy: Tensor,
-    log_ratio: Tensor,
-    mask: Tensor,
-    offsets: Tensor,
-    gamma: float,
-    clip: float,
-    variant: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    m = mask.to(torch.bool)
-    future = future_value_torch(log_ratio.double(), m, offsets, gamma)
-    omega = future.clamp(-SUM_CLAMP, SUM_CLAMP).exp().clamp(1.0 - clip, 1.0 + clip)
-    segment = packed.segment_ids(offsets, log_ratio)
-    z_omega, flat = _standardise(omega, m, segment, offsets.shape[0] - 1, variant)
-    z_entropy, _ = _standardise(entropy.double(), m, segment, offsets.shape[0] - 1, variant)
-    score = z_entropy * z_omega
-    dtype = log_ratio.dtype
-    return omega.to(dtype), z_entropy.to(dtype), z_omega.to(dtype), score.to(dtype), flat
-
-
-def _standardise(
-    x: Tensor, mask: Tensor, segment: Tensor, segments: int, variant: str
-) -> tuple[Tensor, Tensor]:
-    """(z[N], flat[B]) over the mask tokens of each segment; 0 where the mask is False. float64."""
-
-    def per_segment(values: Tensor) -> Tensor:
-        return values.new_zeros(segments).index_add_(0, segment, values)
-
-    count = per_segment(mask.double()).clamp(min=1.0)
-    mean = per_segment(torch.where(mask, x, 0.0)) / count
-    centred = torch.where(mask, x - mean[segment], 0.0)
-    std = (per_segment(centred.square()) / count).sqrt()
-    largest = x.new_zeros(segments).scatter_reduce_(
-        0, segment, torch.where(mask, x.abs(), 0.0), "amax"
-    )
-    flat = std <= FLAT * largest.clamp(min=1.0)  # False for NaN: unknown is not flat
-    z = centred / (std + Z_EPS)[segment]
-    if variant == "paper":
-        z = torch.where(flat[segment], 0.0, z)
-    return torch.where(mask, z, 0.0), flat
 
 
 def check_variant(variant: str) -> None:

@@ -1,7 +1,8 @@
-"""The choice of positions to branch at: the best k of every group by strictness, value and position.
+"""The choice of positions to branch at: the best k of every group by strictness, value and
+position.
 
-The order is total, so selection has one result, whatever computes it: `_select_torch` (the definition), csrc/branching/scores.cpp
-or kernels/branching/gpu/topk.py.
+The order is total, so selection has one result, whatever computes it: `_select_torch` by
+`definition.ranking`, csrc/branching/selection.cpp or kernels/branching/gpu/topk.py.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from appo._kernels.branching import definition
 from appo._kernels.branching.op import BranchScores, check_variant
 from appo._kernels.common import native, packed
 
-RULE_EMPTY, RULE_STRICT, RULE_ENTROPY, RULE_PRODUCT, RULE_REPEAT = -1, 0, 1, 2, 3
+RULE_EMPTY, RULE_REPEAT = -1, 3  # the others: `definition`
 
 
 @dataclass(frozen=True)
 class BranchPoints:
-    """index[G, k] int64 packed positions (-1: slot not filled), count[G] filled slots, rule[G, k] which rule filled it.
+    """index[G, k] int64 packed positions (-1: slot not filled), count[G] filled slots, rule[G, k]
+    which rule filled it.
 
-    Rules: 0 strict, 1 entropy, and for `released` only 2 raw product, 3 repeat of an earlier slot; -1 not filled.
+    Rules: 0 strict, 1 entropy, and for `released` only 2 raw product, 3 repeat of an earlier slot;
+    -1 not filled.
     """
 
     index: Tensor
@@ -40,16 +44,18 @@ def select_branch_points(
     *,
     backend: str = "auto",
 ) -> BranchPoints:
-    """The k positions to branch at in every group of segments (default: each segment is a group of its own).
+    """The k positions to branch at in every group of segments (default: each segment is a group of
+    its own).
 
-    eligible[N] bool: sampled, not blank, not the end, room left; groups[B] integers number each segment's group, 0 … G-1
-    "paper": strict candidates (z_entropy > 0 and z_omega > 0) by score, then positives of z_entropy; distinct; never the
-    raw product, in which two negatives look good. What is missing shows in `count`.
-    "released": strict candidates by score, then any candidate by raw product, then repeats from the first on.
-    Ties go to the earlier packed position; NaN ranks lowest; -0 equals +0. k may exceed a group's tokens.
-    backend "auto" | "torch" | "cpu" | "triton" (k ≤ 64, float32 scores; "auto" falls back to "torch" otherwise). On a GPU
-    `groups` are looked at once, which waits for the device.
-    Raises ValueError for shapes, offsets, groups or a k that do not fit.
+    eligible[N] bool: sampled, not blank, not the end, room left; groups[B] integers number each
+    segment's group, 0 … G-1 "paper": strict candidates (z_entropy > 0 and z_omega > 0) by score,
+    then positives of z_entropy; distinct; never the raw product, in which two negatives look good.
+    What is missing shows in `count`. "released": strict candidates by score, then any candidate by
+    raw product, then repeats from the first on. Ties go to the earlier packed position; NaN ranks
+    lowest; -0 equals +0. k may exceed a group's tokens. backend "auto" | "torch" | "cpu" | "triton"
+    (k ≤ 64, float32 scores; "auto" falls back to "torch" otherwise). On a GPU `groups` are looked
+    at once, which waits for the device. Raises ValueError for shapes, offsets, groups or a k that
+    do not fit.
     """
     how = packed.choose(backend, scores.score)
     check_variant(variant)
@@ -136,14 +142,8 @@ def _select_torch(
     variant: str,
 ) -> Chosen:
     group = groups.to(eligible.device)[packed.segment_ids(offsets, eligible)]  # [N]
-    candidate = eligible.to(torch.bool)
-    strict = candidate & (scores.z_entropy > 0) & (scores.z_omega > 0)
-    if variant == "paper":
-        value = torch.where(strict, scores.score, scores.z_entropy)
-        usable, filler = candidate & (scores.z_entropy > 0), RULE_ENTROPY
-    else:
-        value, usable, filler = scores.score, candidate, RULE_PRODUCT
-    rule = torch.where(strict, RULE_STRICT, filler)
+    z = (scores.z_entropy, scores.z_omega, scores.score)
+    usable, rule, value = definition.ranking(*z, eligible, variant)
 
     # One stable sort per key, least important first; positions are in order to begin with.
     order = usable.nonzero()[:, 0]

@@ -1,10 +1,11 @@
-"""The policy loss in one pass over the tokens: ratio, future-aware scale, clipped surrogate, its gradient, its metrics.
+"""The policy loss in one pass over the tokens: ratio, future-aware scale, clipped surrogate, its
+gradient, its metrics.
 
-The parts exist one by one as functions (appo/algo/losses.py holds the definitions of the presets); composed, they read the
-vectors a dozen times, once more for each metric, and keep their intermediates for backward. Here one pass reads
-logp, old_logp, advantage and mask and writes the gradient, so that backward is a single product. The native code
-(csrc/policy_loss/policy_loss.cpp), the Triton kernel (kernels/policy_loss/gpu/policy_loss.py) and `policy_loss_torch` are tested against each
-other.
+`definition` holds the formulas one by one. Composed by autograd they read the vectors a dozen
+times, once more for each metric, and keep their intermediates for backward. Here one pass reads
+logp, old_logp, advantage and mask and writes the gradient, so that backward is a single product.
+The native code (csrc/policy_loss/policy_loss.cpp), the Triton kernel (gpu/policy_loss.py) and `backend_torch`,
+which calls the definition, are tested against each other.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from appo._kernels.branching.future_value import future_value_torch
 from appo._kernels.common import native, packed
 from appo._kernels.common.operators import operator
-
-CLAMP = 20.0  # on log-ratios and on their discounted sums, before exp
+from appo._kernels.policy_loss.backend_torch import policy_loss_torch
+from appo._kernels.policy_loss.rules import Rules, check, stored
 
 
 class PolicyLoss(NamedTuple):
-    """loss [] float64, differentiable by logp; the rest without gradient, float64, on the device (no wait to compute it).
+    """loss [] float64, differentiable by logp; the rest without gradient, float64, on the device
+    (no wait to compute it).
 
     future[N]       the future factor f in the dtype of logp, also behind the mask; no items without gamma
     tokens          tokens in the mask
@@ -42,18 +43,6 @@ class PolicyLoss(NamedTuple):
     scale: Tensor
 
 
-class Rules(NamedTuple):
-    """The numbers of the loss. gamma None: no future term; dual_clip inf: no dual clip."""
-
-    gamma: float | None
-    future_low: float
-    future_high: float
-    future_weight: float
-    clip_low: float
-    clip_high: float
-    dual_clip: float
-
-
 def policy_loss(
     logp: Tensor,
     old_logp: Tensor,
@@ -70,7 +59,8 @@ def policy_loss(
     dual_clip: float | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
-    """Σ_rows w_row · Σ_{t in mask} max(-A'r, -A' clip(r, 1-clip_low, 1+clip_high)), at most -A' · dual_clip where A' < 0.
+    """Σ_rows w_row · Σ_{t in mask} max(-A'r, -A' clip(r, 1-clip_low, 1+clip_high)), at most -A' ·
+    dual_clip where A' < 0.
 
         d = logp - old_logp in the mask, 0 elsewhere        r = exp(clamp(d, ±20))
         f = clip(exp(clamp(S, ±20)), *future_clip)           S_t = Σ_{k≥t} γ^(k-t) d_k over the raw positions of the row
@@ -93,7 +83,7 @@ def policy_loss(
     packed.check_floating(logp=logp)
     limit = math.inf if dual_clip is None else dual_clip
     rules = Rules(gamma, *future_clip, future_weight, clip_low, clip_high, limit)
-    _check(rules)
+    check(rules)
     weight = logp.new_ones(rows, dtype=torch.float64) if row_weight is None else row_weight
     weight = weight.detach().to(device=logp.device, dtype=torch.float64)
     sums, future = _Fused.apply(logp, old_logp, advantage, mask, offsets, weight, backend, rules)
@@ -163,12 +153,7 @@ def _policy_loss(
         native.require("policy_loss")(
             x, mu, a, m, cuts, w, *numbers, future, gradient, sums, torch.get_num_threads()
         )
-    return sums, future.to(logp.dtype), gradient.to(_stored(logp))
-
-
-def _stored(logp: Tensor) -> torch.dtype:
-    """The dtype of the saved gradient: 1/tokens is below the range of float16, and a loss scale comes only afterwards."""
-    return torch.promote_types(logp.dtype, torch.float32)
+    return sums, future.to(logp.dtype), gradient.to(stored(logp))
 
 
 def _fake_policy_loss(
@@ -184,66 +169,7 @@ def _fake_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = logp.shape[0]
     sums, future = logp.new_empty(6, dtype=torch.float64), 0 if gamma is None else n
-    return sums, logp.new_empty(future), logp.new_empty(n, dtype=_stored(logp))
+    return sums, logp.new_empty(future), logp.new_empty(n, dtype=stored(logp))
 
 
 policy_loss_op = operator("policy_loss", _policy_loss, _fake_policy_loss)
-
-
-def policy_loss_torch(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    offsets: Tensor,
-    weight: Tensor,
-    rules: Rules,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, in float64: (sums[6], future, gradient) as `policy_loss_op` returns them."""
-    segment = packed.segment_ids(offsets, logp)
-    keep = mask.to(torch.bool)
-    d = torch.where(keep, logp.double() - old_logp.double(), 0.0)
-    ratio = d.clamp(-CLAMP, CLAMP).exp()
-    future, scale = d.new_empty(0), torch.ones_like(d)
-    if rules.gamma is not None:
-        ahead = future_value_torch(d, keep, offsets, rules.gamma)
-        future = ahead.clamp(-CLAMP, CLAMP).exp().clamp(rules.future_low, rules.future_high)
-        scale = 1.0 + rules.future_weight * future
-
-    a = advantage.double() * scale
-    low, high = 1.0 - rules.clip_low, 1.0 + rules.clip_high
-    plain, bounded = -a * ratio, -a * ratio.clamp(low, high)
-    value = torch.maximum(plain, bounded)
-    slope = torch.where(plain < bounded, 0.0, plain)  # d value / d log-ratio; NaN stays NaN
-    most = torch.where(a < 0, -a * rules.dual_clip, math.inf)
-    slope = torch.where((value > most) | (d.abs() > CLAMP), 0.0, slope)
-    value = torch.where(value > most, most, value)
-
-    def row_sums(x: Tensor) -> Tensor:
-        return x.new_zeros(weight.shape[0]).index_add_(0, segment, torch.where(keep, x, 0.0))
-
-    own = advantage.double()
-    clipped = ((own > 0) & (ratio > high)) | ((own < 0) & (ratio < low))
-    metrics = (torch.ones_like(d), clipped.double(), ratio - 1.0 - d, d.abs(), scale)
-    sums = torch.stack([weight @ row_sums(value), *(row_sums(x).sum() for x in metrics)])
-    gradient = torch.where(keep, weight[segment] * slope, 0.0)
-    return sums, future.to(logp.dtype), gradient.to(_stored(logp))
-
-
-def _check(rules: Rules) -> None:
-    if rules.gamma is not None:
-        packed.check_gamma(rules.gamma)
-    elif rules.future_weight:
-        raise ValueError(f"future_weight is {rules.future_weight} without gamma; give gamma")
-    if not 0.0 <= rules.future_low <= rules.future_high:
-        raise ValueError(
-            f"future_clip is ({rules.future_low}, {rules.future_high}), expected 0 ≤ low ≤ high"
-        )
-    if not (rules.future_weight >= 0.0 and math.isfinite(rules.future_weight)):
-        raise ValueError(f"future_weight is {rules.future_weight}, expected finite and ≥ 0")
-    if not (0.0 <= rules.clip_low <= 1.0 and rules.clip_high >= 0.0):
-        raise ValueError(
-            f"clip_low is {rules.clip_low}, clip_high {rules.clip_high}; expected 0 ≤ clip_low ≤ 1, clip_high ≥ 0"
-        )
-    if not rules.dual_clip > 1.0:
-        raise ValueError(f"dual_clip is {rules.dual_clip}, expected > 1")

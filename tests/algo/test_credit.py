@@ -20,7 +20,9 @@ def model(parent, fork_at, n, path):
 
 
 def tree(root_rewards=(1.0, 0.0), branches=((0, 2, 1.0), (1, 3, 0.0))):
-    """Two roots of 4 + tool(2) + 3 tokens; branches (root, split inside the first turn, reward) of 5 tokens."""
+    """Two roots of 4 + tool(2) + 3 tokens; branches (root, split inside the first turn, reward) of
+    5 tokens.
+    """
     t = RolloutTree(TASK, [Node(None, "prompt", 0, [7, 8, 9])])
     for r, reward in enumerate(root_rewards):
         t.nodes += [model(0, 3, 4, (r,)), Node(len(t.nodes), "tool", 4, [90, 91], path=(r,))]
@@ -58,7 +60,7 @@ def test_groups_without_signal_leave_no_rows_but_stay_in_the_denominators():
     same = tree((0.5, 0.5), ((0, 2, 0.3), (1, 3, 0.3)))
     out = assign([same, tree()], APPO)
     assert out.credits[0] == [] and len(out.credits[1]) == 2 and out.zero_groups == 1
-    assert out.counts.rollouts == 8 and out.counts.rows == 4
+    assert (out.counts.tokens, out.counts.rows, out.counts.rollouts) == (28, 4, 8)
 
 
 def test_equal_roots_with_unequal_branches_still_teach():
@@ -85,7 +87,7 @@ def test_grpo_trains_every_leaf_of_a_prompt():
     assert a == pytest.approx([2**-0.5, -(2**-0.5)], abs=1e-5) and out.counts.rows == 2
 
 
-# -- branch points -------------------------------------------------------------------------------------------------
+# -- branch points
 
 
 def arrays(n=12, roots=2, seed=0):

@@ -1,4 +1,6 @@
-"""Old log-probs: the ratio, the weight of stale tokens and their gradient against a plain formula, and every token its own."""
+"""Old log-probs: the ratio, the weight of stale tokens and their gradient against a plain formula,
+and every token its own.
+"""
 
 import math
 import zlib
@@ -42,7 +44,9 @@ def stats_of(logp):
 
 
 def plain(logp, rows, algo, *, here, cap, rollouts):
-    """The loss written out token by token. here: the version of the old log-probs is the one under training."""
+    """The loss written out token by token. here: the version of the old log-probs is the one under
+    training.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for a, b in zip(OFFSETS, OFFSETS[1:]):
         kept = [t for t in range(a, b) if rows.mask[t]]
@@ -91,12 +95,15 @@ def check_metrics(metrics, logp, rows, here, cap):
         m = rows.mask
         old_logp = logp if here else torch.where(rows.version == NOW, logp, rows.old_logp)
         drift = torch.where(rows.version == NOW, 0.0, old_logp - rows.behavior_logp)[m]
+        r, a = (logp - old_logp)[m].exp(), rows.advantage[m]
         want = {
             "staleness": (NOW - rows.version[m]).double(),
             "log_ratio_behavior": (logp - rows.behavior_logp)[m].abs(),
             "is_weight": torch.ones(len(drift)) if cap is None else drift.exp().clamp(max=cap),
             "is_clipped": (drift.exp() > (cap or math.inf)).double(),
             "log_ratio_abs": (logp - old_logp)[m].abs(),
+            "clip_fraction": (((a > 0) & (r > 1.28)) | ((a < 0) & (r < 0.8))).double(),
+            "kl_old_logp": r - 1 - r.log(),
         }
     for name, values in want.items():
         total, n = metrics[f"policy/{name}"]
@@ -104,7 +111,9 @@ def check_metrics(metrics, logp, rows, here, cap):
 
 
 def test_rounding_of_the_engine_is_not_taken_for_a_moved_policy():
-    """Mini-batch 1 was empty, so mini-batch 2 meets the weights of the step's start; the engine's log-probs are noisy."""
+    """Mini-batch 1 was empty, so mini-batch 2 meets the weights of the step's start; the engine's
+    log-probs are noisy.
+    """
     algo, g = ALGORITHMS["appo"], torch.Generator().manual_seed(0)
     n = 4000
     logp = -torch.rand(n, generator=g).double()
@@ -137,7 +146,7 @@ def test_rounding_of_the_engine_is_not_taken_for_a_moved_policy():
     assert importance_weight(torch.tensor([-50.0, 0.0, 50.0]), 2.0).tolist() == pytest.approx([math.exp(-20), 1, 2])  # fmt: skip
 
 
-# -- every token its own old log-prob ------------------------------------------------------------------------------------
+# -- every token its own old log-prob
 
 
 def signature(ids):
@@ -153,7 +162,9 @@ class PathLearner(FixedLearner):
 
 
 def edge_signatures(batch):
-    """Of every edge of a packed batch, read off the stream alone: the path of a token is what sees it."""
+    """Of every edge of a packed batch, read off the stream alone: the path of a token is what sees
+    it.
+    """
     out = []
     ids, subtree_end = batch.token_ids.tolist(), batch.subtree_end.tolist()
     for at, target, kept in zip(batch.source.tolist(), batch.target.tolist(), batch.mask.tolist()):
@@ -163,7 +174,9 @@ def edge_signatures(batch):
 
 
 def trees_with_old_logp():
-    """Trees with branches, whose old log-probs were set when there were only roots, as a step does it."""
+    """Trees with branches, whose old log-probs were set when there were only roots, as a step does
+    it.
+    """
     trainer = make_trainer(learner=PathLearner())
     result = run_steps(trainer, [1], 1)[0]
     return trainer, [t for t, k in zip(result.trees, result.minibatch) if k == 1]
@@ -195,7 +208,9 @@ def credit_of(tree, leaf, rng):
 
 
 def expected_old_logp(batch, trees):
-    """Root tokens: the signature; tokens that a branch drew: what the engine recorded; tool results: 0."""
+    """Root tokens: the signature; tokens that a branch drew: what the engine recorded; tool
+    results: 0.
+    """
     out = []
     for i, leaf in batch.rows:
         view, record = trees[i].trajectory(leaf), trees[i].leaves[leaf]
@@ -260,3 +275,70 @@ def test_rows_without_any_tree_still_take_part_in_the_collective():
     set_old_logp([], learner, 100)
     assert called == [[]]
     assert assign([], ALGORITHMS["appo"]).credits == []
+
+
+# -- micro-batches
+
+
+class Rows:
+    """A packed batch of two rows with a tool result in the first."""
+
+    offsets = torch.tensor([0, 5, 8])
+    mask = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1], dtype=torch.bool)
+    weight = torch.ones(2)
+    version = torch.zeros(8, dtype=torch.int64)
+
+    def __init__(self, generator):
+        self.behavior_logp = self.old_logp = -torch.rand(8, generator=generator)
+        self.advantage = torch.randn(8, generator=generator) * self.mask
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_any_split_into_micro_batches_gives_the_same_gradient(name):
+    g = torch.Generator().manual_seed(3)
+    rows, counts = Rows(g), Counts(7, 2, 4)
+    logp = (rows.behavior_logp + 0.3 * torch.randn(8, generator=g)).requires_grad_()
+    objective = make_objective(ALGORITHMS[name], entropy_coef=0.01)
+    entropy = torch.rand(8, generator=g)
+
+    def loss_of(lo, hi, offsets):
+        part = Rows(g)
+        for k in ("behavior_logp", "old_logp", "advantage", "version"):
+            setattr(part, k, getattr(rows, k)[lo:hi])
+        part.mask, part.offsets, part.weight = (
+            rows.mask[lo:hi],
+            torch.tensor(offsets),
+            torch.ones(len(offsets) - 1),
+        )
+        stats = LogProbEntropy(logp[lo:hi], entropy[lo:hi], logp[lo:hi])
+        return objective(stats, part, counts)
+
+    whole, metrics = loss_of(0, 8, [0, 5, 8])
+    (grad,) = torch.autograd.grad(whole, logp)
+    a, b = loss_of(0, 5, [0, 5]), loss_of(5, 8, [0, 3])
+    (grad_split,) = torch.autograd.grad(a[0] + b[0], logp)
+    torch.testing.assert_close(grad, grad_split, rtol=1e-6, atol=1e-8)
+    assert grad[2] == 0 and grad.abs().sum() > 0
+    for key, (total, n) in metrics.items():
+        parts = a[1][key][0] + b[1][key][0]
+        assert float(total) == pytest.approx(float(parts), abs=1e-5)
+        assert n == a[1][key][1] + b[1][key][1]
+
+
+def test_tokens_of_the_version_under_training_have_ratio_one_exactly():
+    g = torch.Generator().manual_seed(1)
+    rows = Rows(g)
+    rows.version = torch.tensor([4, 4, -1, 4, 4, 3, 3, 3])
+    logp = (
+        rows.behavior_logp + 0.02 * torch.randn(8, generator=g)
+    ).requires_grad_()  # engine and learner round differently
+    stats = LogProbEntropy(logp, torch.zeros(8), logp)
+    exact = make_objective(ALGORITHMS["appo"], version=lambda: 4)
+    loss, metrics = exact(stats, rows, Counts(7, 2, 4))
+    (grad,) = torch.autograd.grad(loss, logp)
+    # Row 0 is on policy: scale 1.5, mean over its 4 tokens, over 4 rollouts.
+    want = -rows.advantage[:5] * 1.5 / 4 / 4
+    torch.testing.assert_close(
+        grad[:5], torch.where(rows.mask[:5], want, 0.0), rtol=1e-6, atol=1e-9
+    )
+    assert 0 < metrics["policy/log_ratio_abs"][0] < 0.02 * 3 * 4  # row 1 only

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ import torch
 from support.learner_forest import counts_of, forest, write_model
 from support.rank_runs import run
 
+from appo.config import LoraConfig
 from appo.errors import CheckpointError
 from appo.learner.learner import Learner
 from appo.learner.lora import add_lora, merged_tensors
 from appo.learner.policy import Policy, load_model
-from appo.learner.settings import LearnerSettings
 from appo.learner.zero import learning_rate
 from appo.packing.pack import pack
 
@@ -84,22 +84,24 @@ def together(model: Path, folder: Path, alone: dict[str, Any]) -> dict[str, Any]
 
 def plain(model: Path, case: Case) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """The same training in textbook PyTorch: one stream, one process, torch.optim.AdamW, no DeepSpeed. float32"""
-    s = case.settings
+    s, context = case.settings, case.context
     torch.manual_seed(0)
     lm = load_model(model, torch.float32)
     if case.mode == "lora":
-        add_lora(lm, r=s.lora_r, alpha=s.lora_alpha, targets=s.lora_targets)
+        add_lora(lm, r=s.lora.r, alpha=s.lora.alpha, targets=s.lora.targets)
     policy, params = Policy(lm), [p for p in lm.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(params, lr=s.lr, eps=s.eps, weight_decay=s.weight_decay)
     trees, credits = forest()
     (batch,) = pack(trees, credits, token_budget=1000)
     seen = []
     for step in range(STEPS):
-        loss, _ = zero_cases.objective(policy(batch, 1 / s.temperature), batch, counts_of(credits))
+        loss, _ = zero_cases.objective(
+            policy(batch, 1 / context.temperature), batch, counts_of(credits)
+        )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(params, s.max_grad_norm)
         assert norm > s.max_grad_norm  # clipping is at work
-        adam.param_groups[0]["lr"] = learning_rate(s, step)
+        adam.param_groups[0]["lr"] = learning_rate(s, step, context.total_steps)
         adam.step()
         adam.zero_grad()
         seen.append({"learner/loss": loss.item(), "learner/grad_norm": norm.item()})
@@ -149,7 +151,9 @@ def test_two_ranks_and_plain_pytorch(
     assert gap(together[case.name], steps) < LIMIT[case.dtype]
     assert weight_gap(torch.load(folder / f"{case.name}.pt"), weights) < WEIGHT_LIMIT[case.dtype]
     assert [m["learner/micro_batches"] for m in together[case.name]] == [1, 3, 2, 1, 3, 2]
-    assert together[case.name][-1]["learner/lr"] == learning_rate(case.settings, STEPS - 1)
+    assert together[case.name][-1]["learner/lr"] == learning_rate(
+        case.settings, STEPS - 1, case.context.total_steps
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -228,16 +232,24 @@ def test_random_states_of_ranks_that_were_not_there(model: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"lora_targets": ("q_proj", "v_proj")}, r"lora is .* in the checkpoint and .*v_proj"),
+        (
+            {"lora": LoraConfig(r=4, targets=["q_proj", "v_proj"])},
+            r"lora is .* in the checkpoint and .*v_proj",
+        ),
         ({"mode": "full"}, "mode is 'lora' in the checkpoint and 'full' in this run"),
-        ({"dtype": "bfloat16"}, "dtype is 'float32' in the checkpoint"),
+        ({}, "dtype is 'float32' in the checkpoint"),
     ],
 )
 def test_a_checkpoint_of_other_parameters_is_refused(
     change: dict[str, Any], words: str, model: Path, alone: dict[str, Any], folder: Path
 ) -> None:
-    settings = LearnerSettings(**(asdict(Case(1, "lora").settings) | change))
-    with Learner(model, settings, seed=0) as learner, pytest.raises(CheckpointError, match=words):
+    case = Case(1, "lora")
+    settings = replace(case.settings, **change)
+    context = case.context if change else replace(case.context, dtype="bfloat16")
+    with (
+        Learner(model, settings, seed=0, context=context) as learner,
+        pytest.raises(CheckpointError, match=words),
+    ):
         learner.load(folder / "one" / Case(1, "lora").name)
 
 

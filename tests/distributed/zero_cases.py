@@ -20,13 +20,13 @@ import torch
 from support.learner_forest import PROBES, PlainEngine, counts_of, forest
 from support.learner_forest import objective as forest_objective
 
+from appo.config import LearnerConfig, LoraConfig, RunContext
 from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError, LearnerError
 from appo.learner import learner as backend
 from appo.learner import zero
 from appo.learner.learner import Learner
 from appo.learner.push_weights import push
-from appo.learner.settings import LearnerSettings
 from appo.packing.pack import PackedBatch, pack
 from appo.types import Counts
 
@@ -49,12 +49,16 @@ class Case:
         return f"{self.mode}-{self.dtype}-stage{self.stage}-{self.offload}"
 
     @property
-    def settings(self) -> LearnerSettings:
-        return LearnerSettings(
-            mode=self.mode, dtype=self.dtype, zero_stage=self.stage, offload=self.offload, lora_r=4,
-            lr=1e-3, eps=EPS, weight_decay=0.1, warmup_steps=2, schedule="cosine", total_steps=10, max_grad_norm=0.5,
-            gradient_checkpointing=self.stage % 2 == 1, temperature=0.8,
+    def settings(self) -> LearnerConfig:
+        return LearnerConfig(
+            mode=self.mode, zero_stage=self.stage, offload=self.offload, lora=LoraConfig(r=4),
+            lr=1e-3, eps=EPS, weight_decay=0.1, warmup_steps=2, schedule="cosine", max_grad_norm=0.5,
+            gradient_checkpointing=self.stage % 2 == 1,
         )  # fmt: skip
+
+    @property
+    def context(self) -> RunContext:
+        return RunContext(dtype=self.dtype, temperature=0.8, total_steps=10)
 
 
 FLOAT32 = [Case(stage, mode) for mode in ("full", "lora") for stage in (0, 1, 2, 3)]
@@ -124,7 +128,7 @@ def weights(learner: Learner) -> dict[str, torch.Tensor]:
 
 
 def start(model: Path, case: Case, seed: int = 0, kind: type[Learner] = Learner) -> Learner:
-    return kind(model, case.settings, seed)
+    return kind(model, case.settings, seed, context=case.context)
 
 
 @contextmanager

@@ -16,12 +16,15 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from appo.config import LearnerConfig, LoraConfig, RunContext
 from appo.errors import CheckpointError
 from appo.learner import checkpoint
 from appo.learner.checkpoint import load_latest, read_manifest, save_checkpoint
-from appo.learner.learner import Learner, LearnerSettings
+from appo.learner.learner import Learner
 from appo.packing.pack import PackedBatch, pack_sequences
 from appo.types import Counts
+
+FLOAT32 = RunContext(dtype="float32")
 
 torch.set_num_threads(1)
 
@@ -238,17 +241,18 @@ def train(learner: Learner, steps: range) -> list[float]:
 def test_resume_is_bit_exact(
     model_dir: Path, tmp_path: Path, mode: str, dtype: str, stage: int
 ) -> None:
-    settings = LearnerSettings(
-        mode=mode, dtype=dtype, lr=1e-2, lora_r=4, zero_stage=stage, weight_decay=0.1,
-        schedule="cosine", warmup_steps=2, total_steps=8,
+    settings = LearnerConfig(
+        mode=mode, lr=1e-2, lora=LoraConfig(r=4), zero_stage=stage, weight_decay=0.1,
+        schedule="cosine", warmup_steps=2,
     )  # fmt: skip
-    with Learner(model_dir, settings, seed=3) as learner:
+    context = RunContext(dtype=dtype, total_steps=8)
+    with Learner(model_dir, settings, seed=3, context=context) as learner:
         train(learner, range(3))
         save_checkpoint(tmp_path, 3, learner.save, {})
         expected = train(learner, range(3, 6))
         weights = {n: p.detach().clone() for n, p in learner.lm.named_parameters()}
     path, _ = load_latest(tmp_path)
-    with Learner(model_dir, settings, seed=99) as fresh:
+    with Learner(model_dir, settings, seed=99, context=context) as fresh:
         fresh.load(path)
         assert fresh.step == 3
         assert train(fresh, range(3, 6)) == expected
@@ -258,9 +262,8 @@ def test_resume_is_bit_exact(
 
 
 def test_a_lora_checkpoint_holds_no_base_weights(model_dir: Path, tmp_path: Path) -> None:
-    with Learner(
-        model_dir, LearnerSettings(dtype="float32", lora_r=2, lora_layers=1), seed=0
-    ) as learner:
+    settings = LearnerConfig(mode="lora", lora=LoraConfig(r=2, layers=1))
+    with Learner(model_dir, settings, seed=0, context=FLOAT32) as learner:
         learner.save(tmp_path)
         trainable = learner.parameter_counts()["trainable"]
     saved = sum(p.stat().st_size for p in (tmp_path / "zero").iterdir())
@@ -268,20 +271,20 @@ def test_a_lora_checkpoint_holds_no_base_weights(model_dir: Path, tmp_path: Path
 
 
 def test_a_foreign_checkpoint_is_refused(model_dir: Path, tmp_path: Path) -> None:
-    settings = LearnerSettings(dtype="float32", lora_r=2)
-    with Learner(model_dir, settings, seed=0) as learner:
+    settings = LearnerConfig(mode="lora", lora=LoraConfig(r=2))
+    with Learner(model_dir, settings, seed=0, context=FLOAT32) as learner:
         learner.save(tmp_path / "ck")
         with pytest.raises(CheckpointError, match="holds no learner state"):
             learner.load(tmp_path)
-    other = LearnerSettings(dtype="float32", lora_r=3)
+    other = LearnerConfig(mode="lora", lora=LoraConfig(r=3))
     with (
-        Learner(model_dir, other, seed=0) as learner,
+        Learner(model_dir, other, seed=0, context=FLOAT32) as learner,
         pytest.raises(CheckpointError, match="lora is"),
     ):
         learner.load(tmp_path / "ck")
     lm = Qwen3ForCausalLM.from_pretrained(model_dir)
     lm.model.layers[0].mlp.up_proj.weight.data += 0.01
     lm.save_pretrained(tmp_path / "tuned")
-    with Learner(tmp_path / "tuned", settings, seed=0) as learner:
+    with Learner(tmp_path / "tuned", settings, seed=0, context=FLOAT32) as learner:
         with pytest.raises(CheckpointError, match="base_model is"):
             learner.load(tmp_path / "ck")

@@ -22,14 +22,17 @@ from support.learner_forest import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from appo.config import LearnerConfig, LoraConfig, RunContext
 from appo.errors import ConfigError, LearnerError, ModelError
-from appo.learner.learner import Learner, LearnerSettings
+from appo.learner.learner import Learner
 from appo.learner.lora import CastRetention, dithered_bfloat16
 from appo.learner.policy import Policy, load_model
 from appo.learner.push_weights import ChecksumStream, push
 from appo.learner.zero import learning_rate
 from appo.packing.pack import PackedBatch, pack
 from appo.types import Counts
+
+FLOAT32 = RunContext(dtype="float32")
 
 torch.set_num_threads(1)
 
@@ -41,17 +44,16 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def full(model_dir: Path) -> Iterator[Learner]:
-    settings = LearnerSettings(mode="full", dtype="float32", lr=1e-3, max_grad_norm=0.0)
-    with Learner(model_dir, settings, seed=0) as learner:
+    settings = LearnerConfig(lr=1e-3, max_grad_norm=0.0)
+    with Learner(model_dir, settings, seed=0, context=FLOAT32) as learner:
         yield learner
 
 
 @pytest.fixture
 def lora(model_dir: Path, tmp_path: Path) -> Iterator[Learner]:
-    settings = LearnerSettings(
-        dtype="float32", lr=1e-2, lora_r=4, lora_layers=1, dump_dir=str(tmp_path / "dump")
-    )
-    with Learner(model_dir, settings, seed=0) as learner:
+    settings = LearnerConfig(mode="lora", lr=1e-2, lora=LoraConfig(r=4, layers=1))
+    context = RunContext(dtype="float32", dump_dir=str(tmp_path / "dump"))
+    with Learner(model_dir, settings, seed=0, context=context) as learner:
         yield learner
 
 
@@ -216,8 +218,7 @@ def test_training_lowers_the_loss_whatever_the_split(model_dir: Path) -> None:
     trees, credits = forest()
     finals = []
     for budget in (1000, 20):
-        settings = LearnerSettings(mode="full", dtype="float32", lr=1e-3)
-        with Learner(model_dir, settings, seed=0) as learner:
+        with Learner(model_dir, LearnerConfig(lr=1e-3), seed=0, context=FLOAT32) as learner:
             batches = pack(trees, credits, token_budget=budget)
             runs = [
                 learner.train_minibatch(batches, counts_of(credits), objective) for _ in range(5)
@@ -239,8 +240,8 @@ def test_other_zero_stages_train_alike(model_dir: Path, stage: int, mode: str, d
     batches = pack(trees, credits, token_budget=30)
     losses, weights = [], []
     for zero_stage in (1, stage):
-        settings = LearnerSettings(mode=mode, dtype=dtype, lr=1e-2, lora_r=4, zero_stage=zero_stage)  # type: ignore[arg-type]
-        with Learner(model_dir, settings, seed=0) as learner:
+        settings = LearnerConfig(mode=mode, lr=1e-2, lora=LoraConfig(r=4), zero_stage=zero_stage)  # type: ignore[arg-type]
+        with Learner(model_dir, settings, seed=0, context=RunContext(dtype=dtype)) as learner:
             runs = [
                 learner.train_minibatch(batches, counts_of(credits), objective) for _ in range(3)
             ]
@@ -309,7 +310,7 @@ def test_what_is_not_finite_never_reaches_weights(
     assert lora.step == 1
     with pytest.raises(LearnerError, match=f"3 mini-batches in a row.*{reason}") as caught:
         lora.train_minibatch(bad, counts, loss_fn)
-    (dump,) = Path(lora.cfg.dump_dir or "").glob("*.pt")
+    (dump,) = Path(lora.context.dump_dir or "").glob("*.pt")
     assert str(dump) in str(caught.value)
     saved = torch.load(dump, weights_only=False)
     assert torch.equal(saved["batches"][0]["token_ids"], batches[0].token_ids)
@@ -334,10 +335,11 @@ def optimizer_state(learner: Learner) -> list[Tensor]:
 def test_every_zero_optimiser_refuses_nan(model_dir: Path, stage: int, dtype: str) -> None:
     trees, credits = forest()
     batches, counts = pack(trees, credits, token_budget=30), counts_of(credits)
-    settings = LearnerSettings(dtype=dtype, lr=1e-2, lora_r=4, lora_layers=1, zero_stage=stage)
+    lora = LoraConfig(r=4, layers=1)
+    settings = LearnerConfig(mode="lora", lr=1e-2, lora=lora, zero_stage=stage)
     finals = []
     for spoiled in (True, False):
-        with Learner(model_dir, settings, seed=0) as learner:
+        with Learner(model_dir, settings, seed=0, context=RunContext(dtype=dtype)) as learner:
             if spoiled:
                 bad = [batches[0], nan_reward(batches[1])]
                 assert learner.train_minibatch(bad, counts, objective)["learner/nonfinite"] == 1.0
@@ -357,11 +359,11 @@ def test_a_good_minibatch_resets_the_count(lora: Learner) -> None:
 
 
 def test_learning_rate_schedules() -> None:
-    s = LearnerSettings(lr=1.0, warmup_steps=2, schedule="linear", total_steps=6)
-    assert [learning_rate(s, i) for i in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    s = LearnerConfig(lr=1.0, warmup_steps=2, schedule="linear")
+    assert [learning_rate(s, i, 6) for i in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     cosine = replace(s, schedule="cosine")
-    assert [learning_rate(cosine, i) for i in (2, 4, 6)] == pytest.approx([1.0, 0.5, 0.0])
-    assert learning_rate(replace(s, schedule="constant"), 100) == 1.0
+    assert [learning_rate(cosine, i, 6) for i in (2, 4, 6)] == pytest.approx([1.0, 0.5, 0.0])
+    assert learning_rate(replace(s, schedule="constant"), 100, 6) == 1.0
 
 
 # -- adapters and weights
@@ -398,7 +400,7 @@ def test_adapters_train_the_last_layers_only_and_reach_the_merged_weights(
 
 
 def test_a_small_adapter_survives_the_merge_into_bfloat16(model_dir: Path) -> None:
-    settings = LearnerSettings(dtype="bfloat16", lr=1e-5, lora_r=4)
+    settings = LearnerConfig(mode="lora", lr=1e-5, lora=LoraConfig(r=4))
     with Learner(model_dir, settings, seed=0) as learner:
         base = dict(
             AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).named_parameters()
@@ -440,8 +442,7 @@ def test_dithered_rounding_is_unbiased_and_picks_a_neighbour() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_full_weights_have_the_names_of_the_folder(tmp_path: Path, tied: bool) -> None:
     path = write_model(tmp_path / "in", "llama", tied)
-    settings = LearnerSettings(mode="full", dtype="float32")
-    with Learner(path, settings, seed=0) as learner:
+    with Learner(path, LearnerConfig(), seed=0, context=FLOAT32) as learner:
         names = [n for n, _ in learner.named_weights()]
         assert ("lm_head.weight" in names) is not tied
         assert names.count("model.embed_tokens.weight") == 1
@@ -511,26 +512,31 @@ def test_an_engine_that_applies_adapters_gets_them_with_their_scale(lora: Learne
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_layers": 3}, "lora.layers is 3, but the model has 2"),
-        ({"lora_targets": ("q_proj", "c_attn")}, r"\['c_attn'\].*q_proj"),
-        ({"lora_r": 0}, "lora.r is 0"),
-        ({"mode": "qlora"}, "learner.mode is 'qlora'"),
-        ({"lr": 0.0}, "learner.lr"),
-        ({"schedule": "cosine"}, "total_steps"),
-        ({"zero_stage": 0}, "master weights"),
-        ({"offload": "disk"}, "learner.offload is 'disk'"),
+        ({"mode": "lora", "lora": LoraConfig(layers=3)}, "lora.layers is 3, but the model has 2"),
         (
-            {"offload": "optimizer", "zero_stage": 0, "dtype": "float32"},
-            "offload is 'optimizer' and learner.zero_stage 0: that needs stage 1 or above",
+            {"mode": "lora", "lora": LoraConfig(targets=["q_proj", "c_attn"])},
+            r"\['c_attn'\].*q_proj",
         ),
-        ({"offload": "all", "zero_stage": 2}, "that needs stage 3, the only one"),
+        ({"lora": LoraConfig(r=0)}, "lora.r is 0"),
+        ({"mode": "qlora"}, "learner.mode='qlora'.*one of lora, full"),
+        ({"lr": 0.0}, "learner.lr"),
+        ({"schedule": "cosine"}, "run has .* 0 updates"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0, but must not be negative"),
+        ({"betas": [0.9]}, "two numbers"),
+        ({"zero_stage": 0}, "master weights"),
+        ({"offload": "disk"}, "learner.offload='disk'.*one of none"),
+        (
+            {"offload": "optimizer", "zero_stage": 0},
+            "offload is optimizer and learner.zero_stage is 0; .* learner.zero_stage=1 or above",
+        ),
+        ({"offload": "all", "zero_stage": 2}, "needs learner.zero_stage=3"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(model_dir: Path, change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Learner(model_dir, LearnerSettings(**change), seed=0)
+        Learner(model_dir, LearnerConfig(**change), seed=0)
 
 
 def test_a_folder_without_a_model_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot load a model"):
-        Learner(tmp_path, LearnerSettings(), seed=0)
+        Learner(tmp_path, LearnerConfig(), seed=0)

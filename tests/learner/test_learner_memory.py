@@ -11,8 +11,8 @@ import pytest
 import torch
 from support.learner_forest import model_node, objective, write_model
 
+from appo.config import LearnerConfig, LoraConfig, RunContext
 from appo.learner.learner import Learner
-from appo.learner.settings import LearnerSettings
 from appo.packing.pack import PackedBatch, pack, pack_sequences
 from appo.types import Counts, Credit, Leaf, Node, RolloutTree, Task
 
@@ -33,8 +33,13 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 def learner_of(path: Path, vocab: int) -> Learner:
     """Adapters only: a gradient of the embedding, [V, H], is a matter of the parameters, not of the tokens."""
-    settings = LearnerSettings(mode="lora", lora_r=4, dtype="float32", lr=1e-4)
-    return Learner(write_model(path / str(vocab), vocab=vocab), settings, seed=0)
+    settings = LearnerConfig(mode="lora", lora=LoraConfig(r=4), lr=1e-4)
+    return Learner(
+        write_model(path / str(vocab), vocab=vocab),
+        settings,
+        seed=0,
+        context=RunContext(dtype="float32"),
+    )
 
 
 def sequences(tokens: int) -> PackedBatch:

@@ -49,9 +49,10 @@ class Real:
     """A learner whose masters are all equal to the step's number; what is found is loaded into it."""
 
     def __init__(self, model: str):
-        from appo.learner import Learner, LearnerSettings
+        from appo.config import LearnerConfig, RunContext
+        from appo.learner import Learner
 
-        self.learner = Learner(model, LearnerSettings(mode="full", dtype="float32"), seed=0)
+        self.learner = Learner(model, LearnerConfig(), seed=0, context=RunContext(dtype="float32"))
 
     def write(self, step: int) -> Callable[[Path], None]:
         import torch

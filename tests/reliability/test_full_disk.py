@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from support.tiny_models import build
 
+from appo.config import LearnerConfig, RunContext
 from appo.errors import CheckpointError
-from appo.learner import Learner, LearnerSettings
+from appo.learner import Learner
 from appo.learner.checkpoint import load_latest, save_checkpoint
 
 # What needs room on the disk: new names, new content, and the promise that it is there.
@@ -75,7 +76,8 @@ def test_at_every_place_of_a_save(tmp_path: Path, more: int) -> None:
 def learner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learner]:
     model = tmp_path_factory.mktemp("model")
     build("qwen3", model)
-    with Learner(model, LearnerSettings(mode="full", dtype="float32"), seed=0) as learner:
+    float32 = RunContext(dtype="float32")
+    with Learner(model, LearnerConfig(), seed=0, context=float32) as learner:
         yield learner
 
 

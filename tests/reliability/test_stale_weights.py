@@ -21,8 +21,9 @@ import pytest
 import torch
 from support.tiny_runs import finish, start, steps
 
+from appo.config import LearnerConfig, RunContext
 from appo.errors import LearnerError
-from appo.learner import Learner, LearnerSettings, push
+from appo.learner import Learner, push
 from appo.learner.checkpoint import load_latest
 from appo.packing.pack import PackedBatch, pack_sequences
 from appo.rollout.native import NativeEngine
@@ -60,8 +61,8 @@ def loss_fn(stats: Any, batch: PackedBatch, counts: Counts) -> tuple[torch.Tenso
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Learner, LossyEngine]]:
     """A learner one update ahead of its engine."""
-    settings = LearnerSettings(mode="full", dtype=request.param, lr=7e-4, betas=(0.9, 0.95))
-    with Learner(TINY, settings, seed=0) as learner:
+    settings = LearnerConfig(lr=7e-4, betas=[0.9, 0.95])
+    with Learner(TINY, settings, seed=0, context=RunContext(dtype=request.param)) as learner:
         engine = LossyEngine(request.param, {n: t.clone() for n, t in learner.named_weights()})
         rng = np.random.default_rng(0)
         batch = pack_sequences([rng.integers(5, 300, 30).tolist() for _ in range(4)])
@@ -90,7 +91,7 @@ def test_what_the_probe_finds_in_an_engine_that_does_not_know(
 ) -> None:
     learner, engine = pair
     missed = unseen(learner, engine, False, "A tensor did not arrive or was loaded wrongly")
-    if learner.cfg.dtype == "float32":
+    if learner.context.dtype == "float32":
         assert all(n.endswith(("q_norm.weight", "k_norm.weight")) for n in missed), missed
     else:  # nothing to be proud of; docs/reliability.md says it, and the test below is the answer
         assert len(missed) > len(engine.old) // 2

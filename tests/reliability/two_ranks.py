@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from appo.config import LearnerConfig, RunContext
 from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError, LearnerError
-from appo.learner import Learner, LearnerSettings
+from appo.learner import Learner
 from appo.learner.checkpoint import load_latest, save_checkpoint
 from appo.packing.pack import PackedBatch, pack_sequences
 from appo.types import Counts
@@ -78,10 +79,9 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 def nonfinite(ranks: Ranks, stage: int) -> None:
     """Each fault on rank 1 only: no rank's weights move, three in a row stop both, and then all is well again."""
-    settings = LearnerSettings(
-        mode="full", dtype="float32", lr=1e-2, zero_stage=stage, dump_dir=str(FOLDER / f"{stage}")
-    )  # type: ignore[arg-type]
-    with Learner(MODEL, settings, seed=0, ranks=ranks) as learner:
+    settings = LearnerConfig(lr=1e-2, zero_stage=stage)  # type: ignore[arg-type]
+    context = RunContext(dtype="float32", dump_dir=str(FOLDER / f"{stage}"))
+    with Learner(MODEL, settings, seed=0, ranks=ranks, context=context) as learner:
         good = batch_of(ranks.rank)
         learner.train_minibatch([good], COUNTS, loss_fn)
         for name, (spoil, bad_loss, reason) in CASES.items():

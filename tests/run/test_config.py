@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from appo.algo.presets import resolve
+from appo.algo.resolve import resolve
 from appo.config import dump, load_config, recipe_names
 from appo.errors import ConfigError
 from appo.run.session import check_pool

@@ -12,7 +12,7 @@ from support.tiny_models import CONFIGS, SHAPE
 from transformers import AutoModelForCausalLM
 
 from appo._kernels.linear_logprob import backend_cpu as linear_cpu
-from appo.algo.presets import resolve
+from appo.algo.resolve import resolve
 from appo.config import load_config
 from appo.learner import zero
 from appo.run import memory

@@ -17,7 +17,7 @@ import torch
 from support import tiny_models
 from torch import Tensor, nn
 
-from appo.algo.presets import Algorithm
+from appo.algo.algorithm import Algorithm
 from appo.types import Credit, Leaf, Node, RolloutTree, Task, Trajectory
 
 NOW = 7  # the policy version under training

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from appo.algo.objective import make_objective
-from appo.algo.presets import resolve
-from appo.config import AlgoConfig
-from appo.learner import Learner, LearnerSettings
+from appo.algo.resolve import resolve
+from appo.config import AlgoConfig, LearnerConfig, RunContext
+from appo.learner import Learner
 from appo.learner import learner as backend
 from appo.learner.push_weights import ChecksumStream
 
@@ -24,10 +24,8 @@ from bench.peers.learner.trees import Work, batches
 
 def make(settings: dict[str, Any]):
     torch.set_num_threads(settings["threads"])
-    cfg = LearnerSettings(
-        mode="full", lr=1e-6, threads=settings["threads"], zero_stage=1, dtype="bfloat16"
-    )
-    learner = Learner(settings["model"], cfg, seed=0)
+    context = RunContext(dtype="bfloat16", threads=settings["threads"])
+    learner = Learner(settings["model"], LearnerConfig(lr=1e-6), seed=0, context=context)
     objective = make_objective(resolve(AlgoConfig()), version=lambda: 0)
     guards = Guards()
 

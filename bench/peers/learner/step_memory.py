@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from appo.algo.objective import make_objective
-from appo.algo.presets import resolve
+from appo.algo.resolve import resolve
 from appo.config import AlgoConfig
 from appo.learner.policy import Policy, load_model
 

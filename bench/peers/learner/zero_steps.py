@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from appo.algo.objective import make_objective
-from appo.algo.presets import resolve
-from appo.config import AlgoConfig
-from appo.learner import Learner, LearnerSettings
+from appo.algo.resolve import resolve
+from appo.config import AlgoConfig, LearnerConfig, RunContext
+from appo.learner import Learner
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))  # the checkout, for `bench`
 
@@ -32,8 +32,8 @@ def main() -> None:
     objective = make_objective(resolve(AlgoConfig()), version=lambda: 0)
     found = {}
     for stage in (1, 2, 3):
-        cfg = LearnerSettings(mode="full", zero_stage=stage, threads=1)
-        with Learner(settings["model"], cfg, seed=0) as learner:
+        cfg, context = LearnerConfig(zero_stage=stage), RunContext(threads=1)
+        with Learner(settings["model"], cfg, seed=0, context=context) as learner:
             seconds = []
             for _ in range(settings["repeats"] + 1):  # the first warms up
                 begin = time.perf_counter()

@@ -35,7 +35,7 @@ from appo._kernels.common.gpu.aot import AotCase
 from appo._kernels.common.gpu.config import ceil_div
 
 if TYPE_CHECKING:
-    from appo._kernels.policy_loss.op import Rules
+    from appo._kernels.policy_loss.rules import Rules
 
 CLAMP = tl.constexpr(20.0)  # on log-ratios and on their discounted sums, before exp
 ALONE = 512  # tokens per program without a future term; with one they are those of the scan

@@ -1,4 +1,4 @@
-"""policy_loss: the composition of appo.algo.losses as oracle, golden vectors, hostile values, all backends."""
+"""policy_loss: the formula written out as oracle, golden vectors, hostile values, all backends."""
 
 import math
 
@@ -10,9 +10,7 @@ from support.golden_vectors import vector
 from support.packed_backends import on, packed_backends, packed_offsets
 
 from appo._kernels.common import native
-from appo.algo import losses
 from appo.kernels import PolicyLoss, half_life_to_gamma, policy_loss
-from appo.types import Counts
 
 torch.set_num_threads(1)
 HAS_NATIVE = native.load()[0] is not None
@@ -28,20 +26,30 @@ def run(backend, logp, old_logp, advantage, mask, offsets, weight=None, **rules)
     return PolicyLoss(*(t.detach().cpu() for t in out)), gradient.cpu()
 
 
-def composed(logp, old_logp, advantage, mask, offsets, weight, *, gamma=None, future_clip=(1.0, 1.2),
-             future_weight=0.0, clip_low=0.2, clip_high=0.28, dual_clip=None):  # fmt: skip
-    """(loss, gradient) from the definitions one by one."""
+def written_out(logp, old_logp, advantage, mask, offsets, weight, *, gamma=None, future_clip=(1.0, 1.2),
+                future_weight=0.0, clip_low=0.2, clip_high=0.28, dual_clip=None):  # fmt: skip
+    """(loss, gradient): the formula of the docstring row by row, with a T × T matrix of γ^(k-t),
+    and autograd.
+    """
     leaf = logp.detach().clone().requires_grad_()
-    d = losses.log_ratio_of(leaf, old_logp, mask)
-    scale = torch.ones_like(d)
-    if gamma is not None:
-        future = losses.future_scale(d, mask, offsets, gamma=gamma, clip=future_clip)
-        scale = 1 + future_weight * future
-    per_token = losses.clipped_policy_loss(
-        d, advantage * scale, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
-    )
-    loss = losses.aggregate(per_token, mask, offsets, "token-mean", Counts(1, 1, 1), weight)
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+    total = torch.zeros((), dtype=torch.float64)
+    cuts = offsets.tolist()
+    for row, (lo, hi) in enumerate(zip(cuts, cuts[1:])):
+        m = mask[lo:hi].bool()
+        d = torch.where(m, leaf[lo:hi] - old_logp[lo:hi], 0.0)
+        a = advantage[lo:hi]
+        if gamma is not None:
+            k = torch.arange(hi - lo)
+            power = (k[None, :] - k[:, None]).double()
+            ahead = torch.where(power >= 0, gamma ** power.clamp(min=0), 0.0) @ d.detach()
+            a = a * (1 + future_weight * ahead.clamp(-20, 20).exp().clamp(*future_clip))
+        r = d.clamp(-20, 20).exp()
+        u = torch.maximum(-a * r, -a * r.clamp(1 - clip_low, 1 + clip_high))
+        if dual_clip is not None:
+            u = torch.where(a < 0, torch.minimum(u, -a * dual_clip), u)
+        total = total + (1.0 if weight is None else weight[row]) * u[m].sum()
+    total = total + 0.0 * leaf.sum()  # a gradient also where there is no row
+    return total.detach(), torch.autograd.grad(total, leaf)[0]
 
 
 def problem(lengths, seed=0, dtype=torch.float64, spread=0.5):
@@ -67,10 +75,10 @@ RULES = {
 @each_backend
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("lengths", [[], [0], [1], [3, 0, 130, 64]])
-def test_equals_the_composition(lengths, rules, backend):
+def test_equals_the_formula_written_out(lengths, rules, backend):
     inputs = problem(lengths)
     out, gradient = run(backend, *inputs, **rules)
-    loss, want = composed(*inputs, **rules)
+    loss, want = written_out(*inputs, **rules)
     torch.testing.assert_close(out.loss, loss, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(gradient, want, rtol=1e-12, atol=1e-13)
     assert out.loss.dtype == torch.float64 and gradient.dtype == inputs[0].dtype
@@ -112,7 +120,7 @@ def row_weight(mode, mask, rollouts=None):
 
 
 @each_backend
-@pytest.mark.parametrize("name", ["G1", "G2", "G7"])
+@pytest.mark.parametrize("name", ["G1", "G2", "G7", "G13"])
 def test_golden_clipped_losses(name, backend):
     v, vectors, mask, offsets = golden(name)
     p = v["params"]
@@ -156,7 +164,9 @@ def test_golden_on_policy_gradient_is_1_plus_b_times_the_plain_one(name, backend
 
 @each_backend
 def test_golden_rows_without_trained_tokens_and_scaling(backend):
-    """F5: a row outside the mask enters nothing. F6: A (1 + b f), here through r = 1, where the loss is -A."""
+    """F5: a row outside the mask enters nothing. F6: A (1 + b f), here through r = 1, where the
+    loss is -A.
+    """
     v = vector("F5")
     mask = torch.tensor(v["inputs"]["mask"], dtype=torch.bool)
     losses_ = torch.tensor(v["inputs"]["per_token_loss"], dtype=torch.float64)
@@ -173,6 +183,16 @@ def test_golden_rows_without_trained_tokens_and_scaling(backend):
     rules = dict(gamma=0.0, future_weight=float(i["b"]), future_clip=(0.8, 1.2), clip_low=1.0, clip_high=9.0)  # fmt: skip
     _, gradient = run(backend, ahead, zero, i["A_base"], torch.ones(4), offsets, **rules)
     close(v, -gradient / i["A_fut"], v["expected"]["A"])
+
+
+@each_backend
+def test_future_term_reads_raw_positions_through_a_tool_result(backend):
+    d = torch.tensor([0.1, 0.2, 9.0, 0.3], dtype=torch.float64)
+    zero, mask = torch.zeros(4, dtype=torch.float64), torch.tensor([1, 1, 0, 1])
+    rules = dict(gamma=0.5, future_clip=(0.0, 10.0), future_weight=1.0)
+    out, _ = run(backend, d, zero, zero, mask, torch.tensor([0, 4]), **rules)
+    want = torch.tensor([0.1 + 0.1 + 0.0375, 0.2 + 0.075, 0.15, 0.3], dtype=torch.float64)
+    torch.testing.assert_close(out.future.log(), want, rtol=0, atol=1e-12)
 
 
 @each_backend
@@ -222,7 +242,7 @@ def test_log_ratios_beyond_the_clamp_have_no_gradient(backend):
     advantage = torch.tensor([-1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
     inputs = (d, zero, advantage, ones.bool(), torch.tensor([0, 4]))
     out, gradient = run(backend, *inputs)
-    loss, want = composed(*inputs, None)
+    loss, want = written_out(*inputs, None)
     torch.testing.assert_close((out.loss, gradient), (loss, want), rtol=1e-12, atol=0)
     assert (gradient == 0).tolist() == [True, True, False, False]
 
@@ -269,7 +289,9 @@ def test_same_bits_for_any_thread_count_and_beside_other_rows():
 
 @each_backend
 def test_upstream_and_other_inputs(backend):
-    """The gradient follows the upstream factor; integer offsets and masks, strided vectors; nothing but logp has one."""
+    """The gradient follows the upstream factor; integer offsets and masks, strided vectors; nothing
+    but logp has one.
+    """
     logp, old_logp, advantage, mask, offsets, weight = problem([20, 30], seed=6, dtype=torch.float32)  # fmt: skip
     _, want = run(backend, logp, old_logp, advantage, mask, offsets, weight)
     wide = torch.stack([logp, old_logp, advantage], dim=1)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from support.fake_vllm import BLOCK, EMBED, VOCAB, WIDTH, FakeLLM, api, dense
 
-from appo.algo.presets import resolve
+from appo.algo.resolve import resolve
 from appo.config import load_config
 from appo.errors import ConfigError, EngineError, ModelError, StaleWeightsError
 from appo.rollout.engine import SamplingParams

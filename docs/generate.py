@@ -3,20 +3,15 @@
     python docs/generate.py           # write both
     python docs/generate.py --check   # exit code 1 and the names of pages that are not current
 
-Keys, types and defaults are those of the dataclasses in `appo.config`; a meaning is the field's `doc` metadata or the
-comment beside the field. Metrics are the table of `appo.observability.metric_names`.
+Keys, types and defaults are those of the dataclasses in `appo.config`; a meaning is the comment
+beside the field, and its mark says what a resumed run may change. Metrics are the table of `appo.observability.metric_names`.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import inspect
-import io
-import re
 import sys
-import tokenize
 import typing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +22,18 @@ sys.path.insert(0, str(DOCS.parent))
 import yaml  # noqa: E402
 
 from appo.config import Config  # noqa: E402
+from appo.config.marks import Resume, resume_marks  # noqa: E402
+from appo.config.meanings import meanings  # noqa: E402
 from appo.observability.metric_names import GROUPS, METRICS, group  # noqa: E402
 
 NOTE = "<!-- Made by docs/generate.py; do not edit. A test compares this page with the code. -->"
+ON_RESUME = {
+    Resume.SAME: "",
+    Resume.FREE: "may change",
+    Resume.ROUNDING: "may change, up to rounding",
+    Resume.HIDDEN: "is another",
+}
 NOT_KEYS = {"recipe"}  # set by load_config
-TOOL_COMMENT = re.compile(r"^(noqa|type:|fmt:|ruff:)")
 
 
 class Field(NamedTuple):
@@ -48,14 +50,14 @@ class Field(NamedTuple):
 
 def describe_fields(cls: type = Config, prefix: str = "") -> list[Field]:
     """All keys of a recipe in the order of the code, sections after the keys beside them."""
-    hints, comments = typing.get_type_hints(cls), field_comments(cls)
+    hints, comments = typing.get_type_hints(cls), meanings(cls)
     here, below = [], []
     for field in dataclasses.fields(cls):
         key = prefix + field.name
         if dataclasses.is_dataclass(hints[field.name]):
             below += describe_fields(typing.cast("type", hints[field.name]), f"{key}.")
         elif key not in NOT_KEYS:
-            meaning = str(field.metadata.get("doc", "")) or comments.get(field.name, "")
+            meaning = comments.get(field.name, "")
             here.append(Field(key, type_name(hints[field.name]), default_of(field), meaning))
     return here + below
 
@@ -73,27 +75,6 @@ def own_words(cls: type) -> str:
     """First paragraph of a class's docstring on one line; "" where dataclass has made the docstring."""
     text = cls.__doc__ or ""
     return "" if text.startswith(f"{cls.__name__}(") else " ".join(text.split("\n\n")[0].split())
-
-
-def field_comments(cls: type) -> dict[str, str]:
-    """Field name → comments on the lines of its definition, and a string that stands after it."""
-    # Fields of a base class are commented there.
-    found = {k: v for base in cls.__mro__[1:-1] for k, v in field_comments(base).items()}
-    source = inspect.cleandoc(inspect.getsource(cls))
-    comments: dict[int, str] = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        text = token.string.lstrip("# ").strip()
-        if token.type == tokenize.COMMENT and not TOOL_COMMENT.match(text):
-            comments[token.start[0]] = text
-    body = typing.cast("ast.ClassDef", ast.parse(source).body[0]).body
-    for node, after in zip(body, [*body[1:], None], strict=True):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            lines = range(node.lineno, (node.end_lineno or node.lineno) + 2)
-            beside = [comments[n] for n in lines if n in comments and n <= (node.end_lineno or 0)]
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                beside.append(" ".join(str(after.value.value).split()))
-            found[node.target.id] = " ".join(beside)
-    return found
 
 
 def type_name(hint: Any) -> str:
@@ -129,7 +110,7 @@ def default_of(field: dataclasses.Field[Any]) -> str:
 
 def configuration() -> str:
     """The page docs/configuration.md."""
-    fields, words = describe_fields(), sections()
+    fields, words, marks = describe_fields(), sections(), resume_marks(Config)
     out = [
         "# Configuration",
         NOTE,
@@ -139,6 +120,8 @@ def configuration() -> str:
         "```bash\nappo train tiny algo=grpo learner.lr=1e-4 --dry-run\n```",
         "An unknown key or a wrong type is an error that names the place and the nearest spelling. The\n"
         "resolved configuration of a run is written to its `config.yaml`.",
+        "A run that is resumed keeps every key that is not marked in the last column. A change that is\n"
+        "equal up to rounding goes on, but not bit for bit.",
     ]
     for prefix, about in words.items():
         own = [f for f in fields if f.key.startswith(prefix) and "." not in f.key[len(prefix) :]]
@@ -148,10 +131,16 @@ def configuration() -> str:
         if about and prefix:
             out.append(about)
         rows = [
-            [f"`{f.key}`", cell(f.type), f"`{f.default}`" if f.default else "", cell(f.meaning)]
+            [
+                f"`{f.key}`",
+                cell(f.type),
+                f"`{f.default}`" if f.default else "",
+                cell(f.meaning),
+                ON_RESUME[marks[f.key]],
+            ]
             for f in own
         ]
-        out.append(table(["key", "type", "default", "meaning"], rows))
+        out.append(table(["key", "type", "default", "meaning", "on resume"], rows))
     return "\n\n".join(out) + "\n"
 
 

@@ -11,7 +11,7 @@ started it.
     schema              `Config`, and what must hold between sections
     load                recipe + overrides → `Config`, and back to YAML
     convert             nested values → dataclasses, by type
-    reference           every key with type, default and meaning: docs/configuration.md
+    meanings            what each key means, for docs/configuration.md
 """
 
 from appo.config.learner import LearnerConfig as LearnerConfig

@@ -101,15 +101,35 @@ def test_checkpoints_of_other_versions(edit: Callable[[dict], object], accepted:
             check_config(state, cfg, "r")
 
 
-FREE = """
-    steps threads save_every keep_last save_trees watchdog_s model.offline data.train data.eval rollout.kv_tokens
-    tools.workers tools.timeout_s reward.workers reward.timeout_s learner.max_nonfinite
-    eval.questions eval.every eval.temperature
-""".split()
-ROUNDING = """
-    rollout.max_batch rollout.prefill_chunk learner.token_budget learner.zero_stage learner.offload
-    learner.gradient_checkpointing learner.head_backend
-""".split()
+FREE = [
+    "steps",
+    "threads",
+    "save_every",
+    "keep_last",
+    "save_trees",
+    "watchdog_s",
+    "model.offline",
+    "data.train",
+    "data.eval",
+    "rollout.kv_tokens",
+    "tools.workers",
+    "tools.timeout_s",
+    "reward.workers",
+    "reward.timeout_s",
+    "learner.max_nonfinite",
+    "eval.questions",
+    "eval.every",
+    "eval.temperature",
+]
+ROUNDING = [
+    "rollout.max_batch",
+    "rollout.prefill_chunk",
+    "learner.token_budget",
+    "learner.zero_stage",
+    "learner.offload",
+    "learner.gradient_checkpointing",
+    "learner.head_backend",
+]
 HIDDEN = ["output", "resume", "recipe"]
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A room imports rooms of lower levels only, and none of its own level: those do not know one another.
 LEVELS = [
     {"errors", "types"},
+    {"imports"},
     {"kernels"},
     {"observability"},  # writes and shows; knows nothing of what it is told about
     {"config"},

@@ -29,13 +29,15 @@ class ModelConfig:
     name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # local folder, "tiny", or hub name
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     offline: bool = False  # never ask the hub or the package index
+    family: str | None = (
+        None  # "my_module:MY_FAMILY" (appo.models.shape.ModelFamily); null: built in
+    )
 
 
 @dataclass
 class DataConfig:
-    task: str = (
-        "arithmetic"  # name in appo.data.tasks.TASKS, "reasoning_gym:<dataset>", or "records"
-    )
+    # name in appo.data.tasks.TASKS, "reasoning_gym:<dataset>", or "my_module:my_task"
+    task: str = "arithmetic"
     params: dict[str, Any] = field(default_factory=dict)  # passed to the task
     train: str | None = None  # JSONL or parquet file in the RL record format (task: records)
     eval: str | None = None
@@ -97,6 +99,7 @@ class PythonToolConfig:
 
 @dataclass
 class ToolsConfig:
+    # names in appo.tools.table.TOOLS, or "my_module:my_tool"
     enabled: list[str] = field(default_factory=lambda: ["python"])
     workers: int = 4
     timeout_s: float = 10.0

@@ -56,10 +56,9 @@ def resolve(text: str, where: str, expected: str, check: Check | None = None) ->
     for i, name in enumerate(path.split(".")):
         if not hasattr(found, name):
             owner = ".".join([module_name, *path.split(".")[:i]])
-            near = difflib.get_close_matches(name, [n for n in dir(found) if n[:2] != "__"], n=3)
-            hint = f" (near: {', '.join(near)})" if near else ""
+            public = [n for n in dir(found) if n[:2] != "__"]
             raise ConfigError(
-                f"{where} is {text!r}: {owner} ({_place(module)}) has no attribute {name!r}{hint}; "
+                f"{where} is {text!r}: {owner} ({_place(module)}) has no attribute {name!r}{near(name, public)}; "
                 f"expected: {expected}"
             )
         found = getattr(found, name)
@@ -104,6 +103,12 @@ def call_problem(function: Any, *args: Any, **kwargs: Any) -> str:
     except TypeError as error:
         return f"has the signature {signature}, which does not fit ({error})"
     return ""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The most alike of the known names as ", did you mean …?", or nothing."""
+    found = difflib.get_close_matches(name, list(known), 3, 0.5)
+    return f", did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 def use_current_folder() -> None:

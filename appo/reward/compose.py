@@ -15,9 +15,9 @@ def grade_item(task: Task, spans: Spans, config: RewardConfig | None = None) -> 
     config = config or RewardConfig()
     if task.grader == "paper":  # its own format rule reads the whole response
         return GradeItem("paper", "".join(text for text, _ in spans), task.answer, task.meta)
-    if not format_ok(spans, config.strictness).ok:
+    if not format_ok(spans, config.strictness, task.tools).ok:
         return GradeItem(task.grader, None, task.answer)
-    answer = extract_answer(spans, anywhere=config.strictness == "none")
+    answer = extract_answer(spans, anywhere=config.strictness == "none", tools=task.tools)
     return GradeItem(task.grader, answer, task.answer, task.meta)
 
 
@@ -36,7 +36,7 @@ def score_leaf(
         return grade.score, {"correct": grade.score, "accuracy": max(0.0, min(1.0, grade.score))}
 
     tool = config.tool_use if n_tool_ok > 0 else 0.0  # whatever becomes of the answer
-    if not format_ok(spans, config.strictness).ok:
+    if not format_ok(spans, config.strictness, task.tools).ok:
         parts = {"format": config.bad_format, "tool": tool}
         return sum(parts.values()), parts | {"accuracy": 0.0, "format_ok": 0.0}
     if grade.score is None:

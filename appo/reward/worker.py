@@ -22,11 +22,9 @@ GRACE_S = 2.0  # after the deadline the parent kills us; if it is gone, the alar
 def resolve_grader(name: str) -> Any:
     """A name of GRADERS or an import string `module:function`."""
     from appo.reward import GRADERS
+    from appo.reward.own import own_grader
 
-    if ":" not in name:
-        return GRADERS[name]
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)
+    return own_grader(name, "grader") if ":" in name else GRADERS[name]
 
 
 def _grade(message: dict[str, Any]) -> float:

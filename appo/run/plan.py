@@ -18,7 +18,10 @@ from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError, ConfigError
 from appo.models.resolve import ModelInfo, ModelSource, check_model_folder, resolve_model
 from appo.observability.progress import Console
+from appo.run.user_code import check_graders, describe, import_strings
 from appo.tools.sandbox import choose_level
+from appo.tools.table import tool_specs
+from appo.types import Task
 
 NO_OUTPUT = Path()  # of a plan that writes nothing
 
@@ -37,6 +40,7 @@ class Plan:
     resume: bool
     ranks: int = 1
     machine_ranks: int = 1  # of these on this machine
+    imports: tuple[tuple[str, str], ...] = ()  # (import string, key) of the user's own code
 
 
 def plan(
@@ -65,7 +69,11 @@ def _plan(
     cfg: Config, console: Console, need_output: bool, ranks: Ranks, folder: Path | None
 ) -> Plan:
     """This rank's plan; `folder` is the one that rank 0 has chosen."""
+    imports = import_strings(cfg)
+    if imports and ranks.main:  # told before anything of it runs
+        console.note(f"imports: {describe(imports)}")
     algo = resolve(cfg.algo)
+    tool_specs(cfg.tools)
     threads = cfg.threads or max(1, usable_cores() // ranks.local_world)
     output = NO_OUTPUT
     if need_output:
@@ -73,7 +81,7 @@ def _plan(
     level = "none"
     if "python" in cfg.tools.enabled:
         level = choose_level(cfg.tools.python.level, cfg.tools.python.allow_unsafe).level
-    _probe_tasks(cfg)
+    imports += check_graders(cfg, _probe_tasks(cfg))
     cached = ranks.local_rank > 0
     source = resolve_model(cfg.model.name, offline=cfg.model.offline or cached, log=console.note)
     info = check_model_folder(source.path)
@@ -84,7 +92,8 @@ def _plan(
         )
     _check_engine(cfg, algo)
     return Plan(
-        cfg, algo, source, info, level, threads, output, cfg.resume is not None, ranks.world, ranks.local_world
+        cfg, algo, source, info, level, threads, output, cfg.resume is not None, ranks.world, ranks.local_world,
+        tuple(imports),
     )  # fmt: skip
 
 
@@ -147,10 +156,9 @@ def _shared_folder(folder: Path, ranks: Ranks) -> Path:
     return folder
 
 
-def _probe_tasks(cfg: Config) -> None:
+def _probe_tasks(cfg: Config) -> list[Task]:
     """Draw one task of each split: unknown names, empty or unreadable files show here."""
-    for split in ("train", "eval"):
-        tasks_of(cfg, split)[0]
+    return [tasks_of(cfg, "train")[0], tasks_of(cfg, "eval")[0]]
 
 
 def tasks_of(cfg: Config, split: Literal["train", "eval"]) -> TaskStream:
@@ -165,5 +173,5 @@ def tasks_of(cfg: Config, split: Literal["train", "eval"]) -> TaskStream:
         seed=cfg.seed,
         size=size,
         params=params,
-        tools=tuple(cfg.tools.enabled),
+        tools=tuple(tool_specs(cfg.tools)),
     )

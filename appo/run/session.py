@@ -6,6 +6,7 @@ need; `make_learner` and `make_trainer` add what learning needs, which `appo.run
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -17,6 +18,8 @@ from appo.errors import ConfigError
 from appo.models.resolve import load_tokenizer
 from appo.observability.progress import Console
 from appo.run.plan import Plan, tasks_of
+from appo.tools.base import ToolSpec
+from appo.tools.table import TOOLS, tool_specs
 from appo.types import RolloutTree, Task
 
 
@@ -133,10 +136,16 @@ class Session:
                 f"rollout.max_new_tokens={cfg.rollout.max_new_tokens} leaves no room for a prompt in a context of "
                 f"{self.engine.max_context} tokens; lower it"
             )
+        specs = _tool_specs(p)
         self.builder = PromptBuilder(
-            self.tokenizer, cfg.data.system, cfg.data.example, max_prompt_tokens=room
+            self.tokenizer,
+            cfg.data.system,
+            cfg.data.example,
+            max_prompt_tokens=room,
+            tools=specs,
         )
-        self.pool = ToolPool(_tools(p), workers=cfg.tools.workers, timeout_s=cfg.tools.timeout_s)
+        tools = {name: spec.make() for name, spec in specs.items()}
+        self.pool = ToolPool(tools, workers=cfg.tools.workers, timeout_s=cfg.tools.timeout_s)
         self._stack.callback(self.pool.close)
         self.graders = GraderPool(workers=cfg.reward.workers, timeout_s=cfg.reward.timeout_s)
         self._stack.callback(self.graders.close)
@@ -152,7 +161,7 @@ class Session:
             max_new_tokens=cfg.rollout.max_new_tokens,
             max_tool_calls=cfg.rollout.max_tool_calls,
             temperature=temperature,
-            tools=tuple(cfg.tools.enabled),
+            tools=tuple(tool_specs(cfg.tools)),
         )
         return Rollouts(
             self.engine,
@@ -236,7 +245,9 @@ def check_pool(cfg: Config, prompt: int, frame: int, context: int) -> None:
     limit, r = cfg.rollout.kv_tokens, cfg.rollout
     if limit is None:
         return
-    results = r.max_tool_calls * (cfg.tools.python.max_chars + frame) if cfg.tools.enabled else 0
+    outputs = {name: spec.max_chars for name, spec in tool_specs(cfg.tools).items()}
+    longest = max(outputs, key=lambda name: outputs[name], default="")
+    results = r.max_tool_calls * (outputs[longest] + frame) if outputs else 0
     need = min(prompt + r.max_new_tokens + results, context)
     blocks = -(-need // BLOCK) + 3
     if limit // BLOCK < blocks:
@@ -244,19 +255,17 @@ def check_pool(cfg: Config, prompt: int, frame: int, context: int) -> None:
             f"rollout.kv_tokens is {limit}, but one rollout may need {blocks * BLOCK}: {need} for the longest prompt "
             f"({prompt}), rollout.max_new_tokens={r.max_new_tokens} and rollout.max_tool_calls={r.max_tool_calls} results "
             f"({results}) in a context of {context}, and blocks of {BLOCK} that are not full; use "
-            f"rollout.kv_tokens={blocks * BLOCK} or more, or lower tools.python.max_chars or rollout.max_new_tokens"
+            f"rollout.kv_tokens={blocks * BLOCK} or more, or lower {_max_chars_of(longest)} or rollout.max_new_tokens"
         )
 
 
-def _tools(p: Plan) -> dict[str, Any]:
-    from appo.tools.python import PythonTool
-    from appo.tools.sandbox import SandboxLimits
+def _max_chars_of(tool: str) -> str:
+    """Where the user sets how long the output of a tool is."""
+    return f"tools.{tool}.max_chars" if tool in TOOLS else f"max_chars of the tool {tool}"
 
-    out: dict[str, Any] = {}
-    t = p.cfg.tools.python
-    for name in p.cfg.tools.enabled:
-        if name != "python":
-            raise ConfigError(f"tools.enabled: {name!r} is not available; this version has: python")
-        limits = SandboxLimits(wall_s=t.wall_s, cpu_s=t.cpu_s, memory_mb=t.memory_mb)
-        out[name] = PythonTool(p.tool_level, t.allow_unsafe, limits=limits, max_chars=t.max_chars)
-    return out
+
+def _tool_specs(p: Plan) -> dict[str, ToolSpec]:
+    """The enabled tools, with the sandbox level that the plan has found to work."""
+    cfg = p.cfg.tools
+    python = dataclasses.replace(cfg.python, level=p.tool_level) if "python" in cfg.enabled else cfg.python  # fmt: skip
+    return tool_specs(dataclasses.replace(cfg, python=python))

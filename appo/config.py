@@ -108,6 +108,9 @@ class ToolsConfig:
 
 @dataclass
 class RewardSettings:
+    grader: str | None = (
+        None  # for all tasks: appo.reward.GRADERS, "my_module:my_grader"; null: the task's
+    )
     correct: float = 1.0
     tool_bonus: float = 0.0  # added when the answer is right and a tool call succeeded
     tool_use: float = 0.0  # added when a tool call succeeded, whatever the answer, if any

@@ -36,6 +36,7 @@ from appo.learner.lora import CastRetention, adapter_tensors, add_lora, merged_t
 from appo.learner.policy import Policy, load_model
 from appo.learner.settings import LearnerSettings
 from appo.learner.shards import load_shards, save_shard
+from appo.models.shape import ModelFamily
 from appo.packing.pack import PackedBatch, pack_sequences
 from appo.types import Counts
 
@@ -58,6 +59,7 @@ class Learner:
         cfg: LearnerSettings,
         seed: int,
         ranks: Ranks | None = None,
+        family: ModelFamily | None = None,
     ):
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
@@ -69,7 +71,7 @@ class Learner:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)  # decides the adapters
-        lm = load_model(model_dir, getattr(torch, cfg.dtype))
+        lm = load_model(model_dir, getattr(torch, cfg.dtype), family)
         self._base = _fingerprint(lm)
         self._peft = None
         if cfg.mode == "lora":

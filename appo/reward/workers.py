@@ -169,15 +169,15 @@ class GraderPool:
         out[index] = Grade(None, reason, wall)
 
 
-def check_grader(name: str) -> None:
+def check_grader(name: str, where: str = "grader") -> None:
     """ConfigError unless `name` is in GRADERS or has the form `module:function`."""
     if name in GRADERS:
         return
     if not is_import(name):
         raise ConfigError(
-            f"grader {name!r} is unknown; use one of {', '.join(GRADERS)} or 'module:function'"
+            f"{where} {name!r} is unknown; use one of {', '.join(GRADERS)} or 'module:function'"
         )
-    split(name, "grader", EXPECTED)
+    split(name, where, EXPECTED)
 
 
 def _in_process(item: GradeItem) -> Grade | None:

@@ -17,6 +17,7 @@ from appo.dist.failures import agree_or_raise
 from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError, ConfigError
 from appo.models.resolve import ModelInfo, ModelSource, check_model_folder, resolve_model
+from appo.models.shape import ModelFamily, ModelShape, own_family, read_shape
 from appo.observability.progress import Console
 from appo.run.user_code import check_graders, describe, import_strings
 from appo.tools.sandbox import choose_level
@@ -41,6 +42,12 @@ class Plan:
     ranks: int = 1
     machine_ranks: int = 1  # of these on this machine
     imports: tuple[tuple[str, str], ...] = ()  # (import string, key) of the user's own code
+    family: ModelFamily | None = None  # of the user's own
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes of the model."""
+        return read_shape(self.source.path, self.family)
 
 
 def plan(
@@ -73,6 +80,7 @@ def _plan(
     if imports and ranks.main:  # told before anything of it runs
         console.note(f"imports: {describe(imports)}")
     algo = resolve(cfg.algo)
+    family = own_family(cfg.model.family)
     tool_specs(cfg.tools)
     threads = cfg.threads or max(1, usable_cores() // ranks.local_world)
     output = NO_OUTPUT
@@ -83,8 +91,10 @@ def _plan(
         level = choose_level(cfg.tools.python.level, cfg.tools.python.allow_unsafe).level
     imports += check_graders(cfg, _probe_tasks(cfg))
     cached = ranks.local_rank > 0
-    source = resolve_model(cfg.model.name, offline=cfg.model.offline or cached, log=console.note)
-    info = check_model_folder(source.path)
+    source = resolve_model(
+        cfg.model.name, offline=cfg.model.offline or cached, log=console.note, family=family
+    )
+    info = check_model_folder(source.path, family)
     lora = cfg.learner.lora.layers
     if cfg.learner.mode == "lora" and lora is not None and not 1 <= lora <= info.layers:
         raise ConfigError(
@@ -93,7 +103,7 @@ def _plan(
     _check_engine(cfg, algo)
     return Plan(
         cfg, algo, source, info, level, threads, output, cfg.resume is not None, ranks.world, ranks.local_world,
-        tuple(imports),
+        tuple(imports), family,
     )  # fmt: skip
 
 
@@ -101,6 +111,11 @@ def _check_engine(cfg: Config, algo: Algorithm) -> None:
     """vLLM is there if it is asked for, and says enough for what the algorithm does with it."""
     if cfg.rollout.engine != "vllm":
         return
+    if cfg.model.family is not None:
+        raise ConfigError(
+            f"model.family is {cfg.model.family} and rollout.engine is vllm, which runs the families it knows itself; "
+            "use rollout.engine=native"
+        )
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "rollout.engine is vllm, which is not installed: pip install 'appo[vllm]' (on a CPU see docs/vllm.md), or use "

@@ -43,7 +43,11 @@ def make_engine(p: Plan) -> Any:
     from appo.rollout.native import NativeEngine
 
     return NativeEngine(
-        p.source.path, deterministic=p.cfg.deterministic, kv_tokens=r.kv_tokens, **common
+        p.source.path,
+        deterministic=p.cfg.deterministic,
+        kv_tokens=r.kv_tokens,
+        family=p.family,
+        **common,
     )
 
 
@@ -51,7 +55,13 @@ def make_learner(p: Plan, ranks: Ranks | None = None) -> Any:
     """The learner of the configuration, with the base weights loaded. Collective."""
     from appo.learner.learner import Learner
 
-    return Learner(p.source.path, _learner_settings(p), seed=p.cfg.seed, ranks=ranks or Ranks())
+    return Learner(
+        p.source.path,
+        _learner_settings(p),
+        seed=p.cfg.seed,
+        ranks=ranks or Ranks(),
+        family=p.family,
+    )
 
 
 def _learner_settings(p: Plan) -> Any:

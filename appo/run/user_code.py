@@ -23,6 +23,7 @@ def import_strings(cfg: Config) -> list[tuple[str, str]]:
         ("algo.name", cfg.algo.name, ()),
         ("data.task", cfg.data.task, tuple(TASKS)),
         ("data.params.grader", str(cfg.data.params.get("grader") or ""), ()),
+        ("reward.grader", cfg.reward.grader or "", ()),
         *(("tools.enabled", tool, ()) for tool in cfg.tools.enabled),
         ("model.family", cfg.model.family or "", ()),
     ]
@@ -39,14 +40,16 @@ def check_graders(cfg: Config, tasks: list[Task]) -> list[tuple[str, str]]:
 
     Raises ConfigError for an unknown grader and for a function that cannot be called as one.
     """
-    name = cfg.data.params.get("grader")
-    found: dict[str, str] = {str(name): "data.params.grader"} if name else {}
+    keys = {"reward.grader": cfg.reward.grader, "data.params.grader": cfg.data.params.get("grader")}
+    found = {str(name): key for key, name in keys.items() if name}
     for task in tasks:
-        found.setdefault(task.grader, f"grader of task {task.task_id!r}, data.task={cfg.data.task}")
+        found.setdefault(task.grader, f"the grader of task {task.task_id!r}")
     for grader, where in found.items():
-        check_grader(grader)
+        check_grader(grader, where)
         if is_import(grader):
             own_grader(grader, where)
     return [
-        (g, where) for g, where in found.items() if is_import(g) and where != "data.params.grader"
+        (grader, where)
+        for grader, where in found.items()
+        if is_import(grader) and where not in keys
     ]

@@ -32,7 +32,7 @@ def tool_specs(cfg: ToolsConfig) -> dict[str, ToolSpec]:
                 f"{WHERE}: there is no tool {text!r}{near(text, TOOLS)}; built in: {', '.join(TOOLS)}; a tool of your "
                 "own is named module:attribute"
             )
-        if spec.name in specs or (is_import(text) and spec.name in TOOLS):
+        if spec.name in specs:
             raise ConfigError(
                 f"{WHERE}: {text!r} is a second tool named {spec.name!r}; rename it or leave the other out"
             )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from appo.errors import EngineError
+from appo.models.shape import read_shape
 from appo.rollout.engine import SamplingParams, Scored, Stopped
 from appo.rollout.submission import Alone, checked_ids
 from appo.rollout.vllm.decoding import Decoder
@@ -29,7 +30,6 @@ from appo.rollout.vllm.start import (
     llm_arguments,
     load_api,
     prepare_environment,
-    read_shape,
     undisturbed,
 )
 from appo.rollout.vllm.weights import Checkpoint, WeightLoader
@@ -68,11 +68,11 @@ class VLLMEngine:
                 raise EngineError(f"{name}={value}: must be at least 1")
         start = time.perf_counter()
         shape = read_shape(model_dir)
-        self.max_context = max_context or shape.positions - 1
-        if not 2 <= self.max_context < shape.positions:
+        self.max_context = max_context or shape.max_positions - 1
+        if not 2 <= self.max_context < shape.max_positions:
             raise EngineError(
-                f"max_context={max_context}: the model has {shape.positions} positions and vLLM needs one beyond the "
-                f"longest sequence; use 2 … {shape.positions - 1}"
+                f"max_context={max_context}: the model has {shape.max_positions} positions and vLLM needs one beyond the "
+                f"longest sequence; use 2 … {shape.max_positions - 1}"
             )
         self.weights = WeightLoader(Checkpoint(model_dir), in_process)
         prepare_environment(in_process)

@@ -20,9 +20,9 @@ from torch import Tensor
 from appo._kernels.common import native
 from appo._kernels.linear_logprob import backend_cpu as linear_cpu
 from appo.errors import EngineError
+from appo.models.shape import ModelShape
 from appo.rollout.native.attention import segments
 from appo.rollout.native.model.head import NativeHead
-from appo.rollout.native.model.weights import ModelConfig
 
 if TYPE_CHECKING:
     from appo.rollout.native.attention.pool import KVPool
@@ -34,7 +34,7 @@ PARTS = ("qkv", "o", "gate_up", "down")
 
 
 def choose(
-    runner: str, config: ModelConfig, dtype: torch.dtype, device: torch.device
+    runner: str, config: ModelShape, dtype: torch.dtype, device: torch.device
 ) -> NativeLayers | None:
     """What runs the layers: None is PyTorch. "auto" takes C++ where it can run; "native" raises EngineError if not."""
     if runner not in RUNNERS:
@@ -49,7 +49,7 @@ def choose(
     return None
 
 
-def unavailable(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+def unavailable(config: ModelShape, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the C++ layers cannot run such a model here; None if they can."""
     if device.type != "cpu":
         return f"the model is on {device}, the C++ layers run on the CPU"
@@ -76,7 +76,7 @@ class NativeLayers:
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, isa: str = "", threads: int | None = None
+        self, config: ModelShape, dtype: torch.dtype, isa: str = "", threads: int | None = None
     ):
         c = self.config = config
         self.dtype, self.threads = dtype, threads
@@ -99,11 +99,13 @@ class NativeLayers:
         """
         start = time.perf_counter()
         names = model.targets if not self._packed else changed
-        parts = {name.split(".")[2] if name.startswith("model.layers.") else name for name in names}
+        tensor = self.config.tensor
+        at = tensor("model.layers") + "."
+        parts = {n.removeprefix(at).split(".")[0] if n.startswith(at) else n for n in names}
         for i, layer in enumerate(model.layers):
             if str(i) in parts:
                 self._pack_layer(i, layer)
-        if parts & {"lm_head.weight", "model.embed_tokens.weight"}:
+        if parts & {tensor("lm_head.weight"), tensor("model.embed_tokens.weight")}:
             self.head.pack(model.head.weight)
         self._packed = True
         self.pack_seconds = time.perf_counter() - start

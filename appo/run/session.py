@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 from appo.config import Config
 from appo.data.prompts import PromptBuilder, encode_plain, result_text
@@ -276,6 +276,7 @@ def _max_chars_of(tool: str) -> str:
 
 def _tool_specs(p: Plan) -> dict[str, ToolSpec]:
     """The enabled tools, with the sandbox level that the plan has found to work."""
-    cfg = p.cfg.tools
-    python = dataclasses.replace(cfg.python, level=p.tool_level) if "python" in cfg.enabled else cfg.python  # fmt: skip
+    cfg, python = p.cfg.tools, p.cfg.tools.python
+    if "python" in cfg.enabled:
+        python = dataclasses.replace(python, level=cast(Any, p.tool_level))
     return tool_specs(dataclasses.replace(cfg, python=python))

@@ -82,6 +82,7 @@ def _plan(
     algo = resolve(cfg.algo)
     family = own_family(cfg.model.family)
     tool_specs(cfg.tools)
+    imports += check_graders(cfg, _probe_tasks(cfg))
     threads = cfg.threads or max(1, usable_cores() // ranks.local_world)
     output = NO_OUTPUT
     if need_output:
@@ -89,7 +90,6 @@ def _plan(
     level = "none"
     if "python" in cfg.tools.enabled:
         level = choose_level(cfg.tools.python.level, cfg.tools.python.allow_unsafe).level
-    imports += check_graders(cfg, _probe_tasks(cfg))
     cached = ranks.local_rank > 0
     source = resolve_model(
         cfg.model.name, offline=cfg.model.offline or cached, log=console.note, family=family

@@ -38,12 +38,15 @@ def is_import(text: str, builtin: Iterable[str] = ()) -> bool:
     return bool(colon) and head not in builtin
 
 
-def resolve(text: str, where: str, expected: str, check: Check | None = None) -> Any:
+def resolve(
+    text: str, where: str, expected: str, check: Check | None = None, *, here: bool = True
+) -> Any:
     """The object that `text` names. It is imported, and neither called nor changed.
 
     where     the key that holds the text, such as "tools.enabled"; every error begins with it
     expected  what must stand there, as the user would write it: "search(query: str) -> str"
     check     says what is wrong with the object, or "" (see `call_problem`)
+    here      look in the current folder too
 
     Raises ConfigError that names key, module, attribute and what is expected.
 
@@ -51,6 +54,8 @@ def resolve(text: str, where: str, expected: str, check: Check | None = None) ->
     3.0
     """
     module_name, path = split(text, where, expected)
+    if here:
+        use_current_folder()
     module = _import(module_name, text, where, expected)
     found: Any = module
     for i, name in enumerate(path.split(".")):
@@ -120,7 +125,6 @@ def use_current_folder() -> None:
 
 
 def _import(name: str, text: str, where: str, expected: str) -> Any:
-    use_current_folder()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -20,11 +20,14 @@ GRACE_S = 2.0  # after the deadline the parent kills us; if it is gone, the alar
 
 
 def resolve_grader(name: str) -> Any:
-    """A name of GRADERS or an import string `module:function`."""
+    """A name of GRADERS or an import string `module:function`.
+
+    The current folder is on the path if the trainer has put it there: a data row alone does not reach it.
+    """
     from appo.reward import GRADERS
     from appo.reward.own import own_grader
 
-    return own_grader(name, "grader") if ":" in name else GRADERS[name]
+    return own_grader(name, "grader", here=False) if ":" in name else GRADERS[name]
 
 
 def _grade(message: dict[str, Any]) -> float:

@@ -38,18 +38,20 @@ def describe(imports: list[tuple[str, str]]) -> str:
 def check_graders(cfg: Config, tasks: list[Task]) -> list[tuple[str, str]]:
     """Check the graders of the configuration and of these tasks; → import strings that only the tasks name.
 
+    What a row of a data file names is not imported here: no one who started the run has written it.
     Raises ConfigError for an unknown grader and for a function that cannot be called as one.
     """
     keys = {"reward.grader": cfg.reward.grader, "data.params.grader": cfg.data.params.get("grader")}
     found = {str(name): key for key, name in keys.items() if name}
+    own_task = is_import(cfg.data.task, TASKS)
     for task in tasks:
-        found.setdefault(task.grader, f"the grader of task {task.task_id!r}")
+        if task.grader not in found:
+            where = f"the grader of task {task.task_id!r}"
+            check_grader(task.grader, where)
+            if own_task:
+                found[task.grader] = where
     for grader, where in found.items():
         check_grader(grader, where)
         if is_import(grader):
             own_grader(grader, where)
-    return [
-        (grader, where)
-        for grader, where in found.items()
-        if is_import(grader) and where not in keys
-    ]
+    return [(g, where) for g, where in found.items() if is_import(g) and where not in keys]

@@ -1,5 +1,6 @@
 """Import strings in a recipe: listed, checked before anything is loaded, and refused with what is wrong."""
 
+import json
 import re
 import subprocess
 import sys
@@ -83,6 +84,18 @@ def test_a_grader_that_only_a_task_names_is_checked_and_listed(folder):
     with pytest.raises(ConfigError, match=said):
         planned("data.task=other:task")
     (folder / "other.py").write_text("")
+
+
+def test_a_data_row_imports_nothing_into_the_trainer(folder):
+    row = {"data_source": "x", "prompt": [{"role": "user", "content": "1?"}], "ability": "maths", "extra_info": {},
+           "reward_model": {"ground_truth": "1", "style": "rule"}, "grader": "broken:f"}  # fmt: skip
+    for name in ("train", "eval"):
+        row["prompt"][0]["content"] = name
+        (folder / f"{name}.jsonl").write_text(json.dumps(row))
+    files = ["data.task=records", "data.train=train.jsonl", "data.eval=eval.jsonl"]
+    assert planned(*files).imports == () and str(folder) not in sys.path
+    with pytest.raises(ConfigError, match="reward.grader is 'broken:f': module 'broken' cannot"):
+        planned(*files, "reward.grader=broken:f")
 
 
 TOOL = re.escape("expected: a function such as `def lookup(term: str) -> str` with a docstring")

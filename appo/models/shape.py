@@ -152,7 +152,8 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ModelError(
-            f"{folder}: no config.json there, so it is not a Hugging Face model folder; give a local model folder"
+            f"cannot load a model from {str(folder)!r}: no config.json there, so it is not a Hugging Face model folder; "
+            "give a local model folder"
         )
     return read_json(path)
 

@@ -1,7 +1,8 @@
 """Format gate, answer extraction, graders, the killable pool, and how a reward is put together."""
 
-from __future__ import dataclasses
+from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys

@@ -29,15 +29,12 @@ class ModelConfig:
     name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # local folder, "tiny", or hub name
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     offline: bool = False  # never ask the hub or the package index
-    family: str | None = (
-        None  # "my_module:MY_FAMILY" (appo.models.shape.ModelFamily); null: built in
-    )
+    family: str | None = None  # "my_module:MY_FAMILY"; null: a family that is built in
 
 
 @dataclass
 class DataConfig:
-    # name in appo.data.tasks.TASKS, "reasoning_gym:<dataset>", or "my_module:my_task"
-    task: str = "arithmetic"
+    task: str = "arithmetic"  # name in appo.data.tasks.TASKS, "reasoning_gym:<dataset>", "my_module:my_task"
     params: dict[str, Any] = field(default_factory=dict)  # passed to the task
     train: str | None = None  # JSONL or parquet file in the RL record format (task: records)
     eval: str | None = None
@@ -99,8 +96,7 @@ class PythonToolConfig:
 
 @dataclass
 class ToolsConfig:
-    # names in appo.tools.table.TOOLS, or "my_module:my_tool"
-    enabled: list[str] = field(default_factory=lambda: ["python"])
+    enabled: list[str] = field(default_factory=lambda: ["python"])  # or "my_module:my_tool"
     workers: int = 4
     timeout_s: float = 10.0
     python: PythonToolConfig = field(default_factory=PythonToolConfig)
@@ -108,9 +104,7 @@ class ToolsConfig:
 
 @dataclass
 class RewardSettings:
-    grader: str | None = (
-        None  # for all tasks: appo.reward.GRADERS, "my_module:my_grader"; null: the task's
-    )
+    grader: str | None = None  # of all tasks: a name, or "my_module:my_grader"; null: as they say
     correct: float = 1.0
     tool_bonus: float = 0.0  # added when the answer is right and a tool call succeeded
     tool_use: float = 0.0  # added when a tool call succeeded, whatever the answer, if any

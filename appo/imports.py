@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from appo.errors import ConfigError
@@ -146,7 +147,7 @@ def _import(name: str, text: str, where: str, expected: str) -> Any:
 def _line_in(error: BaseException, name: str) -> str:
     """Where in the module the error was raised, as ", file:line"."""
     spec = importlib.util.find_spec(name.partition(".")[0])
-    folder = os.path.dirname(spec.origin) if spec and spec.origin else ""
+    folder = str(Path(spec.origin).parent) if spec and spec.origin else ""
     at, trace = "", error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename

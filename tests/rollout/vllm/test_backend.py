@@ -40,7 +40,7 @@ def folder(tmp_path):
                 num_hidden_layers=1,
                 num_attention_heads=1,
             )
-        )  # fmt: skip
+        )
     )
     save_file({EMBED: table(0)}, tmp_path / "model.safetensors")
     return tmp_path

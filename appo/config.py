@@ -34,7 +34,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    task: str = "arithmetic"  # name in appo.data.tasks.TASKS, "reasoning_gym:<dataset>", "my_module:my_task"
+    task: str = "arithmetic"  # a name, "reasoning_gym:<dataset>", or "my_module:my_task"
     params: dict[str, Any] = field(default_factory=dict)  # passed to the task
     train: str | None = None  # JSONL or parquet file in the RL record format (task: records)
     eval: str | None = None

@@ -1,8 +1,8 @@
 """Import strings: `module:attribute` names a user's own part where a built-in name may stand.
 
-A recipe may name code that Python can import, and nothing else: no file, no pickle. The current folder is looked in
-last, behind everything that is installed, so that `my_tool.py` beside the recipe is found by `my_tool:search`, and a
-file of the user never stands in for a library.
+A recipe may name code that Python can import, and nothing else: no file, no pickle. The current
+folder is looked in last, behind everything that is installed, so that `my_tool.py` beside the
+recipe is found by `my_tool:search`, and a file of the user never stands in for a library.
 """
 
 from __future__ import annotations

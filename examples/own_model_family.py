@@ -1,11 +1,10 @@
-"""A model family of your own: the tiny Qwen3 under another name, with other keys in its config.json.
+"""A model family of your own: the tiny Qwen3 with other keys in its config.json.
 
     cd examples
     python own_model_family.py renamed
-    appo train tiny steps=1 prompts_per_step=4 eval.questions=16 model.name=renamed model.family=own_model_family:FAMILY
+    appo train tiny steps=1 prompts_per_step=4 model.name=renamed model.family=own_model_family:FAMILY
 
-transformers is told the classes (`register`), appo the keys (`ModelFamily`). The first command only writes a folder to
-try it with: yours exists.
+transformers is told the classes, appo the keys. The first command writes a folder to try it with.
 """
 
 import json

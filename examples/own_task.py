@@ -1,10 +1,11 @@
-"""A task of your own: a function that returns the tasks of a split. Here: which of three numbers is the largest?
+"""A task of your own: a function that returns the tasks of a split: the largest of three numbers.
 
     cd examples
-    appo train tiny steps=1 prompts_per_step=4 eval.questions=16 data.task=own_task:largest data.params.count=64
+    appo train tiny steps=1 prompts_per_step=4 eval.questions=16 data.task=own_task:largest
 
-`tools` are the names of the enabled tools, to be handed on to each task that may call them. Parameters of your own
-come from data.params. The same arguments must give the same tasks: a run that is resumed checks it.
+`tools` are the names of the enabled tools, to be handed on to each task that may call them.
+Parameters of your own come from data.params (data.params.count=64). The same arguments must give
+the same tasks: a run that is resumed checks it.
 """
 
 import random

@@ -1,9 +1,10 @@
-"""A tool of your own: a function with type hints and a docstring, which is what the model reads about it.
+"""A tool of your own: a function with type hints and a docstring, which the model reads.
 
     cd examples
-    appo train tiny steps=1 prompts_per_step=4 eval.questions=16 'tools.enabled=[own_tool:calculator]'
+    appo train tiny steps=1 prompts_per_step=4 eval.questions=16 tools.enabled=[own_tool:calculator]
 
-The tag is the name of the function, unless it has a `name`: the tiny model writes `<python>` and knows no other tag.
+The tag is the name of the function, unless it has a `name`: the tiny model writes `<python>` and
+knows no other tag.
 """
 
 import ast

@@ -1,10 +1,10 @@
-"""The shape of a model: one reader of config.json for the checks, the engines, the learner and the memory estimate.
+"""The shape of a model: one reader of config.json for checks, engines, learner, memory estimate.
 
     family (one row of FAMILIES, or the user's own) + config.json → ModelShape
 
-A family is data. It says what the keys of config.json and the tensors of the checkpoint are called, which linear layers
-have a bias, and whether queries and keys are normed. What is computed is the same for all of them: RMSNorm, attention
-with rotary positions and grouped heads, SwiGLU.
+A family is data. It says what the keys of config.json and the tensors of the checkpoint are called,
+which linear layers have a bias, and whether queries and keys are normed. What is computed is the
+same for all of them: RMSNorm, attention with rotary positions and grouped heads, SwiGLU.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def _shape(c: Mapping[str, Any], family: ModelFamily) -> ModelShape:
 
 
 def _rope(c: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary parameters in one form: transformers 5 writes rope_parameters, older files rope_scaling + rope_theta."""
+    """Rotary parameters in one form: transformers 5 has rope_parameters, before it rope_scaling."""
     rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     rope["rope_theta"] = rope.get("rope_theta") or c.get("rope_theta") or 10000.0

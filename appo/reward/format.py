@@ -1,9 +1,10 @@
 """What the policy wrote, as blocks: the format gate and the answer.
 
-Everything here looks at *sampled* text only. A trajectory arrives as spans `(text, sampled)`; a tag inside a tool
-result is text, and a tag cannot begin in one sampled run and end behind a tool result. The block rule is the one of
-the live parser: while a block is open, only its own closing tag counts. Blocks are `<answer>` and the tags of tools:
-`<python>`, `<search>`, and those given as `tools`.
+Everything here looks at *sampled* text only. A trajectory arrives as spans `(text, sampled)`; a tag
+inside a tool result is text, and a tag cannot begin in one sampled run and end behind a tool
+result. The block rule is the one of the live parser: while a block is open, only its own closing
+tag counts. Blocks are `<answer>` and the tags of tools: `<python>`, `<search>`, and those given as
+`tools`.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def extract_answer(
 ) -> str | None:
     r"""Text of the last closed, sampled `<answer>` block, with an inner `\boxed{…}` unwrapped; None when there is none.
 
-    anywhere: without such a block, take the last `\boxed{…}` of the last sampled run (strictness "none").
+    anywhere: without such a block, take the last `\boxed{…}` of the last sampled run (strictness
+    "none").
     """
     runs = sampled_runs(spans)
     closed = [b for b in blocks(runs, tools) if b.tag == "answer" and b.stop is not None]

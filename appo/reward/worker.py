@@ -22,7 +22,8 @@ GRACE_S = 2.0  # after the deadline the parent kills us; if it is gone, the alar
 def resolve_grader(name: str) -> Any:
     """A name of GRADERS or an import string `module:function`.
 
-    The current folder is on the path if the trainer has put it there: a data row alone does not reach it.
+    The current folder is on the path if the trainer has put it there: a data row alone does not
+    reach it.
     """
     from appo.reward import GRADERS
     from appo.reward.own import own_grader

@@ -1,4 +1,4 @@
-"""The import strings of a run: where a recipe names the user's own code, and whether that code fits.
+"""The import strings of a run: where a recipe names the user's own code, and whether it fits.
 
 Every string is told before anything of it is imported, and imported before a model is looked for.
 """

@@ -24,7 +24,8 @@ class ToolResult:
 class Tool(Protocol):
     """A tool is safe to call from several threads at once and never raises for what the model wrote.
 
-    Tools that ship with the package keep this contract themselves; `appo.tools.own` makes a user's function keep it.
+    Tools that ship with the package keep this contract themselves; `appo.tools.own` makes a user's
+    function keep it.
     """
 
     name: str  # also the tag: <name>…</name>

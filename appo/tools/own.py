@@ -3,8 +3,9 @@
     def lookup(term: str) -> str:
         "Look up a term in the glossary."
 
-is the tool `lookup`. Its name is the tag, its docstring is what the model reads, and the type hints say how it is
-called: one text parameter takes what stands between the tags as it is, several are read from a JSON object.
+is the tool `lookup`. Its name is the tag, its docstring is what the model reads, and the type hints
+say how it is called: one text parameter takes what stands between the tags as it is, several are
+read from a JSON object.
 """
 
 from __future__ import annotations

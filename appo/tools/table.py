@@ -1,4 +1,4 @@
-"""The tools by name, and those of the user by import string: one table, from which everything else follows."""
+"""The tools by name, and those of the user by import string: all else follows from this table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ TOOLS: dict[str, Callable[[ToolsConfig], ToolSpec]] = {"python": python_spec}
 def tool_specs(cfg: ToolsConfig) -> dict[str, ToolSpec]:
     """Name → specification of every enabled tool, in the order of `tools.enabled`. Nothing is started.
 
-    Raises ConfigError for an unknown name, an import string that cannot be used, and two tools of one name.
+    Raises ConfigError for an unknown name, an import string that cannot be used, and two tools of
+    one name.
     """
     specs: dict[str, ToolSpec] = {}
     for text in cfg.enabled:

@@ -1,4 +1,4 @@
-"""What the model reads first: the text of the python tool to the byte, and tools in their own words."""
+"""What the model reads first: the python tool to the byte, and tools in their own words."""
 
 import pytest
 

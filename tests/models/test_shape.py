@@ -1,4 +1,4 @@
-"""One reader of config.json: what transformers makes of it, and a family of the user's own in engine and learner."""
+"""One reader of config.json: what transformers makes of it, and a family of the user's own."""
 
 import json
 from types import SimpleNamespace

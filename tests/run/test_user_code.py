@@ -1,4 +1,4 @@
-"""Import strings in a recipe: listed, checked before anything is loaded, and refused with what is wrong."""
+"""Import strings in a recipe: listed, checked before anything is loaded, refused with a reason."""
 
 import json
 import re

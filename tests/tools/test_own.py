@@ -1,4 +1,4 @@
-"""A user's own tool: what counts as one, how it is called, and what the model reads when it fails."""
+"""A user's own tool: what counts as one, how it is called, what the model reads."""
 
 import time
 

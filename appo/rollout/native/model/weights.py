@@ -1,4 +1,4 @@
-"""What the runner takes from a Hugging Face folder: a shape it can compute, rotary frequencies, tensors."""
+"""What the runner takes from a model folder: a shape that it can compute, rotations, tensors."""
 
 from __future__ import annotations
 

@@ -139,6 +139,12 @@ class BuildKernels(Command):
 class Build(build):
     sub_commands: ClassVar = [*build.sub_commands, ("build_kernels", None)]
 
+    def run(self) -> None:
+        # setuptools adds to what an earlier build left there: a file that has moved would be in the wheel twice.
+        # An editable install runs the steps below by themselves and never comes here.
+        shutil.rmtree(Path(self.build_lib, "appo"), ignore_errors=True)
+        super().run()
+
 
 class NativeDistribution(Distribution):
     def has_ext_modules(self) -> bool:  # a platform wheel although no Python extension is built

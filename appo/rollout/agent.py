@@ -2,8 +2,8 @@
 
     SAMPLING → (closing tag) → TOOL → (result) → SAMPLING → … → DONE
 
-A `ActiveRollout` owns the engine handle of its leaf and knows what it may still spend. It never waits: the loop in `grow` moves
-it on when the engine or the tool pool has something for it.
+A `ActiveRollout` owns the engine handle of its leaf and knows what it may still spend. It never
+waits: the loop in `grow` moves it on when the engine or the tool pool has something for it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 from appo.data.prompts import budget_text, encode_plain, result_text
 from appo.errors import PoolTooSmallError
-from appo.rollout.engine import RolloutEngine, SamplingParams, Stopped
+from appo.rollout.engine import RolloutEngine, SamplingParams, SequenceStopped
 from appo.rollout.tags import ANSWER, TagEvent, TagParser, TokenText
 from appo.tools.base import ToolResult
-from appo.types import Finish, Leaf, Node, RolloutTree, ToolCall
+from appo.types import Finish, Leaf, Node, Role, RolloutTree, ToolCall
 
 
 class RolloutState(Enum):
@@ -66,9 +65,12 @@ class Agent:
         self.settings = settings
 
     def resume(self, rollout: ActiveRollout, prefix: Sequence[int] = ()) -> None:
-        """Start (or go on) sampling. `prefix`: ids of the current turn that a branch inherited, for the parser."""
-        room = self.settings.max_new_tokens - rollout.sampled
-        if room <= 0 or self.engine.length(rollout.seq) >= self.engine.max_context:
+        """Start (or go on) sampling.
+
+        `prefix`: ids of the current turn that a branch inherited, for the parser.
+        """
+        budget = self.settings.max_new_tokens - rollout.sampled
+        if budget <= 0 or self.engine.length(rollout.seq) >= self.engine.max_context:
             return self._finish(rollout, Finish.LENGTH)
         parser = TagParser([*self.settings.tools, ANSWER])
         parser.feed(self.text.join(prefix))
@@ -79,7 +81,7 @@ class Agent:
             return bool(rollout.closed)
 
         params = SamplingParams(
-            max_new_tokens=room,
+            max_new_tokens=budget,
             temperature=self.settings.temperature,
             stop_token_ids=self.text.eos_ids,
             stop=closes_block,
@@ -94,7 +96,7 @@ class Agent:
                 rollout, Finish.LENGTH
             )  # tool results were longer than the pool is made for
 
-    def on_stopped(self, rollout: ActiveRollout, event: Stopped) -> TagEvent | None:
+    def on_stopped(self, rollout: ActiveRollout, event: SequenceStopped) -> TagEvent | None:
         """Record what was sampled; return the tool call to make, if any."""
         node = rollout.tree.nodes[rollout.record.node]
         if node.role != "model":
@@ -117,7 +119,10 @@ class Agent:
         return self.next_call(rollout)
 
     def next_call(self, rollout: ActiveRollout) -> TagEvent | None:
-        """The next call in the queue, or None and sampling goes on. Calls beyond the budget are answered at once."""
+        """The next call in the queue, or None and sampling goes on.
+
+        Calls beyond the budget are answered at once.
+        """
         while rollout.queue:
             call = rollout.queue.pop(0)
             if len(rollout.record.tool_calls) < self.settings.max_tool_calls:
@@ -161,7 +166,7 @@ class Agent:
         self._add_node(rollout, "tool").token_ids = ids
         return True
 
-    def _add_node(self, rollout: ActiveRollout, role: Any) -> Node:
+    def _add_node(self, rollout: ActiveRollout, role: Role) -> Node:
         """A node that continues the leaf."""
         tree, leaf = rollout.tree, rollout.record
         last = tree.nodes[leaf.node]

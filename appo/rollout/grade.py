@@ -1,4 +1,7 @@
-"""Rewards onto leaves: spans of each trajectory → graders (in their own processes) → one number per leaf."""
+"""Rewards onto leaves.
+
+Spans of each trajectory → graders (in their own processes) → one number per leaf.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,12 @@ def spans_of(tree: RolloutTree, leaf: int, text: Text) -> list[tuple[str, bool]]
 def grade_trees(
     trees: Sequence[RolloutTree], text: Text, pool: GraderPool, reward: RewardSettings
 ) -> dict[str, float]:
-    """Write reward, parts and grading errors on every leaf; → counters `grade/error:<kind>` and `grade/errors`.
+    """Write reward, parts and grading errors on every leaf.
 
-    A grader that timed out or crashed leaves `reward=None`: the leaf is counted and left out, never scored 0.
+    → counters `grade/error:<kind>` and `grade/errors`.
+
+    A grader that timed out or crashed leaves `reward=None`: the leaf is counted and left out, never
+    scored 0.
     """
     places = [(tree, i) for tree in trees for i in range(len(tree.leaves))]
     spans = [spans_of(tree, i, text) for tree, i in places]

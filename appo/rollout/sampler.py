@@ -1,7 +1,10 @@
-"""Growing rollout trees: N roots per prompt, tools in between, branches forked off the roots' KV cache.
+"""Growing rollout trees.
 
-One loop moves every rollout that has something to do; the only barrier is per prompt (its branches start when *its* roots
-are done). Seeds come from the path in the tree, so what a rollout draws does not depend on what runs beside it.
+N roots per prompt, tools in between, branches forked off the roots' KV cache.
+
+One loop moves every rollout that has something to do; the only barrier is per prompt (its branches
+start when *its* roots are done). Seeds come from the path in the tree, so what a rollout draws does
+not depend on what runs beside it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,10 @@ POLL_S = 0.02  # how long the loop sleeps when only tools are running
 
 
 class Rollouts:
-    """Samples trees. One instance per run; `start`, `run` and `grow_branches` are called in turn for each step."""
+    """Samples trees.
+
+    One instance per run; `start`, `run` and `grow_branches` are called in turn for each step.
+    """
 
     def __init__(
         self,
@@ -51,12 +57,15 @@ class Rollouts:
         self._calls: dict[int, TagEvent] = {}  # by engine handle; calls in flight
         self._root_of: dict[int, TreeRollout] = {}  # by engine handle; roots that still grow
 
-    # -- roots ---------------------------------------------------------------------------------------------------
+    # -- roots -------------------------------------------------------------------------------------
 
     def start(
         self, task: Task, prompt_ids: Sequence[int], roots: int, step: int, copy: int = 0
     ) -> TreeRollout:
-        """A tree with `roots` rollouts that start sampling at the next `run`. copy: how often the task came before."""
+        """A tree with `roots` rollouts that start sampling at the next `run`.
+
+        copy: how often the task came before.
+        """
         tree = RolloutTree(task, [Node(None, "prompt", 0, list(prompt_ids))], step=step)
         tree_rollout = TreeRollout(tree, self.engine.add_prompt(prompt_ids), copy=copy)
         for r in range(roots):
@@ -78,7 +87,7 @@ class Rollouts:
         if rollout.state is not RolloutState.DONE:
             self._active[rollout.seq] = rollout
 
-    # -- the loop ------------------------------------------------------------------------------------------------
+    # -- the loop ----------------------------------------------------------------------------------
 
     def run(
         self,
@@ -87,8 +96,9 @@ class Rollouts:
     ) -> None:
         """Grow until no rollout has anything left to do.
 
-        on_roots_done(tree_rollout) is called as soon as the last root of a prompt is done, while others still grow; it may
-        queue branches. on_progress(rollouts left) is called after every forward.
+        on_roots_done(tree_rollout) is called as soon as the last root of a prompt is done, while
+        others still grow; it may queue branches. on_progress(rollouts left) is called after every
+        forward.
         """
         while self._active:
             done: list[TreeRollout] = []
@@ -103,13 +113,17 @@ class Rollouts:
                     "engine lost a sequence"
                 )
             done += self._collect_tools()
-            for tree_rollout in done if on_roots_done else ():
-                on_roots_done(tree_rollout)
+            if on_roots_done is not None:
+                for tree_rollout in done:
+                    on_roots_done(tree_rollout)
             if on_progress and forward:  # waiting for tools is no progress, as the watchdog sees it
                 on_progress(len(self._active))
 
     def _dispatch(self, rollout: ActiveRollout, call: TagEvent | None) -> list[TreeRollout]:
-        """Send the call off or take a finished rollout out; → the tree rollout whose last root this was."""
+        """Send the call off or take a finished rollout out.
+
+        → the tree rollout whose last root this was.
+        """
         if call is not None:
             self._calls[rollout.seq] = call
             self.pool.submit(rollout.seq, call.tag, call.argument)
@@ -121,7 +135,10 @@ class Rollouts:
         return []
 
     def _collect_tools(self) -> list[TreeRollout]:
-        """Take finished calls. Deterministic mode waits for all of them, in handle order, before the next forward."""
+        """Take finished calls.
+
+        Deterministic mode waits for all of them, in handle order, before the next forward.
+        """
         if not self._calls:
             return []
         begin = time.perf_counter()
@@ -139,15 +156,16 @@ class Rollouts:
             ready += self._dispatch(rollout, self.agent.on_tool(rollout, call, result))
         return ready
 
-    # -- branches ------------------------------------------------------------------------------------------------
+    # -- branches ----------------------------------------------------------------------------------
 
     def grow_branches(
         self, tree_rollouts: Sequence[TreeRollout], algo: Algorithm
     ) -> list[BranchPlan]:
-        """Score the roots with the weights as they are now, choose points, fork, and queue the branches.
+        """Score the roots with today's weights, choose points, fork, and queue the branches.
 
-        With unmoved weights the recorded statistics are the current ones: log-ratio is 0 by definition and no forward
-        is run. Otherwise one prefix-shared pass gives statistics and the KV cache to fork from.
+        With unmoved weights the recorded statistics are the current ones: log-ratio is 0 by
+        definition and no forward is run. Otherwise one prefix-shared pass gives statistics and the
+        KV cache to fork from.
         """
         moved = [g for g in tree_rollouts if any(self._stale(rollout) for rollout in g.roots)]
         current = self._rescore(moved) if moved else {}
@@ -163,8 +181,9 @@ class Rollouts:
     def score_reference(self, tree_rollouts: Sequence[TreeRollout]) -> None:
         """Score roots with the weights that drew them, for `grow_branches` after an update.
 
-        Ω compares policies. Decoding and scoring round differently (0.01 a token in bfloat16), and a sum of that over a
-        rollout looks like a moved policy; two scoring passes over the same rows differ by the policy alone.
+        Ω compares policies. Decoding and scoring round differently (0.01 a token in bfloat16), and
+        a sum of that over a rollout looks like a moved policy; two scoring passes over the same
+        rows differ by the policy alone.
         """
         scored = self._rescore(tree_rollouts)
         for g in tree_rollouts:
@@ -198,9 +217,9 @@ class Rollouts:
             logp, h = scored.get(rollout.seq, (before, v.entropy))
             entropy.append(np.where(v.mask, h, 0.0).astype(np.float32))
             ratio.append(np.where(v.mask, logp - before, 0.0).astype(np.float32))
-        room = self.settings.max_new_tokens - (1 if algo.resample == "after" else 0)
+        budget = self.settings.max_new_tokens - (1 if algo.resample == "after" else 0)
         eligible = [
-            eligible_positions(v, self._closing(g.tree, rollout), self.text.drawable, room)
+            eligible_positions(v, self._closing(g.tree, rollout), self.text.drawable, budget)
             for rollout, v in zip(g.roots, views, strict=True)
         ]
         masks = [v.mask for v in views]
@@ -208,7 +227,10 @@ class Rollouts:
 
     @staticmethod
     def _closing(tree: RolloutTree, rollout: ActiveRollout) -> np.ndarray:
-        """bool[T]: the token that closed a block (a tool was called after it, or the answer was complete)."""
+        """bool[T]: the token that closed a block.
+
+        A tool was called after it, or the answer was complete.
+        """
         flags: list[bool] = []
         for node, k in tree.walk(rollout.record.node):
             if node.role != "prompt":
@@ -245,17 +267,23 @@ class Rollouts:
         g.branches.append(rollout)
         self._submit(rollout, tree.nodes[node].token_ids[:offset])
 
-    # -- waiting -------------------------------------------------------------------------------------------------
+    # -- waiting -----------------------------------------------------------------------------------
 
     def save(self, tree_rollout: TreeRollout) -> dict[str, Any]:
-        """A tree rollout whose roots are done, as JSON types: all that `restore` needs, in another process too."""
+        """A tree rollout whose roots are done, as JSON types.
+
+        All that `restore` needs, in another process too.
+        """
         return tree_rollout_to_json(tree_rollout)
 
     def restore(self, data: dict[str, Any]) -> TreeRollout:
-        """What `save` wrote, known to the engine again. `grow_branches` does with it what it would have done."""
+        """What `save` wrote, known to the engine again.
+
+        `grow_branches` does with it what it would have done.
+        """
         return tree_rollout_from_json(data, self.engine, self._seed)
 
-    # -- ending --------------------------------------------------------------------------------------------------
+    # -- ending ------------------------------------------------------------------------------------
 
     def release(self, g: TreeRollout) -> None:
         """Give back the roots and the prompt; forked branches keep what they stand on."""
@@ -272,7 +300,9 @@ class Rollouts:
 
 
 def _locate(tree: RolloutTree, leaf_node: int, split: int) -> tuple[int, int, int, int]:
-    """(node that holds response position `split`, offset in it, tool results before it, sampled tokens before it).
+    """Where response position `split` is, and what precedes it.
+
+    Returns (node that holds it, offset in the node, tool results before it, sampled tokens before it).
 
     `split` may be one past the end of the leaf's last node.
     """

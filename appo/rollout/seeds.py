@@ -1,4 +1,7 @@
-"""Randomness derives from (run seed, step, prompt id, path in the tree): never from rank, time or arrival order."""
+"""Randomness derives from (run seed, step, prompt id, path in the tree).
+
+Never from rank, time or arrival order.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import hashlib
 
 
 def derive_seed(*parts: int | str) -> int:
-    """63-bit seed of a tuple of ints and strings; each part is length-prefixed, so no two tuples collide by joining.
+    """63-bit seed of a tuple of ints and strings.
+
+    Each part is length-prefixed, so no two tuples collide by joining.
 
     >>> derive_seed(0, 3, "arith-17", 2, 0)      # run seed, step, prompt id, root 2, branch 0
     """

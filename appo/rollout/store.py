@@ -1,8 +1,9 @@
 """Trees on disk: one tree per line of a JSON-lines file, complete enough to learn from again.
 
-Text is written next to the ids (`text` of a node, `token` of a branch point) for people and for the report; it is
-never read back into a tree. `minibatch` is the mini-batch of its step that a tree was trained in, from 0; a replay puts
-it back there (`read_step`). The format itself is `appo.observability.codec`.
+Text is written next to the ids (`text` of a node, `token` of a branch point) for people and for the
+report; it is never read back into a tree. `minibatch` is the mini-batch of its step that a tree was
+trained in, from 0; a replay puts it back there (`read_step`). The format itself is
+`appo.observability.codec`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def append_trees(
 ) -> None:
     """Append trees, after removing what a kill may have left of the last line.
 
-    text: ids to readable text · minibatch: number of each tree's mini-batch, for `read_step`. A run that resumes calls
-    `cut_after(path, step)` first.
+    text: ids to readable text · minibatch: number of each tree's mini-batch, for `read_step`. A run
+    that resumes calls `cut_after(path, step)` first.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,9 +57,12 @@ def read_trees(path: Path | str) -> Iterator[RolloutTree]:
 
 
 def read_step(path: Path | str, step: int) -> dict[int, list[RolloutTree]]:
-    """Mini-batch → its trees, in the order in which they were saved; {} if the file holds none of that step.
+    """Mini-batch → its trees, in the order in which they were saved.
 
-    Raises DataError as `read_trees` does, and for a tree that was saved without the number of its mini-batch.
+    {} if the file holds none of that step.
+
+    Raises DataError as `read_trees` does, and for a tree that was saved without the number of its
+    mini-batch.
     """
     out: dict[int, list[RolloutTree]] = {}
     for data in _saved(Path(path)):

@@ -1,4 +1,7 @@
-"""What any engine needs to take submissions: valid ids, the rule when to stop, and one step at a time."""
+"""What any engine needs to take submissions.
+
+Valid ids, the rule when to stop, and one step at a time.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ Reason = Literal["stop_token", "stop", "length"]
 
 
 class StopRule:
-    """When a submission is over. A base of an engine's own record of it, which has the attributes below."""
+    """When a submission is over.
+
+    A base of an engine's own record of it, which has the attributes below.
+    """
 
     params: SamplingParams
     end: int  # length at which it must stop
@@ -35,16 +41,16 @@ class StopRule:
         return "length" if self.length >= self.end else None
 
 
-class Alone:
+class ReentrancyGuard:
     """Refuses a step or score inside a step (from a stop callback)."""
 
     def __init__(self) -> None:
         self._busy = False
 
     @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
+    def __call__(self, operation: str) -> Iterator[None]:
         if self._busy:
-            raise EngineError(f"{what}: a step is under way (called from a stop callback?)")
+            raise EngineError(f"{operation}: a step is under way (called from a stop callback?)")
         self._busy = True
         try:
             yield

@@ -1,9 +1,10 @@
-"""The text protocol on token ids: `<python>…</python>` calls a tool, `<result>…</result>` answers, `<answer>…</answer>`
-ends.
+"""The text protocol on token ids.
 
-Parsing is incremental over the *bytes* of sampled tokens, so any chunking gives the same events and a multi-byte
-character split over tokens does no harm. A tag is recognised only in what the policy sampled: tool results never pass
-through the parser.
+`<python>…</python>` calls a tool, `<result>…</result>` answers, `<answer>…</answer>` ends.
+
+Parsing is incremental over the *bytes* of sampled tokens, so any chunking gives the same events and
+a multi-byte character split over tokens does no harm. A tag is recognised only in what the policy
+sampled: tool results never pass through the parser.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class TagParser:
     def feed(self, data: bytes) -> list[TagEvent]:
         """Append `data`; return the blocks that it closes, in order of appearance."""
         self._text += data
-        events = []
+        events: list[TagEvent] = []
         while True:
             if self._open is None:
                 if not self._find_open():
@@ -76,11 +77,14 @@ class TagParser:
 
 
 class TokenText:
-    """What every token id spells, once per tokenizer: bytes for the parser, and which ids are blank.
+    """What every token id spells, once per tokenizer.
 
-    tokenizer: a Hugging Face fast tokenizer, byte-level BPE (Llama-3, Qwen, SmolLM2) or SentencePiece style.
-    vocab: rows of the model's embedding; ids the tokenizer does not know (padding rows) can be sampled and spell
-    nothing.
+    Bytes for the parser, and which ids are blank.
+
+    tokenizer: a Hugging Face fast tokenizer, byte-level BPE (Llama-3, Qwen, SmolLM2) or
+    SentencePiece style.
+    vocab: rows of the model's embedding; ids the tokenizer does not know (padding rows) can be
+    sampled and spell nothing.
     """
 
     def __init__(self, tokenizer: Any, vocab: int = 0):
@@ -129,7 +133,10 @@ def _piece_bytes(piece: str, special: bool, table: dict[str, int]) -> bytes:
 
 
 def _byte_level_table() -> dict[str, int]:
-    """The byte-level alphabet of GPT-2: printable bytes stand for themselves, the others for code points from 256 on."""
+    """The byte-level alphabet of GPT-2.
+
+    Printable bytes stand for themselves, the others for code points from 256 on.
+    """
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}

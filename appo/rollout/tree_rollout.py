@@ -1,4 +1,7 @@
-"""A tree in the making: its record, the engine handles of its rollouts, and how both come back after a restart."""
+"""A tree in the making.
+
+Its record, the engine handles of its rollouts, and how both come back after a restart.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ from appo.types import RolloutTree
 
 @dataclass
 class TreeRollout:
-    """A tree in the making and the engine handles of its roots (kept until its branches are forked)."""
+    """A tree in the making and the engine handles of its roots.
+
+    Kept until its branches are forked.
+    """
 
     tree: RolloutTree
     prompt_seq: int
@@ -60,8 +66,8 @@ def tree_rollout_from_json(
 ) -> TreeRollout:
     """The tree rollout again, in an engine that knows nothing of it.
 
-    Its sequences get the cuts they had (prompt, then root): in deterministic mode sums follow the cuts. Their KV is
-    computed when they are scored, or when a branch needs it.
+    Its sequences get the cuts they had (prompt, then root): in deterministic mode sums follow the
+    cuts. Their KV is computed when they are scored, or when a branch needs it.
     """
     tree = tree_from_json(data["tree"])
     g = TreeRollout(tree, engine.add_prompt(tree.nodes[0].token_ids), copy=data["copy"])

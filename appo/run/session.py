@@ -250,7 +250,7 @@ def check_pool(cfg: Config, prompt: int, frame: int, context: int) -> None:
     several tokens), so the agent ends a rollout whose results are longer and do not fit. Up to three nodes of a path end
     inside a block: those of a shared prompt, of a prompt, of a root.
     """
-    from appo.rollout.native.tree.layout import BLOCK
+    from appo.rollout.native.tree.block_list import BLOCK
 
     limit, r = cfg.rollout.kv_tokens, cfg.rollout
     if limit is None:

@@ -1,15 +1,16 @@
-"""A whole decode step in C++ beside its packed products alone, and its parts beside the PyTorch runner's.
+"""A whole decode step in C++ beside its packed products alone; its parts beside PyTorch's.
 
     OMP_NUM_THREADS=1 python bench/engine/decode_step.py [--quick] [--json FILE] [--threads N]
 
-"step": one row of every sequence, 512 shared positions of a prompt and 200 of its own each, from token ids to drawn
-tokens with logprob and entropy: embedding, all layers, attention over the block pool, head, draw. "products alone": the
-packed weights, head included, and the micro-kernels of the same step with nothing else, on the same numbers of rows.
-"layers": rows that read only themselves, against the PyTorch runner's operations (oneDNN's packed linears included) with
-attention's result ready made. The head turns float32 hidden states into float32 logits; "torch" does that from a float32
-copy of the weights. The error is that of our result against float64, relative (head only: in the layers both runners
-round in the same places).
-SmolLM2-135M in bfloat16: APPO_BENCH_MODEL=folder uses a real model, by default random weights in its shape.
+"step": one row of every sequence, 512 shared positions of a prompt and 200 of its own each, from
+token ids to drawn tokens with logprob and entropy: embedding, all layers, attention over the block
+pool, head, draw. "products alone": the packed weights, head included, and the micro-kernels of the
+same step with nothing else, on the same numbers of rows. "layers": rows that read only themselves,
+against the PyTorch runner's operations (oneDNN's packed linears included) with attention's result
+ready made. The head turns float32 hidden states into float32 logits; "torch" does that from a
+float32 copy of the weights. The error is that of our result against float64, relative (head only:
+in the layers both runners round in the same places). SmolLM2-135M in bfloat16:
+APPO_BENCH_MODEL=folder uses a real model, by default random weights in its shape.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from appo.rollout.native.attention.pool import KVPool
 from appo.rollout.native.model.layers import PARTS
 from appo.rollout.native.model.model import Model
 from appo.rollout.native.model.weights import read_config, read_tensors
-from appo.rollout.native.sampling.sampler import Sampler
+from appo.rollout.native.sampling.sampler import TokenSampler
 from appo.rollout.native.tree.layout import Layout
 from appo.rollout.native.tree.native_tree import make_tree
 
@@ -67,7 +68,7 @@ class Step:
             arena.normal_(std=0.1)
         self.layout = self._plan(seqs)
         assert len(self.layout.ids) == rows
-        self.sampler = Sampler(c.vocab, torch.device("cpu"), m)
+        self.sampler = TokenSampler(c.vocab, torch.device("cpu"), m)
         self.sampler.rows([SamplingParams(1)] * rows, seqs)
         self.seeds, self.positions = [*range(rows)], [shared + own + 1] * rows
 
@@ -85,7 +86,7 @@ class Step:
         return self.m.native.forward(self.m, self.layout, self.pool, self.layout.out_rows)
 
     def run(self) -> None:
-        self.sampler.draw(self.forward(), self.seeds, self.positions)
+        self.sampler.sample(self.forward(), self.seeds, self.positions)
 
 
 def layers_in_torch(m: Model, rows: int) -> Callable[[], Tensor]:
@@ -97,13 +98,15 @@ def layers_in_torch(m: Model, rows: int) -> Callable[[], Tensor]:
 
 
 class Products:
-    """Every linear of every layer as nothing but a packed product: bfloat16 numbers in, float32 sums out."""
+    """Every linear of every layer as nothing but a packed product: bfloat16 numbers in, float32
+    sums out.
+    """
 
     def __init__(self, m: Model, threads: int):
         self.threads, self.head = threads, m.native.head
         self.hidden = m.config.hidden
-        make, pack = (native.function(f"layer_head{f}", "cpu") for f in ("", "_pack"))
-        self.product = native.function("layer_head_logits", "cpu")
+        make, pack = (native.require(f"layer_head{f}") for f in ("", "_pack"))
+        self.product = native.require("layer_head_logits")
         self.linears = []
         for layer in m.layers:
             for part in PARTS:
@@ -138,7 +141,7 @@ def step_case(ours: Model, products: Products, rows: int, own: int, repeats: int
         "ours": step.run,
         "products alone": products.run(rows, head=True),
         "forward": step.forward,
-        "head and draw": lambda: step.sampler.draw(hidden, step.seeds, step.positions),
+        "head and draw": lambda: step.sampler.sample(hidden, step.seeds, step.positions),
     }
     found = {name: 1e3 * seconds for name, seconds in medians(runs, repeats).items()}
     whole = found.pop("ours")

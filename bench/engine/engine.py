@@ -1,10 +1,11 @@
-"""Native rollout engine against Hugging Face `generate`: tokens per second, cost of a fork, tokens prefilled.
+"""Native engine against Hugging Face `generate`: tokens a second, cost of a fork, prefill.
 
     OMP_NUM_THREADS=1 python bench/engine/engine.py [--quick] [--json FILE]
 
-Both sample at temperature 1 from the full vocabulary, in bfloat16, in one process with one thread, in turn. "shared":
-one prompt of 128 tokens, B samples of it (what a group of rollouts is); "distinct": B prompts. Times include prefill.
-APPO_BENCH_MODEL=folder uses a real model; by default random weights in the shape of SmolLM2-135M.
+Both sample at temperature 1 from the full vocabulary, in bfloat16, in one process with one thread,
+in turn. "shared": one prompt of 128 tokens, B samples of it (what a group of rollouts is);
+"distinct": B prompts. Times include prefill. APPO_BENCH_MODEL=folder uses a real model; by default
+random weights in the shape of SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ def logprob_error(engine: NativeEngine, model) -> float:
 
 
 def forks(engine: NativeEngine, quick: bool) -> list[Case]:
-    """A fork at the end of a prefix of `depth` tokens: the call itself, then fork + first token; prefill as the peer."""
+    """A fork at the end of a prefix of `depth` tokens: the call itself, then fork + first token;
+    prefill as the peer.
+    """
     cases = []
     for depth in (256,) if quick else (256, 1024, 4096):
         ids = prompts(1, depth, engine.config.vocab)[0]

@@ -1,17 +1,19 @@
-"""What a fork costs, how time and memory grow with the tree, and 10,000 random operations on an engine.
+"""What a fork costs, how time and memory grow with the tree, and 10,000 random operations.
 
     OMP_NUM_THREADS=1 python bench/engine/growth.py [--quick] [--json FILE] [--only copy,batching,vllm,llama] [--venvs FOLDER]
 
-Forks: at the end of a computed sequence of 256 … 16,384 tokens, against the peers of bench/engine/rollout.py, in turn; medians.
-"call" is the fork alone (engines that find a prefix by its tokens have none), "first token" the fork and the token drawn
-after it, "computed" the rows that the model was run on for that. "prefill again" is what a fork costs without any cache:
-what the cache-copying peer took to compute the sequence.
+Forks: at the end of a computed sequence of 256 … 16,384 tokens, against the peers of
+bench/engine/rollout.py, in turn; medians. "call" is the fork alone (engines that find a prefix by
+its tokens have none), "first token" the fork and the token drawn after it, "computed" the rows that
+the model was run on for that. "prefill again" is what a fork costs without any cache: what the
+cache-copying peer took to compute the sequence.
 
-Growth: ours alone; one of roots, branches, prompt and drawn tokens moves, the others stay at 4, 3, 512 and 64; tools
-answer at once; medians of 3. KV in use: the blocks taken while the whole tree is alive, against its tokens × bytes per
-token (goal ≤ 1.02).
+Growth: ours alone; one of roots, branches, prompt and drawn tokens moves, the others stay at 4, 3,
+512 and 64; tools answer at once; medians of 3. KV in use: the blocks taken while the whole tree is
+alive, against its tokens × bytes per token (goal ≤ 1.02).
 
-One thread; weights and environments as in bench/engine/rollout.py. The segment tree alone has bench/engine/tree_soak.py.
+One thread; weights and environments as in bench/engine/rollout.py. The segment tree alone has
+bench/engine/tree_soak.py.
 """
 
 from __future__ import annotations
@@ -139,7 +141,9 @@ def trees(quick: bool, vocab: int) -> dict[str, Workload]:
 
 
 def growth(args: Namespace, folder: Path, gguf: Path) -> dict[str, list[Case]]:
-    """Raises SystemExit if rows differ from the formula of the tree: then something is computed twice, or not at all."""
+    """Raises SystemExit if rows differ from the formula of the tree: then something is computed
+    twice, or not at all.
+    """
     notes: dict[str, str] = {}
     running = start([OURS], args.venvs, settings_of(folder, gguf, 64), notes)
     if not running:

@@ -2,11 +2,12 @@
 
     python bench/engine/quickstart_rollout.py --old FOLDER [--quick] [--json FILE] [--repeats 5] [--threads 2]
 
-FOLDER is another checkout with its own native library built (git worktree add FOLDER COMMIT, then pip's or CMake's build
-there). Both replay the same steps of the recipe (the same questions, no learning; weights are pushed as a new version
-between mini-batches as in training) in processes of their own, in turn; the table has medians. The two draw different
-tokens, so there is a row for seconds per 1,000 drawn tokens. --quick: the tiny recipe. Without --old: ours alone, and the
-other is listed as missing.
+FOLDER is another checkout with its own native library built (git worktree add FOLDER COMMIT, then
+pip's or CMake's build there). Both replay the same steps of the recipe (the same questions, no
+learning; weights are pushed as a new version between mini-batches as in training) in processes of
+their own, in turn; the table has medians. The two draw different tokens, so there is a row for
+seconds per 1,000 drawn tokens. --quick: the tiny recipe. Without --old: ours alone, and the other
+is listed as missing.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ def arguments() -> Namespace:
 
 
 def checkouts(old: Path | None) -> dict[str, Path]:
-    """Name → folder to import `appo` from. Exits if the other one has no native library: it would be timed without."""
+    """Name → folder to import `appo` from.
+
+    Exits if the other one has no native library: it would be timed without.
+    """
     found = {"ours": HERE.parents[1]}
     if old is not None:
         if not list((old / "appo" / "_native").glob("*appo_native*")):

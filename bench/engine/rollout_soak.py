@@ -1,6 +1,7 @@
-"""Random forks, draws, appends, cancels and releases on one engine: nothing may leak and the memory must stay flat.
+"""Random forks, draws, appends, cancels and releases on one engine: nothing may leak.
 
-The tiny model of the package, so that operations count and not arithmetic. Part of bench/engine/growth.py.
+The tiny model of the package, so that operations count and not arithmetic. Part of
+bench/engine/growth.py.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ class Soak:
         self.engine.release(seq)
         self.drawing.discard(seq)
 
-    def _ids(self, most: int) -> list[int]:
+    def _ids(self, limit: int) -> list[int]:
         draw, vocab = self.random, self.engine.config.vocab
-        return [draw.randrange(vocab) for _ in range(draw.randint(1, most))]
+        return [draw.randrange(vocab) for _ in range(draw.randint(1, limit))]
 
 
 def soak(operations: int) -> list[Case]:

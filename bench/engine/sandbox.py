@@ -1,7 +1,8 @@
-"""What a sandboxed call costs beyond a bare interpreter: start cost per level, and calls per second from a pool.
+"""What a sandboxed call costs beyond a bare interpreter: start per level, calls a second.
 
-`python bench/engine/sandbox.py [--quick] [--json FILE]`. The peer of every start is `python -I -S -c` by subprocess.run, the least
-that running a program in a fresh interpreter can cost; the peer of the throughput is the same from as many threads.
+`python bench/engine/sandbox.py [--quick] [--json FILE]`. The peer of every start is `python -I -S
+-c` by subprocess.run, the least that running a program in a fresh interpreter can cost; the peer of
+the throughput is the same from as many threads.
 """
 
 from __future__ import annotations

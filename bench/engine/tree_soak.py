@@ -1,11 +1,11 @@
-"""Random lives of a segment tree: seconds, leaked blocks and memory over many operations; cost of a fork against depth.
+"""Random lives of a segment tree: seconds, leaked blocks, memory; cost of a fork by depth.
 
     OMP_NUM_THREADS=1 python bench/engine/tree_soak.py [--quick] [--json FILE]
 
-"soak": forks, growth, truncation, eviction, cancellation, new weights and release at random, on a tree of at most
-256 blocks that is often full; every block must be back at the end and resident memory flat from then on. "fork": the
-call alone, for prefixes of up to 16k tokens and for chains of forks of forks. "plan": what precedes every decode step.
-No model runs: this is bookkeeping.
+"soak": forks, growth, truncation, eviction, cancellation, new weights and release at random, on a
+tree of at most 256 blocks that is often full; every block must be back at the end and resident
+memory flat from then on. "fork": the call alone, for prefixes of up to 16k tokens and for chains of
+forks of forks. "plan": what precedes every decode step. No model runs: this is bookkeeping.
 "plain Python" is the definition of the same tree, used where the native library is not there.
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from appo.rollout.native.tree.integrity import check_tree
 from appo.rollout.native.tree.layout import Layout
 from appo.rollout.native.tree.native_tree import NativeTree, make_tree
 from appo.rollout.native.tree.segment_tree import SegmentTree
@@ -31,7 +32,10 @@ MOST_LIVE = 64
 
 
 def life(tree: Any, operations: int, seed: int) -> dict[str, int]:
-    """So many random operations; returns how often each was done. Everything is released at the end."""
+    """So many random operations; returns how often each was done.
+
+    Everything is released at the end.
+    """
     rng = random.Random(seed)
     live: list[int] = []
     done = dict.fromkeys(OPERATIONS, 0)
@@ -119,7 +123,7 @@ def soak(make: Callable[[int], Any], operations: int) -> tuple[float, int]:
     start = time.perf_counter()
     life(tree, operations, seed=0)
     seconds = time.perf_counter() - start
-    tree.check()
+    check_tree(tree)
     return seconds, tree.used + tree.live_nodes
 
 
@@ -190,7 +194,9 @@ def memory_per_node(count: int) -> float:
 
 
 def plan_cases(quick: bool) -> list[Case]:
-    """Planning a decode step of 32 rows under a prompt: tree of four levels, as a layout in tensors."""
+    """Planning a decode step of 32 rows under a prompt: tree of four levels, as a layout in
+    tensors.
+    """
     cases = []
     for tokens in (256,) if quick else (256, 4096, 16384):
         runs = {
@@ -204,7 +210,9 @@ def plan_cases(quick: bool) -> list[Case]:
 
 
 def planner(make: Callable[[], Any], tokens: int) -> Callable[[], None]:
-    """A call that plans one decode step of the 32 leaves of a tree (4 · 2 · 4 forks, 64 tokens each) and aborts it."""
+    """A call that plans one decode step of the 32 leaves of a tree (4 · 2 · 4 forks, 64 tokens
+    each) and aborts it.
+    """
     tree, root = prefix(make, tokens)
     level = [root]
     for width in (4, 2, 4):

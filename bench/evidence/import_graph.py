@@ -39,8 +39,9 @@ Graph = dict[str, set[str]]  # node → nodes it imports; every node is a key
 PACKAGES = {
     "appo": "appo",
     "rollout/native": "appo.rollout.native",
-    "kernels": "appo.kernels",
+    "kernels": "appo._kernels",
 }
+_ROOMS = {"_kernels": "kernels"}  # the source and its facade `appo.kernels` are one room of appo
 HOUSES = (*PACKAGES, "csrc")
 CROWD = 25
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
@@ -151,18 +152,24 @@ def house(modules: Graph, room_of: Callable[[str], str]) -> House:
 
 
 def python_files(root: Path) -> dict[str, Path]:
-    """Module name → file of `appo` and `kernels`, each once; kernels/a.py is appo.kernels.a.
+    """Module name → file of `appo` and `kernels`, each once; kernels/a.py is appo._kernels.a.
 
     Links inside `appo` lead to files that are found in kernels/ itself: they are not followed.
     """
     found: dict[str, Path] = {}
-    for top, prefix in (("kernels", "appo.kernels"), ("appo", "appo")):
+    for top, prefix in (("kernels", kernels_package(root)), ("appo", "appo")):
         for file in _files(root / top):
             if file.suffix == ".py":
                 inner = file.relative_to(root / top).with_suffix("").parts
                 inner = inner[:-1] if inner[-1] == "__init__" else inner
                 found[".".join([prefix, *inner])] = file
     return found
+
+
+def kernels_package(root: Path) -> str:
+    """What kernels/ is imported as: appo._kernels where that link is, else (older) appo.kernels."""
+    linked = os.path.lexists(root / "appo" / "_kernels")
+    return PACKAGES["kernels"] if linked else "appo.kernels"
 
 
 def python_graph(files: dict[str, Path]) -> tuple[Graph, list[str]]:
@@ -240,7 +247,7 @@ def measure(root: Path) -> dict[str, Any]:
     files = python_files(root)
     graph, unread = python_graph(files)
     out: dict[str, Any] = {}
-    for name, prefix in PACKAGES.items():
+    for name, prefix in (PACKAGES | {"kernels": kernels_package(root)}).items():
         modules = {m: t for m, t in graph.items() if m == prefix or m.startswith(prefix + ".")}
         if modules:
             out[name] = asdict(house(modules, partial(_room, depth=prefix.count(".") + 1)))
@@ -250,7 +257,8 @@ def measure(root: Path) -> dict[str, Any]:
 
 
 def _room(module: str, depth: int) -> str:
-    return [*module.split("."), "__init__"][depth]
+    room = [*module.split("."), "__init__"][depth]
+    return _ROOMS.get(room, room)
 
 
 def crowded(root: Path) -> dict[str, int]:

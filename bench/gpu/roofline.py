@@ -54,7 +54,7 @@ def minimum(n: int, hidden: int, v: int) -> Work:
 
 
 def forward_triton(n: int, hidden: int, v: int) -> Work:
-    """K1 on blocks of tokens, K2 after each."""
+    """partial.py on blocks of tokens, merge.py after each."""
     from appo._kernels.linear_logprob.gpu import merge, partial
 
     tile = config.pick(config.PARTIAL, ARCH, True)
@@ -70,7 +70,7 @@ def forward_triton(n: int, hidden: int, v: int) -> Work:
 
 
 def forward_cublas32(n: int, hidden: int, v: int) -> Work:
-    """A library product into each block of float32 logits, K3 over it."""
+    """A library product into each block of float32 logits, rowstats.py over it."""
     from appo._kernels.linear_logprob.gpu import rowstats
 
     tokens, columns = config.logit_block(n, v)
@@ -84,7 +84,10 @@ def forward_cublas32(n: int, hidden: int, v: int) -> Work:
 
 
 def backward_triton(n: int, hidden: int, v: int) -> Work:
-    """K4 into a strip of bf16 gradients, then dh += G w and dW += Gᵀ h in float32; both rounded once at the end."""
+    """dlogits.py into a strip of bf16 gradients, then dh += G w and dW += Gᵀ h in float32.
+
+    Both are rounded once at the end.
+    """
     from appo._kernels.linear_logprob.gpu import dlogits
 
     tokens, columns = config.gradient_block(n, v)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from appo.rollout.native.model.head import NativeHead
-from appo.rollout.native.model.model import Linear
-from appo.rollout.native.sampling import native_sample as native_draw
-from appo.rollout.native.sampling.definition import Rows
+from appo.rollout.native.model.linear import Linear
+from appo.rollout.native.sampling import native_sample
+from appo.rollout.native.sampling.definition import SamplingRows
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the checkout, for `bench`
 
@@ -57,19 +57,22 @@ def case(head: NativeHead, torch_head: Linear, rows: int, repeats: int) -> Case:
     hidden = 3.0 * torch.randn(rows, size, generator=generator)
     inv_temp = torch.full((rows,), 1 / TEMPERATURE)
     seeds = torch.arange(rows)
-    how = Rows(seeds, seeds, inv_temp, torch.zeros(rows, dtype=torch.uint8))
-    ours = partial(head.draw, hidden, how)
+    how = SamplingRows(seeds, seeds, inv_temp, torch.zeros(rows, dtype=torch.uint8))
+    ours = partial(head.sample, hidden, how)
     runs: dict[str, Callable[[], object]] = {
         "ours": ours,
         "head alone": lambda: head.logits(hidden),
-        "two passes": lambda: native_draw.draw(head.logits(hidden), how),
+        "two passes": lambda: native_sample.sample(head.logits(hidden), how),
         "torch": lambda: in_torch(lambda: head.logits(hidden), inv_temp),
         "torch head": lambda: in_torch(lambda: torch_head(hidden), inv_temp),
     }
     found = {name: 1e3 / rows * seconds for name, seconds in medians(runs, repeats).items()}
-    drawn = ours()
+    sampled = ours()
     logp, entropy = statistics(hidden.double() @ weight.double().T, inv_temp.double())
-    errors = logp.gather(1, drawn.tokens[:, None]).squeeze(1) - drawn.logp, entropy - drawn.entropy
+    errors = (
+        logp.gather(1, sampled.tokens[:, None]).squeeze(1) - sampled.logp,
+        entropy - sampled.entropy,
+    )
     return Case(
         f"{vocab:,} tokens, {rows} rows",
         "ms per row",

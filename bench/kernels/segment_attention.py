@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from appo.rollout.native.attention import segments
-from appo.rollout.native.attention.pool import KVPool
+from appo.rollout.native.attention.pool import KVPool, available
 from appo.rollout.native.attention.segments import attend_segments
-from appo.rollout.native.tree.layout import BLOCK
+from appo.rollout.native.tree.block_list import BLOCK
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the checkout, for `bench`
 
@@ -212,7 +211,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 def main() -> None:
     args = arguments(__doc__ or "")
-    if not segments.available(torch.bfloat16, 64, torch.device("cpu")):
+    if not available(torch.bfloat16, 64, torch.device("cpu")):
         raise SystemExit(
             "bench/kernels/segment_attention.py needs the native library: pip install -e ."
         )

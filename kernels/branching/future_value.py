@@ -68,8 +68,9 @@ def _future_value(
     if how == "triton":
         out = packed.gpu("branching.gpu.scan").future_value(x, m, offsets, gamma)
     else:
-        out, most = torch.empty_like(x), torch.get_num_threads() if threads is None else threads
-        native.function("future_value", "cpu")(x, m, packed.on_host(offsets), gamma, out, most)
+        out = torch.empty_like(x)
+        max_threads = torch.get_num_threads() if threads is None else threads
+        native.require("future_value")(x, m, packed.on_host(offsets), gamma, out, max_threads)
     return out.to(log_ratio.dtype)
 
 
@@ -144,7 +145,7 @@ def tree_future_value(
         )
     else:
         out = torch.empty_like(x)
-        native.function("tree_future_value", "cpu")(x, m, cuts, at, w, float(gamma), out)
+        native.require("tree_future_value")(x, m, cuts, at, w, float(gamma), out)
     return out.to(log_ratio.dtype)
 
 

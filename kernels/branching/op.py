@@ -94,7 +94,7 @@ def _branch_scores(
     else:
         out = [torch.empty_like(d) for _ in range(4)]
         out.append(torch.empty(offsets.shape[0] - 1, dtype=torch.uint8))
-        native.function("branch_scores", "cpu")(
+        native.require("branch_scores")(
             h, d, m, packed.on_host(offsets), gamma, *bounds, paper, *out, torch.get_num_threads()
         )
     omega, z_entropy, z_omega, score = (x.to(log_ratio.dtype) for x in out[:4])

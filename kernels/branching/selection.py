@@ -104,7 +104,7 @@ def _select_cpu(
     z = packed.widened(scores.z_entropy, scores.z_omega, scores.score)
     index = torch.empty(n_groups * k, dtype=torch.int64)
     rule, count = torch.empty_like(index), torch.empty(n_groups, dtype=torch.int64)
-    native.function("select_branch_points", "cpu")(
+    native.require("select_branch_points")(
         *z, packed.as_bytes(eligible), packed.on_host(offsets), group.contiguous(), k,
         variant == "paper", index, rule, count, torch.get_num_threads(),
     )  # fmt: skip

@@ -65,13 +65,17 @@ def load() -> tuple[Any | None, str | None]:
     return module, None
 
 
-def function(name: str, backend: str = "auto") -> Any | None:
-    """The native function `name`; None if absent and backend is "auto"; RuntimeError if absent and it is "cpu"."""
+def function(name: str) -> Any | None:
+    """The native function `name`, or None where the library is not used."""
+    module, _ = load()
+    return None if module is None else module[name]
+
+
+def require(name: str) -> Any:
+    """The native function `name`; RuntimeError that says why where the library is not used."""
     module, reason = load()
     if module is None:
-        if backend == "cpu":
-            raise RuntimeError(f"backend='cpu' needs the native library. {reason}")
-        return None
+        raise RuntimeError(f"backend='cpu' needs the native library. {reason}")
     return module[name]
 
 

@@ -1,7 +1,8 @@
 """What lies between the matrix products of a layer: RMSNorm, SwiGLU and rotary positions, forward and backward.
 
-On a CPU each is one pass over memory in native code (csrc/fused_layers/); everywhere else, and in float64, the definitions below. Both
-compute in float32 (float64 for float64) and round once. For backward the inputs are kept, and a float32 per row by RMSNorm.
+On a CPU each is one pass over memory in native code (csrc/fused_layers); everywhere else, and in float64, the
+definitions below run. Both compute in float32 (float64 for float64) and round once. The inputs are saved for
+backward, and a float32 per row by RMSNorm.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def rotary_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _run(name: str, *args: Any) -> None:
-    native.function(name, "cpu")(*(a.detach() if isinstance(a, Tensor) else a for a in args), "", torch.get_num_threads())  # fmt: skip
+    native.require(name)(*(a.detach() if isinstance(a, Tensor) else a for a in args), "", torch.get_num_threads())  # fmt: skip
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

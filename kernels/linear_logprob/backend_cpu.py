@@ -19,7 +19,11 @@ from appo._kernels.common.backends import linear_isa as isa
 from appo._kernels.linear_logprob.blocks import LinearCall, Upstream
 
 _WIDE_SUMS = 1 << 23  # numbers of dh up to which its float32 sums are simply kept (32 MiB)
-_TILE, _KEPT_HEAD, _KEPT_TILE = 256, 64, 576  # csrc/linear_logprob/linear_logprob.h: columns, bytes of what forward keeps
+_TILE, _KEPT_HEAD, _KEPT_TILE = (
+    256,
+    64,
+    576,
+)  # csrc/linear_logprob/linear_logprob.h: columns, bytes of what forward keeps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,22 +34,22 @@ def supports(call: LinearCall) -> bool:
     return fits and isa() is not None
 
 
-def kept_bytes(n: int, vocab: int) -> int:
-    """Size of `kept` at which it holds all probabilities of n targets: 2.25 B per logit."""
+def cache_bytes(n: int, vocab: int) -> int:
+    """Size of `prob_cache` at which it holds all probabilities of n targets: 2.25 B per logit."""
     return n * (_KEPT_HEAD + -(-vocab // _TILE) * _KEPT_TILE)
 
 
 def partial_stats(
     call: LinearCall,
     *,
-    kept: Tensor | None = None,
+    prob_cache: Tensor | None = None,
     isa: str | None = None,
     threads: int | None = None,
 ) -> Tensor:
     """(m, s, u, z) of all columns of w, [4, N] float32.
 
-    kept     uint8 tensor of any size, overwritten with probabilities of the leading columns, as many as fit, for
-             `gradients` of the same call; not used for float32 inputs or with a softcap
+    prob_cache  uint8 tensor of any size, overwritten with probabilities of the leading columns, as many as
+             fit, for `gradients` of the same call; not used for float32 inputs or with a softcap
     isa      "avx512_bf16", "avx512", "avx2" or None, the best for these inputs
     threads  upper bound, default torch's
     Workspace: 256 B per target and, per thread, 1,024 rows of h, one tile of w and 192 B per target of those rows.
@@ -54,7 +58,7 @@ def partial_stats(
     order, users = _users(call)
     out = torch.empty(4, call.column.shape[0])
     arguments = _arguments(call, order, users)
-    _native("linear_stats")(*arguments, out, kept, isa or "", _threads(threads))
+    _native("linear_stats")(*arguments, out, prob_cache, isa or "", _threads(threads))
     return out if order is None else _unsort(out, order)
 
 
@@ -66,19 +70,19 @@ def gradients(
     need_scale: bool,
     dh_dtype: torch.dtype,
     *,
-    kept: Tensor | None = None,
+    prob_cache: Tensor | None = None,
     isa: str | None = None,
     threads: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dh[T, H] in dh_dtype, dw[V, H] in the dtype of w, Σ_j g_j log2 p_j [N]); None for what was not asked.
 
-    Sums are float32 and rounded once. G, the gradient of the logits, is rounded to bf16 for a bf16 product. Columns that
-    `partial_stats` has kept need no logits: a quarter less work where all are. Their p is rounded to 11 bits (fewer below
-    2^-29 of the largest), that of the target is not, and the bits of dh then depend on how many columns were kept.
+    Sums are float32 and rounded once. G, the gradient of the logits, is rounded to bf16 for a bf16 product. Columns in
+    `prob_cache` need no logits: a quarter less work where all are there. Their p is rounded to 11 bits (fewer below
+    2^-29 of the largest), that of the target is not: the bits of dh depend on how many columns the cache holds.
     Workspace: 10 to 20 MB, and the sums of dh: 4 B per number, 2 B for a bf16 dh above 8 million numbers.
     """
     order, users = _users(call)
-    vectors = [up.m, up.log2s, up.constant, up.bent, up.ga]
+    vectors = [up.m, up.log2s, up.p_factor, up.plogp_factor, up.d_logp]
     given = [None if x is None else _sorted(x, order) for x in vectors]
     dh = low = None
     if need_h:
@@ -92,7 +96,7 @@ def gradients(
             low = torch.empty(users.offsets.shape[0] - 1, call.h.shape[1], dtype=torch.int16)
     dw = torch.empty(call.w.shape, dtype=call.w.dtype) if need_w else None
     d_scale = torch.empty_like(up.m) if need_scale else None
-    given += [dh, low, dw, d_scale, kept]
+    given += [dh, low, dw, d_scale, prob_cache]
     _native("linear_grads")(*_arguments(call, order, users), *given, isa or "", _threads(threads))
     if d_scale is not None and order is not None:
         d_scale = _unsort(d_scale, order)
@@ -143,6 +147,6 @@ def _threads(threads: int | None) -> int:
 
 def _native(name: str) -> Any:
     if isa() is None:
-        native.function("linear_isa", "cpu")  # says why there is no library
+        native.require("linear_isa")  # says why there is no library
         raise RuntimeError("backend='cpu' needs a machine with AVX2 and a library built for it")
-    return native.function(name, "cpu")
+    return native.require(name)

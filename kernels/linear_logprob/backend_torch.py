@@ -36,8 +36,8 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dh[T, H] in dh_dtype, dw[V, H] in the dtype of w, Σ_j g_j log2 p_j [N]); None for what was not asked.
 
-    With p the softmax, the gradient of a capped logit is G = scale · g, g = p · (constant - bent · log2 p) + ga · [column =
-    target]; then dh = G w and dw = Gᵀ h, summed in the dtype of `scale` and rounded once.
+    G = scale · g is the gradient of a capped logit; g from p, the softmax, by the formula of `Upstream`.
+    dh = G w and dw = Gᵀ h, summed in the dtype of `scale` and rounded once.
     """
     run = Blocks(call)
     n, scale = call.scale.shape[0], call.scale
@@ -55,12 +55,14 @@ def gradients(
             # Two steps: x2 - m is exact where p matters, x2 - (m + log2 s) rounds by the size of m.
             logp2 = x2.sub_(up.m[t, None]).sub_(up.log2s[t, None])
             p = torch.exp2(logp2)
-            if up.bent is None:
-                g = p.mul_(up.constant[t, None])
+            if up.plogp_factor is None:
+                g = p.mul_(up.p_factor[t, None])
             else:
-                factor = torch.addcmul(up.constant[t, None], up.bent[t, None], logp2, value=-1)
+                factor = torch.addcmul(
+                    up.p_factor[t, None], up.plogp_factor[t, None], logp2, value=-1
+                )
                 g = p.mul_(factor)
-            add_at(g, call.column[t] - v0, up.ga[t])
+            add_at(g, call.column[t] - v0, up.d_logp[t])
             if d_scale is not None:
                 d_scale[t] += torch.linalg.vecdot(g, logp2)
             g.mul_(scale[t, None])

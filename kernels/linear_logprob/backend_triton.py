@@ -1,7 +1,7 @@
 """Backend "triton": matrix product and statistics in one kernel, no logits in memory.
 
-Forward is K1 + K2 (kernels/linear_logprob/gpu/partial.py, merge.py), in blocks of tokens that bound the workspace. Backward recomputes the
-logits tile by tile (K4, dlogits.py) into a strip of gradients for two matrix products of the vendor's library.
+Forward is gpu/partial.py, then gpu/merge.py, in blocks of tokens that bound the workspace. Backward recomputes the
+logits tile by tile (gpu/dlogits.py) into a strip of gradients for two matrix products of the vendor's library.
 
 deterministic=True: statistics are summed per canonical unit of 1,024 columns and joined in order, so that a token's bits
 depend on that token and w alone (for given strides and GPU). The gradients are the same on every run; their matrix

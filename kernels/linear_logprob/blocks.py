@@ -5,7 +5,7 @@ A backend is a module `linear_<name>` with two functions: `partial_stats(call) -
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -41,17 +41,26 @@ class LinearCall(NamedTuple):
 class Upstream(NamedTuple):
     """What backward needs per token, each [N] in the dtype of `scale`.
 
-    m, log2s   statistics merged over all columns and ranks
-    constant   d_lse - d_logp - d_entropy · entropy
-    bent       d_entropy · ln 2, the factor of log2 p in the gradient; None when the entropy has no gradient
-    ga         d_logp
+    m, log2s      statistics merged over all columns and ranks
+    p_factor      d_lse - d_logp - d_entropy · entropy
+    plogp_factor  d_entropy · ln 2; None when the entropy has no gradient
+    d_logp        upstream gradient of logp
+
+    The gradient of the scaled logit of column j:
+    g_j = p_j · (p_factor - plogp_factor · log2 p_j) + d_logp · [j is the target]
     """
 
     m: Tensor
     log2s: Tensor
-    constant: Tensor
-    bent: Tensor | None
-    ga: Tensor
+    p_factor: Tensor
+    plogp_factor: Tensor | None
+    d_logp: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Upstream:
+        """`change` of every vector that is there."""
+        m, log2s, p_factor = change(self.m), change(self.log2s), change(self.p_factor)
+        plogp_factor = None if self.plogp_factor is None else change(self.plogp_factor)
+        return Upstream(m, log2s, p_factor, plogp_factor, change(self.d_logp))
 
 
 # Tokens and vocabulary columns per block. The logit block (2 MiB on a CPU) stays in cache between the matrix product

@@ -7,6 +7,7 @@ merge over ranks, logp, entropy and lse from the statistics, and the upstream fa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from appo._kernels.linear_logprob.blocks import (
 )
 from appo._kernels.linear_logprob.vocab_parallel import check_shards, merge_ranks, sum_ranks
 
-KEEP_BYTES = 128 << 20
+SAVED_BYTES = 128 << 20
 
 
 class LogProbEntropy(NamedTuple):
@@ -37,6 +38,16 @@ class LogProbEntropy(NamedTuple):
     logp: Tensor
     entropy: Tensor
     lse: Tensor
+
+
+class HeadOptions(NamedTuple):
+    """What both operators are told beside tensors; the meaning of each is told at `linear_logprob_entropy`."""
+
+    softcap: float | None
+    vocab_start: int
+    backend: str
+    deterministic: bool
+    block: Sequence[int] | None
 
 
 def linear_logprob_entropy(
@@ -51,7 +62,7 @@ def linear_logprob_entropy(
     group: Any = None,
     backend: str = "auto",
     deterministic: bool = True,
-    keep_bytes: int = KEEP_BYTES,
+    saved_bytes: int = SAVED_BYTES,
     block: tuple[int, int] | None = None,
 ) -> LogProbEntropy:
     """Statistics of softmax(inv_temp · cap(h @ w.T)) at `targets`, without a [T, V] tensor, forward or backward.
@@ -67,9 +78,9 @@ def linear_logprob_entropy(
     backend           "auto" | "torch" | "cpu" | "triton" | "cublas32"; see `backends`
     deterministic     the bits of a token's results do not depend on the batch around it (same bits on every run in any
                       case; gradients are sums over the batch)
-    keep_bytes        what forward may keep for backward where a gradient is wanted: probabilities of the leading columns,
-                      for which backward then needs no logits (backend "cpu", bfloat16). 0: nothing. Nothing is kept
-                      where less than half would fit
+    saved_bytes       bytes that forward may save for backward where a gradient is wanted: a cache of probabilities of
+                      the leading columns, for which backward then needs no logits (backend "cpu", 16-bit inputs).
+                      0: no cache. There is none either where less than half of the columns would fit
     block             (tokens, columns) per block of the "torch" backend
 
     Gradients flow from logp, entropy and lse to h, w and inv_temp; what needs none is not computed (a frozen head costs
@@ -93,8 +104,9 @@ def linear_logprob_entropy(
         vocabulary = check_shards(vocab_start, w.shape[0], targets.device, group)
     # A gradient of the temperature sums over all logits: half-precision probabilities would show in it.
     wanted = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
-    keep = keep_bytes if wanted and not scale.requires_grad else 0
-    call = (rows, softcap, vocab_start, vocabulary, group, backend, deterministic, block, keep)
+    saved_bytes = saved_bytes if wanted and not scale.requires_grad else 0
+    options = HeadOptions(softcap, vocab_start, backend, deterministic, block)
+    call = (rows, options, vocabulary, group, saved_bytes)
     return LogProbEntropy(*_Fused.apply(h, w, targets, scale, *call))
 
 
@@ -131,8 +143,10 @@ def logprob_entropy(
 
 
 class _Fused(torch.autograd.Function):
-    """Forward keeps h, w, four numbers per token and at most `keep` bytes; backward computes the logits again, block by
-    block, where they were not kept."""
+    """Forward saves h, w, four numbers per token and a cache of at most `saved_bytes` bytes of probabilities.
+
+    Backward computes the logits that the cache does not hold again, block by block.
+    """
 
     @staticmethod
     def forward(
@@ -142,48 +156,47 @@ class _Fused(torch.autograd.Function):
         targets: Tensor,
         scale: Tensor,
         rows: Tensor | None,
-        softcap: float | None,
-        vocab_start: int,
+        options: HeadOptions,
         vocabulary: tuple[int, int],
         group: Any,
-        backend: str,
-        deterministic: bool,
-        block: tuple[int, int] | None,
-        keep: int,
+        saved_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        low, high = vocabulary
-        how = (rows, softcap, vocab_start, backend, deterministic, block)
-        packed, kept = stats_op(h, w, targets, scale, *how, low, high, keep)
+        packed, prob_cache = stats_op(
+            h, w, targets, scale, rows, *options, *vocabulary, saved_bytes
+        )
         stats = Stats(*packed.unbind(0))
         if group is not None:
             stats = merge_ranks(stats, group)
         real = targets != IGNORE
         logp, entropy, lse = (torch.where(real, x, 0.0) for x in finish(stats))
-        ctx.save_for_backward(
-            h, w, targets, scale, rows, kept, stats.m.clone(), torch.log2(stats.s), entropy, lse
-        )
-        ctx.how, ctx.group = how[1:], group
+        per_token = (stats.m.clone(), torch.log2(stats.s), entropy, lse)
+        ctx.save_for_backward(h, w, targets, scale, rows, prob_cache, *per_token)
+        ctx.options, ctx.group = options, group
         return logp, entropy, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, ga: Tensor, he: Tensor, le: Tensor) -> tuple[Tensor | None, ...]:
-        h, w, targets, scale, rows, kept, m, log2s, entropy, lse = ctx.saved_tensors
+    def backward(
+        ctx: Any, d_logp: Tensor, d_entropy: Tensor, d_lse: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        h, w, targets, scale, rows, prob_cache, m, log2s, entropy, lse = ctx.saved_tensors
         need_h, need_w, _, need_scale = ctx.needs_input_grad[:4]
         real = targets != IGNORE
-        ga, he, le = (torch.where(real, g, 0.0) for g in (ga, he, le))
+        d_logp, d_entropy, d_lse = (torch.where(real, g, 0.0) for g in (d_logp, d_entropy, d_lse))
         needs = (need_h, need_w, need_scale)
         wide = ctx.group is not None  # a sum over ranks is rounded after it, not before
-        up = (m, log2s, le - ga - he * entropy, he * LN2, ga)
-        dh, dw, d_scale = grads_op(h, w, targets, scale, rows, *ctx.how, kept, *up, *needs, wide)
+        up = Upstream(m, log2s, d_lse - d_logp - d_entropy * entropy, d_entropy * LN2, d_logp)
+        dh, dw, d_scale = grads_op(
+            h, w, targets, scale, rows, *ctx.options, prob_cache, *up, *needs, wide
+        )
         if wide:
             if need_h:
                 dh = sum_ranks(dh, ctx.group).to(h.dtype)
             if need_scale:
                 d_scale = sum_ranks(d_scale, ctx.group)
-        # Σ_j G_j x_j with x_j = log p_j + lse and Σ_j G_j = le: the large common part of x never enters a sum.
-        d_inv_temp = (LN2 * d_scale + le * lse) / scale if need_scale else None
-        return dh if need_h else None, dw if need_w else None, None, d_inv_temp, *([None] * 9)
+        # Σ_j G_j x_j with x_j = log p_j + lse and Σ_j G_j = d_lse: the large common part of x never enters a sum.
+        d_inv_temp = (LN2 * d_scale + d_lse * lse) / scale if need_scale else None
+        return dh if need_h else None, dw if need_w else None, None, d_inv_temp, *([None] * 5)
 
 
 def linear_stats(
@@ -192,47 +205,45 @@ def linear_stats(
     targets: Tensor,
     scale: Tensor,
     rows: Tensor | None,
-    softcap: float | None,
-    vocab_start: int,
-    backend: str,
-    deterministic: bool,
-    block: list[int] | None,
+    options: HeadOptions,
     low: int,
     high: int,
-    keep: int,
+    saved_bytes: int,
 ) -> tuple[Tensor, Tensor]:
-    """(statistics (m, s, u, z) over the columns of w, [4, N] in the dtype of `scale`; what was kept for backward, uint8).
+    """(statistics (m, s, u, z) over the columns of w, [4, N] in the dtype of `scale`; probabilities for backward, uint8).
 
     low … high-1 is the vocabulary of all ranks. Rows without a target hold (0, 1, 0, 0).
     """
     if h.device.type == "cpu" or debug.active():
         check_values(targets, rows, scale, h.shape[0], (low, high))
     n = targets.shape[0]
-    at, call = _call(h, w, targets, scale, rows, softcap, vocab_start, deterministic, block)
-    kept = torch.empty(
-        _kept_size(h, w, n, softcap, backend, keep), dtype=torch.uint8, device=h.device
+    at, call = _call(h, w, targets, scale, rows, options)
+    prob_cache = torch.empty(
+        _cache_size(h, w, n, options, saved_bytes), dtype=torch.uint8, device=h.device
     )
     if call.column.shape[0] == 0:
         stats = scale.new_zeros(4, 0)
     else:
-        how = {"kept": kept} if kept.numel() else {}
+        how = {"prob_cache": prob_cache} if prob_cache.numel() else {}
         with torch.autocast(h.device.type, enabled=False):
-            stats = backends.module(backends.choose(backend, h, w)).partial_stats(call, **how)
+            stats = backends.module(backends.choose(options.backend, h, w)).partial_stats(
+                call, **how
+            )
     debug.count_non_finite(stats)
     if at is not None:
         neutral = scale.new_tensor([0.0, 1.0, 0.0, 0.0])[:, None].repeat(1, n)
         stats = neutral.index_copy_(1, at, stats)
-    return stats, kept
+    return stats, prob_cache
 
 
-def _kept_size(h: Tensor, w: Tensor, n: int, softcap: float | None, backend: str, keep: int) -> int:
-    """Bytes of `kept`: none where less than half of the probabilities would fit."""
-    if not keep or softcap is not None or torch.float32 in (h.dtype, w.dtype):
+def _cache_size(h: Tensor, w: Tensor, n: int, options: HeadOptions, saved_bytes: int) -> int:
+    """Bytes of `prob_cache`: none where less than half of the probabilities would fit."""
+    if not saved_bytes or options.softcap is not None or torch.float32 in (h.dtype, w.dtype):
         return 0
-    if backends.choose(backend, h, w) != "cpu":
+    if backends.choose(options.backend, h, w) != "cpu":
         return 0
-    every = linear_cpu.kept_bytes(n, w.shape[0])
-    return min(every, keep) if every <= 2 * keep else 0
+    every = linear_cpu.cache_bytes(n, w.shape[0])
+    return min(every, saved_bytes) if every <= 2 * saved_bytes else 0
 
 
 def _fake_stats(
@@ -241,14 +252,12 @@ def _fake_stats(
     targets: Tensor,
     scale: Tensor,
     rows: Tensor | None,
-    softcap: float | None,
-    vocab_start: int,
-    backend: str,
+    options: HeadOptions,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    n, keep = targets.shape[0], rest[-1]
-    kept = h.new_empty(_kept_size(h, w, n, softcap, backend, keep), dtype=torch.uint8)
-    return scale.new_empty(4, n), kept
+    n, saved_bytes = targets.shape[0], rest[-1]
+    prob_cache = h.new_empty(_cache_size(h, w, n, options, saved_bytes), dtype=torch.uint8)
+    return scale.new_empty(4, n), prob_cache
 
 
 def linear_grads(
@@ -257,17 +266,9 @@ def linear_grads(
     targets: Tensor,
     scale: Tensor,
     rows: Tensor | None,
-    softcap: float | None,
-    vocab_start: int,
-    backend: str,
-    deterministic: bool,
-    block: list[int] | None,
-    kept: Tensor,
-    m: Tensor,
-    log2s: Tensor,
-    constant: Tensor,
-    bent: Tensor,
-    ga: Tensor,
+    options: HeadOptions,
+    prob_cache: Tensor,
+    up: Upstream,
     need_h: bool,
     need_w: bool,
     need_scale: bool,
@@ -277,12 +278,12 @@ def linear_grads(
 
     The vectors are those of `Upstream`. dh has the dtype of h, or with `wide` that of `scale`.
     """
-    at, call = _call(h, w, targets, scale, rows, softcap, vocab_start, deterministic, block)
-    up = Upstream(m, log2s, constant, bent, ga)
+    at, call = _call(h, w, targets, scale, rows, options)
     if at is not None:
-        up = Upstream(*(x[at] for x in (m, log2s, constant, bent, ga)))
-    if h.device.type == "cpu" and not bool(bent.any()):
-        up = up._replace(bent=None)  # no upstream of the entropy: one product per logit less
+        up = up.map(lambda x: x[at])
+    if h.device.type == "cpu" and up.plogp_factor is not None and not bool(up.plogp_factor.any()):
+        # no upstream of the entropy: one product per logit less
+        up = up._replace(plogp_factor=None)
     dtype = scale.dtype if wide else h.dtype
     if call.column.shape[0] == 0:
         return (
@@ -291,8 +292,8 @@ def linear_grads(
             scale.new_zeros(targets.shape[0] if need_scale else 0),
         )
     with torch.autocast(h.device.type, enabled=False):
-        run = backends.module(backends.choose(backend, h, w)).gradients
-        how = {"kept": kept} if kept.numel() else {}
+        run = backends.module(backends.choose(options.backend, h, w)).gradients
+        how = {"prob_cache": prob_cache} if prob_cache.numel() else {}
         dh, dw, d_scale = run(call, up, need_h, need_w, need_scale, dtype, **how)
     if at is not None and d_scale is not None:
         d_scale = scale.new_zeros(targets.shape[0]).index_copy_(0, at, d_scale)
@@ -324,21 +325,18 @@ def _call(
     targets: Tensor,
     scale: Tensor,
     rows: Tensor | None,
-    softcap: float | None,
-    vocab_start: int,
-    deterministic: bool,
-    block: list[int] | None,
+    options: HeadOptions,
 ) -> tuple[Tensor | None, LinearCall]:
     """(positions that have a target, or None for all; the call for them).
 
     On a CPU ignored targets cost nothing: only the others are computed. On a GPU to find them out would wait for the
     device, so they are computed and masked; leave them out with `rows`.
     """
-    size = None if block is None else (block[0], block[1])
+    block = None if options.block is None else (options.block[0], options.block[1])
     rows = None if rows is None else rows.to(torch.int64)
-    column = targets - vocab_start
+    column = targets - options.vocab_start
     at = None
     if h.device.type == "cpu" and bool((targets == IGNORE).any()):
         at = (targets != IGNORE).nonzero()[:, 0]
         column, scale, rows = column[at], scale[at], at if rows is None else rows[at]
-    return at, LinearCall(h, w, column, rows, scale, softcap, deterministic, size)
+    return at, LinearCall(h, w, column, rows, scale, options.softcap, options.deterministic, block)

@@ -26,10 +26,9 @@ def merge_ranks(stats: Stats, group: Any) -> Stats:
     return total
 
 
-def sum_ranks(x: Tensor | None, group: Any) -> Tensor | None:
-    """All-reduce (sum) in place; None stays None."""
-    if x is not None:
-        dist.all_reduce(x, group=group)
+def sum_ranks(x: Tensor, group: Any) -> Tensor:
+    """All-reduce (sum) in place; returns x."""
+    dist.all_reduce(x, group=group)
     return x
 
 

@@ -160,7 +160,7 @@ def _policy_loss(
         gradient, sums = torch.empty_like(x), x.new_empty(6, dtype=torch.float64)
         cuts, w = packed.on_host(offsets), weight.contiguous()
         numbers = (-1.0 if gamma is None else gamma, *rules[1:])
-        native.function("policy_loss", "cpu")(
+        native.require("policy_loss")(
             x, mu, a, m, cuts, w, *numbers, future, gradient, sums, torch.get_num_threads()
         )
     return sums, future.to(logp.dtype), gradient.to(_stored(logp))

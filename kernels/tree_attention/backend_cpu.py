@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from appo._kernels.common import backends, native
-from appo._kernels.tree_attention.op import Kept, TreeCall
+from appo._kernels.tree_attention.op import Saved, TreeCall
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,7 +36,7 @@ def forward(
 
 def backward(
     call: TreeCall,
-    kept: Kept,
+    saved: Saved,
     d_o: Tensor,
     d_lse: Tensor | None,
     *,
@@ -49,7 +49,7 @@ def backward(
     """
     grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (call.q, call.k, call.v))
     run = _native("tree_attention_backward", call)
-    run(*call, kept.o, kept.lse, d_o, d_lse, *grads, isa or "", _threads(threads))
+    run(*call, saved.o, saved.lse, d_o, d_lse, *grads, isa or "", _threads(threads))
     return grads  # type: ignore[return-value]
 
 
@@ -64,6 +64,6 @@ def _native(name: str, call: TreeCall) -> Any:
             "use backend='auto'"
         )
     if backends.linear_isa() is None:
-        native.function("linear_isa", "cpu")  # says why there is no library
+        native.require("linear_isa")  # says why there is no library
         raise RuntimeError("backend='cpu' needs a machine with AVX2 and a library built for it")
-    return native.function(name, "cpu")
+    return native.require(name)

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from appo._kernels.tree_attention.last_call import LastCall
 from appo._kernels.tree_attention.op import TreeCall
-from appo._kernels.tree_attention.recent import Recent
 
 
 class Runs(NamedTuple):
@@ -132,4 +132,4 @@ class _NoGradient(torch.autograd.Function):
         raise RuntimeError("backend='flash' has no gradient of lse; use backend='auto'")
 
 
-_plans = Recent(runs)
+_plans = LastCall(runs)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
+from appo._kernels.tree_attention.last_call import LastCall
 from appo._kernels.tree_attention.op import TreeCall
-from appo._kernels.tree_attention.recent import Recent
 
 BLOCK = 128  # tokens per block, of queries and of keys
 
@@ -62,13 +62,13 @@ def block_mask(subtree_end: Tensor, block: int = BLOCK) -> flex.BlockMask:
     short = -n % block
     first = torch.arange(0, n, block, device=subtree_end.device)
     last = first + block - 1
-    least = (
+    min_end = (
         torch.nn.functional.pad(subtree_end, (0, short)).view(-1, block).amin(1)
     )  # past the end: 0
-    most = torch.nn.functional.pad(subtree_end, (0, short)).view(-1, block).amax(1)
+    max_end = torch.nn.functional.pad(subtree_end, (0, short)).view(-1, block).amax(1)
     q0, q1 = first[:, None], last[:, None]
-    whole = (last <= q0) & (least > q1)
-    some = (first <= q1) & (most > q0) & ~whole
+    whole = (last <= q0) & (min_end > q1)
+    some = (first <= q1) & (max_end > q0) & ~whole
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < subtree_end[key])
@@ -85,4 +85,4 @@ def _listed(table: Tensor) -> tuple[Tensor, Tensor]:
     return count[None, None], order[None, None].contiguous()
 
 
-_masks = Recent(block_mask)
+_masks = LastCall(block_mask)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from appo._kernels.tree_attention.op import Kept, TreeCall
+from appo._kernels.tree_attention.op import Saved, TreeCall
 
 QUERIES = 256  # per block
 
@@ -53,15 +53,15 @@ def forward(call: TreeCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    call: TreeCall, kept: Kept, d_o: Tensor, d_lse: Tensor | None
+    call: TreeCall, saved: Saved, d_o: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in the dtype of q."""
     x = _Heads.of(call)
     g, hurt_g = _cleaned(d_o, x.q.dtype)
     lse = (
-        kept.lse + x.hurt_q + hurt_g
+        saved.lse + x.hurt_q + hurt_g
     )  # a query that is not finite, or its upstream: NaN for all it sees
-    delta = (d_o.to(g.dtype) * kept.o.to(g.dtype)).sum(-1) - (0.0 if d_lse is None else d_lse)
+    delta = (d_o.to(g.dtype) * saved.o.to(g.dtype)).sum(-1) - (0.0 if d_lse is None else d_lse)
     dq, dk, dv = [], torch.zeros_like(x.k), torch.zeros_like(x.v)
     for a, b, seen in _blocks(call.subtree_end):
         q, do = x.queries(x.q, a, b), x.queries(g, a, b)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from appo._kernels.common import packed
-from appo._kernels.tree_attention.op import TRITON_DIM, Kept, TreeCall
+from appo._kernels.tree_attention.op import TRITON_DIM, Saved, TreeCall
 
 
 def forward(call: TreeCall) -> tuple[Tensor, Tensor]:
@@ -22,16 +22,16 @@ def forward(call: TreeCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    call: TreeCall, kept: Kept, d_o: Tensor, d_lse: Tensor | None
+    call: TreeCall, saved: Saved, d_o: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in the dtype of q. Workspace: copies of q, k, v and d_o."""
     _check(call)
     (q, hurt_q), (g, hurt_g) = cleaned(call.q), cleaned(d_o)
     # A query that is not finite, or its upstream, is to make NaN of all that it saw; who saw such a key has lse NaN already.
-    lse = kept.lse + hurt_q + hurt_g
+    lse = saved.lse + hurt_q + hurt_g
     k, v = cleaned(call.k)[0], cleaned(call.v)[0]
     run = packed.gpu("tree_attention.gpu.backward").backward
-    return run(q, k, v, call.subtree_end, call.scale, g, kept.o, lse, d_lse)
+    return run(q, k, v, call.subtree_end, call.scale, g, saved.o, lse, d_lse)
 
 
 def cleaned(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ j ≤ i < subtree_end[j]. Nothing else is stored: a block of keys is seen as a w
 its first and last key and its least and largest `subtree_end` say which.
 
 Two operators do the work, `appo::tree_attention_forward` and `appo::tree_attention_backward`, opaque to torch.compile; a
-backend is a module `attention_<name>` with `forward(call) -> (o, lse)` and `backward(call, kept, d_o, d_lse)`. Kernels of
+backend is a module `backend_<name>` with `forward(call) -> (o, lse)` and `backward(call, saved, d_o, d_lse)`. Kernels of
 others that bring their own gradients ("flex", "flash") are called outside of the operators: `attend(call) -> (o, lse)`.
 """
 
@@ -43,8 +43,8 @@ class TreeCall(NamedTuple):
     scale: float
 
 
-class Kept(NamedTuple):
-    """What forward keeps for backward: o like q, lse[N, Hq] float32 (float64 for float64)."""
+class Saved(NamedTuple):
+    """What forward saves for backward: o like q, lse[N, Hq] float32 (float64 for float64)."""
 
     o: Tensor
     lse: Tensor
@@ -81,7 +81,7 @@ def tree_attention(
 
     Gradients flow from o and lse to q, k and v; a key's gradients are summed over all queries and heads that see it, in
     float32, and rounded once. Every backend gives the same bits on every run, whatever the number of threads, so there is
-    no switch for it. For backward o, lse and the inputs are kept.
+    no switch for it. o, lse and the inputs are saved for backward.
     A token that is not finite makes NaN of those who see it, and of their gradients; nobody else is touched ("flex" and
     "flash" may touch neighbours).
     Raises ValueError or TypeError for shapes, dtypes, devices and a `subtree_end` that is no tree (on a GPU in `debug` only:
@@ -174,7 +174,7 @@ def _backward(
     call = TreeCall(_rows(q), _rows(k), _rows(v), subtree_end, scale)
     d_lse = None if d_lse is None else d_lse.contiguous()
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv = module(backend, q).backward(call, Kept(o, lse), _rows(d_o), d_lse)
+        dq, dk, dv = module(backend, q).backward(call, Saved(o, lse), _rows(d_o), d_lse)
     return dq, dk, dv
 
 

@@ -38,9 +38,9 @@ PLAIN = {
     "appo/cli.py": "import appo.algo.credit, appo.rollout.native.b\n",
     "kernels/scan.py": "import torch\nimport appo.errors as e\n",
     "kernels/gpu/tile.py": "from appo.kernels.scan import f\nfrom appo.kernels import scan\n",
-    "csrc/kv_tree/kv_tree.h": "#pragma once\n",
-    "csrc/kv_tree/kv_tree.cpp": '#include <vector>\n#include "tree.h"\n#include "checks.h"\n',
-    "csrc/common/checks.h": "",
+    "csrc/tree.h": "#pragma once\n",
+    "csrc/tree.cpp": '#include <vector>\n#include "tree.h"\n#include "checks.h"\n',
+    "csrc/checks.h": "",
 }
 
 
@@ -136,6 +136,30 @@ def test_a_linked_package_is_found_in_the_kernels_folder(tmp_path):
     os.symlink("../kernels", tmp_path / "appo" / "kernels")
     found = import_graph.measure(tmp_path)
     assert found["appo"]["arrows"] == 6 and found["kernels"]["room_names"] == ["gpu", "scan"]
+
+
+def test_kernels_beside_a_facade(tmp_path):
+    """Source seen as appo._kernels, facade appo.kernels: one room of appo; the facade is no room of kernels."""
+    files = {n: t for n, t in PLAIN.items() if not n.startswith("kernels/")} | {
+        "appo/kernels/__init__.py": "from appo._kernels.branching.op import f\n",
+        "kernels/branching/op.py": "from appo._kernels.common import native\n",
+        "kernels/branching/gpu/scan.py": "from appo._kernels.branching.op import f\n",
+        "kernels/common/native.py": "import appo.errors\n",
+    }
+    checkout(tmp_path, files)
+    os.symlink("../kernels", tmp_path / "appo" / "_kernels")
+    found = import_graph.measure(tmp_path)
+    assert found["appo"]["room_names"] == [
+        "__init__",
+        "algo",
+        "cli",
+        "errors",
+        "kernels",
+        "rollout",
+    ]
+    assert found["appo"]["arrows"] == 6 and found["appo"]["circles"] == []
+    assert found["kernels"]["room_names"] == ["branching", "common"]
+    assert found["kernels"]["arrows"] == 1  # within branching, and to appo.errors: not counted
 
 
 def test_folders_of_csrc_are_rooms(tmp_path):

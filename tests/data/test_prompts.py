@@ -6,6 +6,7 @@ import pytest
 from support.tree_shadow import TREES
 
 from appo.rollout.native.prompts import MIN_SHARED, Prompts
+from appo.rollout.native.tree.integrity import check_tree
 
 COMMON = list(range(100, 140))
 
@@ -19,7 +20,7 @@ def run(prompts, *seqs) -> int:
     """Prefill; returns the number of rows that took."""
     layout = prompts.tree.plan(seqs, 10**6)
     prompts.tree.commit(layout)
-    prompts.tree.check()
+    check_tree(prompts.tree)
     return len(layout.ids)
 
 
@@ -110,7 +111,7 @@ def test_among_many_prompts_the_best_is_found(prompts):
             prompts.forget(gone)
             prompts.tree.release(gone)
             del live[gone]
-    prompts.tree.check()
+    check_tree(prompts.tree)
 
 
 def prefix(a: list[int], b: list[int]) -> int:

@@ -1,6 +1,5 @@
 """Where the native library comes from, and that its absence or damage is told, not swallowed."""
 
-import os
 import runpy
 import shutil
 import subprocess
@@ -10,11 +9,11 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+from support import builds
 
 from appo._kernels.common import native
 from appo.kernels import backend_info, future_value
 
-ROOT = Path(__file__).resolve().parents[2]
 ARGS = (torch.ones(3), torch.ones(3), torch.tensor([0, 3]), 0.5)
 
 
@@ -89,9 +88,9 @@ def test_one_digest_of_the_sources(monkeypatch, tmp_path):
     """setup.py and the loader hash the same files; a changed or moved file changes both."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     root = tmp_path / "checkout"
-    shutil.copytree(ROOT / "csrc", root / "csrc")
+    shutil.copytree(builds.ROOT / "csrc", root / "csrc")
     for name in ("CMakeLists.txt", "setup.py"):
-        shutil.copy(ROOT / name, root / name)
+        shutil.copy(builds.ROOT / name, root / name)
     built = runpy.run_path(str(root / "setup.py"))["source_digest"]
 
     def both():
@@ -135,104 +134,41 @@ def test_library_exports_only_its_functions():
     )
 
 
-def copy_tree(target):
-    """The checkout without its environment, history and builds: packaging must not depend on those."""
-    skip = shutil.ignore_patterns(".git", ".venv", "venv", "build", "dist", "_native", "*.egg-info", "__pycache__",
-                                  ".*_cache", ".ci", ".hypothesis", "runs", "docs")  # fmt: skip
-    shutil.copytree(ROOT, target, ignore=skip, symlinks=True)
-    return target
-
-
-def build(source, out, kind, **env):
-    command = [sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check", *kind]
-    done = subprocess.run(
-        [*command, "--outdir", str(out), str(source)],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
 def install_and_scan(wheel, folder):
     """Unpack a wheel with pip and use it from another directory; → what backend_info says."""
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(folder),
-        str(wheel),
-    ]
-    subprocess.run(pip, check=True, timeout=120)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    builds.run([*pip, str(folder), str(wheel)], timeout=120)
     code = (
         f"import sys; sys.path.insert(0, {str(folder)!r}); import appo, appo.kernels as k, torch; "
         f"assert appo.__file__.startswith({str(folder)!r}), appo.__file__; "
         "assert k.future_value(torch.ones(2), torch.ones(2), torch.tensor([0, 2]), 0.5).tolist() == [1.5, 1.0]; "
         "i = k.backend_info(); print(i['backend'], '|', i['reason'])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return builds.run([sys.executable, "-c", code], cwd=folder, env=builds.clean(), timeout=120)
 
 
 @pytest.mark.slow
-def test_sdist_to_wheel(tmp_path):
-    """sdist → wheel → install: recipes and kernel definitions are in it, and the library if there is a compiler."""
-    source = copy_tree(tmp_path / "src")
-    build(source, tmp_path / "dist", ["--sdist"])
-    (sdist,) = (tmp_path / "dist").glob("appo-*.tar.gz")
-    shutil.unpack_archive(sdist, tmp_path / "unpacked")
-    (unpacked,) = (tmp_path / "unpacked").iterdir()
-    build(unpacked, tmp_path / "dist", ["--wheel"])
-    (wheel,) = (tmp_path / "dist").glob("appo-*.whl")
-    shutil.unpack_archive(wheel, tmp_path / "wheel", "zip")
-    files = {
-        p.relative_to(tmp_path / "wheel").as_posix()
-        for p in (tmp_path / "wheel").rglob("*")
-        if p.is_file()
-    }
-    for folder, pattern in (
-        ("kernels", "**/*.py"),
-        ("appo", "**/*.py"),
-        ("appo/recipes", "*.yaml"),
-        ("appo/models/tiny_qwen3", "*"),
-    ):
-        prefix = "appo/_kernels/" if folder == "kernels" else f"{folder}/"
-        ours = (
-            p.relative_to(ROOT / folder).as_posix()
-            for p in (ROOT / folder).glob(pattern)
-            if p.is_file()
-        )
-        missing = {prefix + name for name in ours} - files
-        assert not missing, sorted(missing)
+@pytest.mark.timeout(1000)  # compiles all of csrc/
+def test_native_wheel_of_an_sdist(tmp_path):
+    """sdist → wheel → install: the library is in it if there is a compiler, and it runs."""
+    sdist, _ = builds.build(builds.copy_tree(tmp_path / "src"), tmp_path / "sdist", "sdist")
+    unpacked = builds.unpack(sdist, tmp_path / "unpacked")
+    wheel, _ = builds.build(unpacked, tmp_path / "wheel", "wheel", timeout=900)
     has_compiler = any(shutil.which(c) for c in ("c++", "g++", "clang++"))
-    assert ("appo/_native/libappo_native.so" in files) == (
+    assert ("appo/_native/libappo_native.so" in builds.names(wheel)) == (
         has_compiler and sys.platform.startswith("linux")
     )
-    assert wheel.name.startswith("appo-")
     assert "-py3-none-" in wheel.name
     backend = install_and_scan(wheel, tmp_path / "site")
-    assert (
-        backend.startswith("cpu | None")
-        if has_compiler
-        else backend.startswith("torch | no native library")
-    )
+    expected = "cpu | None" if has_compiler else "torch | no native library"
+    assert backend.startswith(expected)
 
 
 @pytest.mark.slow
 def test_pure_wheel(tmp_path):
-    source = copy_tree(tmp_path / "src")
-    log = build(source, tmp_path / "dist", ["--wheel"], APPO_NO_NATIVE="1")
-    assert "WITHOUT the native library: APPO_NO_NATIVE is set" in log
-    (wheel,) = (tmp_path / "dist").glob("appo-*.whl")
+    source = builds.copy_tree(tmp_path / "src")
+    wheel, said = builds.build(source, tmp_path / "dist", "wheel", APPO_NO_NATIVE="1")
+    assert "WITHOUT the native library: APPO_NO_NATIVE is set" in said
     assert wheel.name.endswith("-py3-none-any.whl")
     backend = install_and_scan(wheel, tmp_path / "site")
     assert backend.startswith("torch | ")

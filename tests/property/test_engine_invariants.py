@@ -1,4 +1,6 @@
-"""What must hold for every tree: bits of parents, teacher forcing, versions, statistics, liveness; and that faults show."""
+"""What must hold for every tree: bits of parents, teacher forcing, versions, statistics, liveness;
+and that faults show.
+"""
 
 import random
 import tempfile
@@ -17,6 +19,7 @@ from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
 from appo.rollout.native import engine as engine_module
+from appo.rollout.native.tree.integrity import check_tree
 from appo.rollout.native.tree.segment_tree import SegmentTree
 from appo.rollout.seeds import derive_seed
 
@@ -41,7 +44,7 @@ def prompt(n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, VOCAB, n).tolist()
 
 
-# -- a parent and its children ----------------------------------------------------------------------------------------
+# -- a parent and its children ---------------------------------------------------------------------
 
 
 @settings(max_examples=15, deadline=None)
@@ -63,7 +66,7 @@ def test_a_parent_goes_on_bit_by_bit_as_without_children(data, length, n):
             child = engine.fork(seq, data.draw(st.integers(1, engine.length(seq))))
             engine.submit(child, SamplingParams(data.draw(st.integers(1, 9))), child)
     assert got[seq] == wanted
-    engine.tree.check()
+    check_tree(engine.tree)
 
 
 @settings(max_examples=15, deadline=None)
@@ -81,7 +84,7 @@ def test_teacher_forcing_the_parents_tokens_gives_the_parents_logprobs(length, n
     np.testing.assert_allclose(scored.entropy[-n:], event.entropy, atol=2e-5, rtol=1e-5)
 
 
-# -- deterministic mode -----------------------------------------------------------------------------------------------
+# -- deterministic mode ----------------------------------------------------------------------------
 
 WANTED = grow(make(deterministic=True))
 
@@ -102,16 +105,18 @@ def test_same_bits_in_every_circumstance(
         deterministic=True, max_batch=max_batch, prefill_chunk=prefill_chunk, kv_tokens=kv_tokens
     )
     assert grow(engine, shuffle, preempt, cold) == WANTED
-    engine.tree.check()
+    check_tree(engine.tree)
 
 
-# -- versions ---------------------------------------------------------------------------------------------------------
+# -- versions --------------------------------------------------------------------------------------
 
 
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**20), kv_tokens=st.sampled_from([None, 480]))
 def test_no_read_of_old_blocks(seed, kv_tokens):
-    """Random work across weight changes; what was freed is NaN; results are those of the weights of the moment."""
+    """Random work across weight changes; what was freed is NaN; results are those of the weights of
+    the moment.
+    """
     rng = random.Random(seed)
     engine = make(max_batch=4, prefill_chunk=16, kv_tokens=kv_tokens)
     Watch(engine)
@@ -139,10 +144,10 @@ def test_no_read_of_old_blocks(seed, kv_tokens):
             for seq, scored in zip(some, engine.score(some)):
                 logp = dense(MODELS[version % 2], engine.tokens(seq))[0]
                 np.testing.assert_allclose(scored.logprobs, logp, atol=3e-5)
-        engine.tree.check()
+        check_tree(engine.tree)
 
 
-# -- what is drawn ----------------------------------------------------------------------------------------------------
+# -- what is drawn ---------------------------------------------------------------------------------
 
 
 def siblings(seeds) -> tuple[list[int], np.ndarray]:
@@ -179,7 +184,7 @@ def test_siblings_draw_independently_from_the_right_distribution():
     assert chi2 < often.sum() + 5 * np.sqrt(2 * often.sum())
 
 
-# -- liveness and cost ------------------------------------------------------------------------------------------------
+# -- liveness and cost -----------------------------------------------------------------------------
 
 
 @settings(max_examples=10, deadline=None)
@@ -191,7 +196,9 @@ def test_siblings_draw_independently_from_the_right_distribution():
     seed=st.integers(0, 999),
 )
 def test_every_line_ends_however_small_the_pool(lines, turns, max_batch, blocks, seed):
-    """All leaves come to wait for tools at once, again and again, in a pool that holds few of them: no deadlock."""
+    """All leaves come to wait for tools at once, again and again, in a pool that holds few of them:
+    no deadlock.
+    """
     engine = make(kv_tokens=16 * blocks, max_batch=max_batch, prefill_chunk=32)
     rng = random.Random(seed)
     roots = [engine.add_prompt(prompt(rng.randint(1, 30), i)) for i in range(1 + lines // 4)]
@@ -207,13 +214,15 @@ def test_every_line_ends_however_small_the_pool(lines, turns, max_batch, blocks,
         for seq in seqs:
             engine.append(seq, prompt(rng.randint(1, 6), turn))
     assert engine.stats()["blocks_peak"] <= blocks
-    engine.tree.check()
+    check_tree(engine.tree)
 
 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data(), length=st.integers(1, 50), roots=st.integers(1, 5))
 def test_counters_are_those_of_the_realised_tree(data, length, roots):
-    """prefill = prompt once + one row per fork + tool results; decode = what was drawn, less the last of each stretch."""
+    """prefill = prompt once + one row per fork + tool results; decode = what was drawn, less the
+    last of each stretch.
+    """
     engine = make(
         prefill_chunk=data.draw(st.integers(1, 64)), max_batch=data.draw(st.integers(1, 8))
     )
@@ -247,7 +256,7 @@ def test_counters_are_those_of_the_realised_tree(data, length, roots):
     assert stats["forks"] == roots * 3
 
 
-# -- seeded faults ----------------------------------------------------------------------------------------------------
+# -- seeded faults ---------------------------------------------------------------------------------
 
 
 def decoding(plain: bool = True) -> NativeEngine:
@@ -259,7 +268,7 @@ def decoding(plain: bool = True) -> NativeEngine:
         engine.submit(engine.fork(root, 40), SamplingParams(30), i)
     for _ in range(4):
         engine.step()
-    engine.tree.check()
+    check_tree(engine.tree)
     return engine
 
 
@@ -268,7 +277,7 @@ def test_a_block_freed_early_is_noticed():
     shared = engine.tree.nodes[0]
     engine.tree.blocks.give_back(shared.blocks[1:2], shared.id, defer=False)
     with pytest.raises(EngineError, match="block"):
-        engine.tree.check()
+        check_tree(engine.tree)
     with pytest.raises(
         (AssertionError, EngineError)
     ):  # not finite: the watch had filled it with NaN

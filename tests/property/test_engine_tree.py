@@ -1,4 +1,6 @@
-"""Random lives of sequences against a shadow model that only knows lists of token ids, with memory watched throughout."""
+"""Random lives of sequences against a shadow model that only knows lists of token ids, with memory
+watched throughout.
+"""
 
 import random
 import tempfile
@@ -15,7 +17,8 @@ from support.tiny_models import VOCAB, build, dense, finish
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
 from appo.rollout.native import engine as engine_module
-from appo.rollout.native.scheduler import State
+from appo.rollout.native.requests import SequenceState
+from appo.rollout.native.tree.integrity import check_tree
 from appo.rollout.native.tree.segment_tree import SegmentTree
 
 torch.set_num_threads(1)
@@ -110,10 +113,14 @@ class Life:
 
     def check(self) -> None:
         engine = self.engine
-        engine.tree.check()
+        check_tree(engine.tree)
         for seq, ids in self.shadow.items():
             if seq in self.running:
-                assert engine.state(seq) in (State.WAITING, State.PREFILL, State.DECODE)
+                assert engine.state(seq) in (
+                    SequenceState.WAITING,
+                    SequenceState.PREFILL,
+                    SequenceState.DECODE,
+                )
                 assert engine.tokens(seq)[: len(ids)] == ids
             else:
                 assert engine.tokens(seq) == ids
@@ -127,7 +134,7 @@ class Life:
         assert not self.running
         for seq in list(self.shadow):
             self.engine.release(seq)
-        self.engine.tree.check()
+        check_tree(self.engine.tree)
         stats = self.engine.stats()
         names = ("blocks_used", "kv_tokens", "live_nodes", "live_sequences", "kv_bytes")
         assert [stats[k] for k in names] == [0] * 5

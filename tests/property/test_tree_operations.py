@@ -1,4 +1,6 @@
-"""Random operations on the segment tree: C++ against the plain definition, both against a shadow (tree_machine.py)."""
+"""Random operations on the segment tree: C++ against the plain definition, both against a shadow
+(tree_machine.py).
+"""
 
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test

@@ -1,4 +1,6 @@
-"""Growing trees on a scripted engine: nodes, budgets, forks and seeds are exactly what the protocol says."""
+"""Growing trees on a scripted engine: nodes, budgets, forks and seeds are exactly what the protocol
+says.
+"""
 
 import numpy as np
 import pytest
@@ -92,12 +94,12 @@ def test_a_result_that_does_not_fit_the_context_ends_the_leaf():
 
 
 class SmallPool(ScriptedEngine):
-    """Takes no sequence that may grow beyond `most` tokens."""
+    """Takes no sequence that may grow beyond `limit` tokens."""
 
-    most = len(PROMPT) + 60
+    limit = len(PROMPT) + 60
 
     def submit(self, seq, params, seed):
-        if len(self.seqs[seq].ids) + params.max_new_tokens > self.most:
+        if len(self.seqs[seq].ids) + params.max_new_tokens > self.limit:
             raise PoolTooSmallError(f"submit(seq={seq}): raise kv_tokens")
         super().submit(seq, params, seed)
 
@@ -190,7 +192,9 @@ def test_the_same_task_twice_in_a_step_draws_other_noise():
 
 
 def test_omega_compares_two_scoring_passes_when_roots_were_remembered():
-    """An engine whose decoding rounds: recorded log-probs differ from scored ones, the weights do not."""
+    """An engine whose decoding rounds: recorded log-probs differ from scored ones, the weights do
+    not.
+    """
     algo = ALGORITHMS["appo"]
 
     class Rounding(ScriptedEngine):

@@ -182,7 +182,9 @@ def test_unknown_keys_are_ignored():
 
 
 def test_float32_statistics_of_an_engine_come_back_to_the_last_bit():
-    """What a replay rests on: engines hand out float32, JSON holds the decimals of the float64 of the same value."""
+    """What a replay rests on: engines hand out float32, JSON holds the decimals of the float64 of
+    the same value.
+    """
     bits = np.random.default_rng(0).integers(0, 2**32, 5000, dtype=np.uint32)
     drawn = bits.view(np.float32)
     drawn = drawn[np.isfinite(drawn)]  # every exponent, subnormal numbers too

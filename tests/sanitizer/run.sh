@@ -15,17 +15,17 @@ trap 'rm -rf "$folder"' EXIT
 
 # -s below: what ends the process must be seen.
 tests=(
-  tests/kernels/test_linear_cpu.py
-  tests/kernels/test_tree_attention.py
-  tests/kernels/test_glue.py
-  tests/kernels/test_branching.py
-  tests/kernels/test_policy_loss.py
-  tests/kernels/test_scan.py
-  tests/unit/test_native_attention.py
-  tests/unit/test_native_layer.py
-  tests/unit/test_sampler.py
-  tests/unit/test_segment_tree.py
-  tests/unit/test_tree_faults.py
+  tests/kernels/linear_logprob/test_cpu.py
+  tests/kernels/tree_attention/test_op.py
+  tests/kernels/fused_layers/test_op.py
+  tests/kernels/branching/test_op.py
+  tests/kernels/policy_loss/test_op.py
+  tests/kernels/branching/test_future_value.py
+  tests/rollout/native/test_attention.py
+  tests/rollout/native/test_layers.py
+  tests/rollout/native/test_sampler.py
+  tests/rollout/native/test_segment_tree.py
+  tests/rollout/native/test_tree_faults.py
 )
 
 cmake -S "$root" -B "$folder/build" -DAPPO_SANITIZE="${SANITIZE:-address,undefined}" \
@@ -42,7 +42,7 @@ export APPO_NATIVE_DIR=$folder/native PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH
 export ASAN_OPTIONS=detect_leaks=0:${ASAN_OPTIONS:-} UBSAN_OPTIONS=print_stacktrace=1:${UBSAN_OPTIONS:-}
 LD_PRELOAD=$preload "$python" -c "
 import sys
-from appo.kernels import native
+from appo._kernels.common import native
 module, reason = native.load()
 sys.exit(0 if module else f'the library was not loaded: {reason}')"
 # A process whose address space is limited has no room for the shadow memory: without the tests of "no memory".

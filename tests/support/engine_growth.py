@@ -1,4 +1,6 @@
-"""A small tree of rollouts that can be grown in many ways: other arrival, forced preemption, a cold cache."""
+"""A small tree of rollouts that can be grown in many ways: other arrival, forced preemption, a cold
+cache.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,20 @@ from support.tiny_models import VOCAB
 from appo.rollout.engine import SamplingParams
 
 PROMPTS = [np.random.default_rng(i).integers(0, VOCAB, 20 + 7 * i).tolist() for i in range(4)]
-Drawn = tuple[int, float, float]  # token, logprob, entropy
+Sampled = tuple[int, float, float]  # token, logprob, entropy
 
 
 def grow(
     engine, shuffle: int = 0, preempt: float = 0.0, cold: bool = False
-) -> dict[tuple[int, ...], list[Drawn]]:
+) -> dict[tuple[int, ...], list[Sampled]]:
     """Two roots a prompt, a tool result in one of them, two branches each: what was drawn, by path.
 
-    shuffle  seed of the order in which everything is asked for · preempt: chance of each running sequence, per step
+    shuffle  seed of the order in which everything is asked for · preempt: chance of each running
+             sequence, per step
     cold     drop all KV between the stages
     """
     rng = random.Random(shuffle)
-    out: dict[tuple[int, ...], list[Drawn]] = {}
+    out: dict[tuple[int, ...], list[Sampled]] = {}
 
     def run(lines: dict[tuple[int, ...], tuple[int, int]]) -> None:
         """Sample path → (sequence, tokens), submitted a few at a time."""
@@ -35,8 +38,8 @@ def grow(
                 seq, n = lines[path]
                 engine.submit(seq, SamplingParams(n, temperature=0.9), hash(path))
             for event in engine.step():
-                drawn = zip(event.token_ids, event.logprobs, event.entropy)
-                out.setdefault(path_of[event.seq], []).extend(drawn)
+                sampled = zip(event.token_ids, event.logprobs, event.entropy)
+                out.setdefault(path_of[event.seq], []).extend(sampled)
             for going in list(engine.scheduler.active):
                 if rng.random() < preempt:
                     engine.preempt(going.seq)

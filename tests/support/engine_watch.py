@@ -1,19 +1,23 @@
-"""A runner that looks over an engine's shoulder: what is written where, what is read, and the logits of every row."""
+"""A runner that looks over an engine's shoulder: what is written where, what is read, and the
+logits of every row.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from appo.rollout.native.tree.layout import BLOCK, Layout
+from appo.rollout.native.tree.block_list import BLOCK
+from appo.rollout.native.tree.layout import Layout
 
 
 class Watch:
     """Stands between an engine and its runner.
 
-    Before a forward, memory that nobody owns and blocks just taken are filled with NaN: what reads them is not finite.
-    After it, the KV of all blocks must be bit for bit what it was, but for the rows' own slots, each in a block of the
-    row's node. With `keep`, logits of every row are kept by (node, own position).
+    Before a forward, memory that nobody owns and blocks just taken are filled with NaN: what reads
+    them is not finite. After it, the KV of all blocks must be bit for bit what it was, but for the
+    rows' own slots, each in a block of the row's node. With `keep`, logits of every row are kept by
+    (node, own position).
     """
 
     def __init__(self, engine, keep: bool = False):
@@ -31,7 +35,7 @@ class Watch:
     def forward(self, layout: Layout, rows: Tensor | None) -> Tensor:
         slots = layout.slots[layout.slots >= 0]
         taken = (slots[slots % BLOCK == 0] // BLOCK).tolist()  # nothing was written there before
-        self.pool.poison(self.engine.tree.free_blocks() + taken)
+        self.pool.fill_nan(self.engine.tree.free_blocks() + taken)
         self._check_owners(layout)
         before = self._bits()
         hidden = self.inner.forward(layout, rows)
@@ -67,7 +71,9 @@ class Watch:
                 self.logits[node, start + i] = logits[row + i]
 
     def along(self, seq: int) -> Tensor:
-        """Logits of positions 0 … length-2 of a sequence, as they were when the rows were run: [length - 1, V]."""
+        """Logits of positions 0 … length-2 of a sequence, as they were when the rows were run:
+        [length - 1, V].
+        """
         *path, (leaf, own) = self.engine.tree.path(seq)
         nodes = [*path, (leaf, own - 1)]
         return torch.stack([self.logits[node, i] for node, count in nodes for i in range(count)])

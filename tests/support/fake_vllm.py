@@ -1,8 +1,9 @@
 """vLLM's interface over a model small enough to check by hand, with the traps of the real one.
 
-The model: the state of position t is the sum of the embeddings up to t, each weighted 0.7 per step back; logits are
-state · head. Embedding rows are what is cached ("KV"), under (salt, block of ids), so KV of old weights shows in the
-log-probs. The head is tied and is a *copy* of the embedding that a reload leaves alone, as on a CPU.
+The model: the state of position t is the sum of the embeddings up to t, each weighted 0.7 per step
+back; logits are state · head. Embedding rows are what is cached ("KV"), under (salt, block of ids),
+so KV of old weights shows in the log-probs. The head is tied and is a *copy* of the embedding that
+a reload leaves alone, as on a CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from appo.rollout.vllm import tap
+from appo.rollout.vllm import worker_statistics
 from appo.rollout.vllm.start import Api
 
 VOCAB, WIDTH, BLOCK = 23, 6, 32
@@ -61,7 +62,7 @@ class Request:
     sampling_params: Params
     num_computed_tokens: int = 0
     kv: list = field(default_factory=list)
-    drawn: list = field(default_factory=list)
+    sampled: list = field(default_factory=list)
     cached: int = 0
     generator: Any = None
     row: int = -1
@@ -74,9 +75,9 @@ class Core:
     def __init__(self, embed, processors, chunk=None, limits=None):
         self.embed, self.head, self.chunk = embed, embed.clone(), chunk
         self.cache, self.requests, self.seen = {}, {}, []
-        self.entropies = tap.DrawnEntropies() if processors else None
+        self.entropies = worker_statistics.SampledEntropies() if processors else None
         self.label, self.labels, self.aborted, self.extra = "default", [], [], 0
-        self.most = limits["max_num_seqs"]
+        self.max_rows = limits["max_num_seqs"]
         self.runner = SimpleNamespace(
             requests=self.requests, model=SimpleNamespace(compute_logits=lambda h: h @ self.head.T),
             query_start_loc=SimpleNamespace(np=None), input_batch=SimpleNamespace(req_id_to_index={}),
@@ -121,13 +122,15 @@ class Core:
             r.num_computed_tokens = r.cached = len(key[1])
 
     def step(self):
-        active = list(self.requests.values())[: self.most]
+        active = list(self.requests.values())[: self.max_rows]
         hidden, scheduled, starts, index = [], {}, [], {}
         for n, r in enumerate(active):
             if r.row < 0:
                 self._lookup(r)
             if r.row != n and self.entropies is not None:  # rows move up when others leave
-                self.entropies.update([], [(n, r.sampling_params, r.prompt_token_ids, r.drawn)], [])
+                self.entropies.update(
+                    [], [(n, r.sampling_params, r.prompt_token_ids, r.sampled)], []
+                )
             r.row = n
             count = min(len(r.ids) - r.num_computed_tokens, self.chunk or 10**9)
             starts.append(len(hidden))
@@ -137,7 +140,7 @@ class Core:
                 decay = 0.7 ** torch.arange(t, -1, -1, dtype=torch.float32)
                 hidden.append((torch.stack(r.kv) * decay[:, None]).sum(0))
         if self.entropies is not None:
-            self.entropies.update(range(len(active), self.most), [], [])
+            self.entropies.update(range(len(active), self.max_rows), [], [])
         self.runner.query_start_loc.np, self.runner.input_batch.req_id_to_index = (
             np.array(starts),
             index,
@@ -165,12 +168,12 @@ class Core:
                 int(row.argmax()) if p.temperature == 0 else int(torch.multinomial(row.exp(), 1, generator=r.generator))
             )  # fmt: skip
             new.append(token)
-        first = not r.drawn
-        r.drawn += new
+        first = not r.sampled
+        r.sampled += new
         r.ids += new
-        reason = "stop" if new[-1] in p.stop_token_ids else "length" if len(r.drawn) >= p.max_tokens else None  # fmt: skip
+        reason = "stop" if new[-1] in p.stop_token_ids else "length" if len(r.sampled) >= p.max_tokens else None  # fmt: skip
         spans = (
-            [SimpleNamespace(version=self.label, start=0, end=len(r.drawn))]
+            [SimpleNamespace(version=self.label, start=0, end=len(r.sampled))]
             if reason and self.labels
             else None
         )
@@ -241,13 +244,13 @@ class FakeLLM:
         return [getattr(self, method)(*args, **(kwargs or {}))]
 
     def appo_attach(self):
-        tap.attach(self.llm_engine.runner)
+        worker_statistics.attach(self.llm_engine.runner)
 
-    def appo_take_drawn(self, keys):
-        return tap.take_drawn(keys)
+    def appo_take_sampled(self, keys):
+        return worker_statistics.take_sampled(keys)
 
     def appo_take_scored(self, keys):
-        return tap.take_scored(keys)
+        return worker_statistics.take_scored(keys)
 
     def appo_load(self, items=None, path=None):
         if items is None:

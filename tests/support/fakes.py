@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from appo.errors import EngineError, StaleWeightsError
-from appo.rollout.engine import SamplingParams, Scored, Stopped
+from appo.rollout.engine import SamplingParams, Scored, SequenceStopped
 from appo.tools.base import ToolResult
 
 EOS = 256
@@ -99,7 +99,7 @@ class ScriptedEngine:
                     self.stat(s.ids[: len(s.ids) - len(s.new) + i + 1]) for i in range(len(s.new))
                 ]
                 out.append(
-                    Stopped(
+                    SequenceStopped(
                         key,
                         s.new,
                         [a for a, _ in stats],

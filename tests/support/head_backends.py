@@ -79,7 +79,7 @@ def oracle(h, w, y, *, inv_temp=1.0, softcap=None, rows=None):
 def run(name, h, w, y, *, upstream=None, inv_temp=1.0, rows=None, **kwargs):
     """(outputs, gradients of h, w and inv_temp) of one backend, on the CPU; gradients None without upstream weights.
 
-    upstream = (ga, he, le): factors of logp, entropy and lse in the loss.
+    upstream = (d_logp, d_entropy, d_lse): factors of logp, entropy and lse in the loss.
     """
     device, dtype = device_of(name), dtype_of(name)
     leaves = [x.to(device, dtype).detach().clone().requires_grad_() for x in (h, w)]

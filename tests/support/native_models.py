@@ -1,4 +1,6 @@
-"""Small models with random weights for both runners, trees of sequences run through them, and a float64 forward."""
+"""Small models with random weights for both runners, trees of sequences run through them, and a
+float64 forward.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from appo.rollout.native.attention.attention import attend_segments_torch
 from appo.rollout.native.attention.pool import KVPool
 from appo.rollout.native.model.layers import NativeLayers
 from appo.rollout.native.model.model import Model
-from appo.rollout.native.tree.layout import BLOCK, Layout
+from appo.rollout.native.tree.block_list import BLOCK
+from appo.rollout.native.tree.layout import Layout
 from appo.rollout.native.tree.native_tree import make_tree
 
 FLOATS = torch.float32
@@ -120,7 +123,9 @@ class Forest:
 def grow(
     m: Model, leaves: int = 17, chunk: int = 1000, batch: int = 1000, tokens: int = 2
 ) -> Forest:
-    """A prompt, forks of it at many positions and forks of those; then `tokens` more of every leaf, `batch` at a time."""
+    """A prompt, forks of it at many positions and forks of those; then `tokens` more of every leaf,
+    `batch` at a time.
+    """
     generator = torch.Generator().manual_seed(leaves)
     draw = torch.randint(0, m.config.vocab, (leaves, 8 + tokens), generator=generator).tolist()
     forest = Forest(m)
@@ -142,7 +147,9 @@ def grow(
 
 
 def oracle(m: Model, ids: tuple[int, ...]) -> Tensor:
-    """Of one sequence in float64 from the weights that m holds, without any rounding: [len(ids), d]."""
+    """Of one sequence in float64 from the weights that m holds, without any rounding: [len(ids),
+    d].
+    """
     c = m.config
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -192,7 +199,9 @@ def errors(forest: Forest) -> float:
 
 
 def alone(c: ModelShape, rows: int, seed: int = 2) -> tuple[Layout, KVPool]:
-    """Rows at random positions that read nothing but themselves, so that attention returns their own values."""
+    """Rows at random positions that read nothing but themselves, so that attention returns their
+    own values.
+    """
     generator = torch.Generator().manual_seed(seed)
     index = torch.arange(rows)
     layout = Layout(

@@ -55,7 +55,7 @@ def dense(model, ids: list[int], temperature: float = 1.0) -> tuple[np.ndarray, 
 
 
 def finish(engine) -> dict:
-    """Step until nothing runs: {handle: Stopped}."""
+    """Step until nothing runs: {handle: SequenceStopped}."""
     events = {}
     while engine.has_work():
         events.update({event.seq: event for event in engine.step()})

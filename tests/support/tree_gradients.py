@@ -1,6 +1,8 @@
-"""Random trees with every kind of fork, and the gradient of their rows trained one by one, written out from the definition.
+"""Random trees with every kind of fork, and the gradient of their rows trained one by one, written
+out from the definition.
 
-Nothing here knows of packing, of tree attention or of the fused kernels: a row is a sequence of its own, its loss a few lines.
+Nothing here knows of packing, of tree attention or of the fused kernels: a row is a sequence of its
+own, its loss a few lines.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from appo.algo.presets import Algorithm
 from appo.types import Credit, Leaf, Node, RolloutTree, Task, Trajectory
 
 NOW = 7  # the policy version under training
-# Log-ratios to what the tokens were drawn with: inside the clip range, beyond either bound, beyond the dual clip. Far from
-# the bounds, so that rounding moves no token across.
+# Log-ratios to what the tokens were drawn with: inside the clip range, beyond either bound, beyond
+# the dual clip. Far from the bounds, so that rounding moves no token across.
 RATIOS = (-0.8, 0.0, 0.65, 1.8)
 
 
@@ -33,7 +35,9 @@ DRIFTS = (
 
 
 class Loss(NamedTuple):
-    """What a mini-batch is trained with. old log-probs: of an earlier version; "now": of the version under training."""
+    """What a mini-batch is trained with. old log-probs: of an earlier version; "now": of the
+    version under training.
+    """
 
     algo: Algorithm
     entropy_coef: float = 0.0
@@ -46,10 +50,12 @@ class Loss(NamedTuple):
 
 
 def random_tree(rng: np.random.Generator, name: str) -> RolloutTree:
-    """Three roots: chains of a model's, a tool's and again the model's tokens, one of them a single run.
+    """Three roots: chains of a model's, a tool's and again the model's tokens, one of them a single
+    run.
 
-    Each has a fork after its first token, one before its last, one anywhere, then forks of forks of forks: branches at a depth
-    of three and more, with tool spans in them. A branch is graded like a root.
+    Each has a fork after its first token, one before its last, one anywhere, then forks of forks of
+    forks: branches at a depth of three and more, with tool spans in them. A branch is graded like a
+    root.
     """
     tree = RolloutTree(Task(name, [], None), [_prompt(rng)])
     for root in range(3):
@@ -113,8 +119,10 @@ def _branch(tree: RolloutTree, rng: np.random.Generator, parent: int, where: str
 def drawn_by(
     lm: nn.Module, trees: Sequence[RolloutTree], rng: np.random.Generator, loss: Loss
 ) -> None:
-    """Give sampled tokens an old log-prob, the model's log-prob less one of RATIOS, and a behavior off it by one of DRIFTS; without
-    old log-probs it is the behavior that is off by RATIOS. Tokens of the version NOW have any."""
+    """Give sampled tokens an old log-prob, the model's log-prob less one of RATIOS, and a behavior
+    off it by one of DRIFTS; without old log-probs it is the behavior that is off by RATIOS. Tokens
+    of the version NOW have any.
+    """
     for tree in trees:
         for i, node in enumerate(tree.nodes):
             if not node.sampled:
@@ -130,7 +138,9 @@ def drawn_by(
 
 
 def in_float64(lm: nn.Module) -> nn.Module:
-    """The same in float64 throughout: transformers' norms round to float32 in whatever dtype they are called, ours do not."""
+    """The same in float64 throughout: transformers' norms round to float32 in whatever dtype they
+    are called, ours do not.
+    """
 
     def norm(self: nn.Module, x: Tensor) -> Tensor:
         return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
@@ -150,7 +160,8 @@ def one_by_one(
     credits: Sequence[Sequence[Credit]],
     loss: Loss,
 ) -> dict[str, Tensor]:
-    """Gradients, float64, of the loss over all rows, each a sequence of its own; denominators counted here.
+    """Gradients, float64, of the loss over all rows, each a sequence of its own; denominators
+    counted here.
 
     Rows are filled up at their right end: nothing before it sees what stands there.
     """

@@ -1,8 +1,10 @@
-"""Random operations on segment trees: all implementations against each other, and against a shadow of sets.
+"""Random operations on segment trees: all implementations against each other, and against a shadow
+of sets.
 
-After every operation all facts agree and every invariant is recomputed (`check`). A pool is simulated: committing a
-layout writes the origin of each row into its slot, and every row must read exactly the origins of its own path, written
-under the weights of now. So a freed block read, a slot overwritten or an old version read would be seen.
+After every operation all facts agree and every invariant is recomputed (`check`). A pool is
+simulated: committing a layout writes the origin of each row into its slot, and every row must read
+exactly the origins of its own path, written under the weights of now. So a freed block read, a slot
+overwritten or an old version read would be seen.
 """
 
 import pytest
@@ -19,7 +21,7 @@ from support.tree_shadow import Both, Shadow, rows_read
 from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.native.tree.layout import Layout
 
-MOST_SEQS, MOST_TOKENS = 12, 150
+MAX_SEQS, MAX_TOKENS = 12, 150
 NUMBER = st.integers(0, 10**6)  # taken modulo what there is
 TOKENS = st.lists(st.integers(0, 99), min_size=1, max_size=40)
 
@@ -43,17 +45,17 @@ class Operations(RuleBasedStateMachine):
     some = precondition(lambda self: self.shadow.seqs)
     closed = precondition(lambda self: self.open is None)
     is_open = precondition(lambda self: self.open is not None)
-    room = precondition(lambda self: len(self.shadow.seqs) < MOST_SEQS)
+    below_limit = precondition(lambda self: len(self.shadow.seqs) < MAX_SEQS)
 
-    # -- sequences --------------------------------------------------------------------------------------------------
+    # -- sequences ---------------------------------------------------------------------------------
 
-    @room
+    @below_limit
     @rule(tokens=TOKENS)
     def add(self, tokens):
         self.shadow.add(self.tree.add(tokens), tokens)
 
     @some
-    @room
+    @below_limit
     @rule(number=NUMBER, at=NUMBER, last=st.booleans())
     def fork(self, number, at, last):
         seq = self.seq(number)
@@ -66,14 +68,16 @@ class Operations(RuleBasedStateMachine):
             self.shadow.fork(self.tree.fork(seq, at), seq, at)
 
     @some
-    @room
+    @below_limit
     @rule(number=NUMBER, back=st.lists(st.integers(0, 17), min_size=1, max_size=4))
     def fork_of_a_fork(self, number, back):
-        """A chain: each a fork of the one before, `back` tokens from its end, with some tokens of its own."""
+        """A chain: each a fork of the one before, `back` tokens from its end, with some tokens of
+        its own.
+        """
         seq = self.seq(number)
         for n in back:
             length = len(self.shadow.seqs[seq])
-            if self.tree.stale(seq) or length + 20 > MOST_TOKENS:
+            if self.tree.stale(seq) or length + 20 > MAX_TOKENS:
                 return
             at = max(1, length - n)
             child = self.tree.fork(seq, at)
@@ -86,7 +90,7 @@ class Operations(RuleBasedStateMachine):
     @rule(number=NUMBER, tokens=TOKENS)
     def extend(self, number, tokens):
         seq = self.seq(number)
-        if len(self.shadow.seqs[seq]) + len(tokens) <= MOST_TOKENS:
+        if len(self.shadow.seqs[seq]) + len(tokens) <= MAX_TOKENS:
             self.tree.extend(seq, tokens)
             self.shadow.extend(seq, tokens)
 
@@ -150,7 +154,7 @@ class Operations(RuleBasedStateMachine):
         self.shadow.new_version()
         assert self.tree.tokens_held == 0
 
-    # -- forward passes ---------------------------------------------------------------------------------------------
+    # -- forward passes ----------------------------------------------------------------------------
 
     def opened(self, layout):
         """Note what the rows stand for; ids and positions tell whether that is right."""
@@ -160,8 +164,8 @@ class Operations(RuleBasedStateMachine):
         for node, (row, _, count) in layout.rows_of.items():
             # of the sequences with this node on their path one has all its rows
             holders = [s for s in self.shadow.seqs if node in dict(self.tree.path(s))]
-            most = max(holders, key=lambda s: dict(self.tree.path(s))[node])
-            origins = self.shadow.seqs[most]
+            longest = max(holders, key=lambda s: dict(self.tree.path(s))[node])
+            origins = self.shadow.seqs[longest]
             for i in range(row, row + count):
                 self.rows[i] = origins[positions[i]]
                 self.paths[i] = origins[: positions[i] + 1]
@@ -213,7 +217,7 @@ class Operations(RuleBasedStateMachine):
             sampled = self.open.seqs
             self.commit()
             for seq in sampled:
-                if len(self.shadow.seqs[seq]) < MOST_TOKENS:
+                if len(self.shadow.seqs[seq]) < MAX_TOKENS:
                     self.tree.extend(seq, [seq])
                     self.shadow.extend(seq, [seq])
 
@@ -221,7 +225,9 @@ class Operations(RuleBasedStateMachine):
     @closed
     @rule(numbers=st.lists(NUMBER, min_size=1, max_size=3))
     def score(self, numbers):
-        """All positions but the last of each, whether they have KV or not; stale ones get theirs anew."""
+        """All positions but the last of each, whether they have KV or not; stale ones get theirs
+        anew.
+        """
         want: dict[int, int] = {}
         seqs = {self.seq(n) for n in numbers}
         for seq in seqs:
@@ -244,13 +250,13 @@ class Operations(RuleBasedStateMachine):
     def score_the_beginning(self, number, end):
         """Positions before `end` of a sequence: what stands on later ones stays as stale as it was."""
         seq = self.seq(number)
-        end, units = 1 + end % len(self.shadow.seqs[seq]), []
+        end, ranges = 1 + end % len(self.shadow.seqs[seq]), []
         for node, count in self.tree.path(seq):
-            units.append((node, 0, min(count, end)))
-            end -= units[-1][2]
+            ranges.append((node, 0, min(count, end)))
+            end -= ranges[-1][2]
             if not end:
                 break
-        layout = self.tree.layout(units)
+        layout = self.tree.layout(ranges)
         if not isinstance(layout, int):
             self.opened(layout)
             self.commit()
@@ -282,7 +288,7 @@ class Operations(RuleBasedStateMachine):
         self.tree.close(how)
         self.open = None
 
-    # -- wrong calls ------------------------------------------------------------------------------------------------
+    # -- wrong calls -------------------------------------------------------------------------------
 
     @rule(number=NUMBER, name=st.sampled_from(["release", "tokens", "evict", "kv", "path"]))
     def use_a_released_handle(self, number, name):
@@ -306,7 +312,7 @@ class Operations(RuleBasedStateMachine):
             with pytest.raises(EngineError, match="commit or abort it first"):
                 call()
 
-    # -- what always holds ------------------------------------------------------------------------------------------
+    # -- what always holds -------------------------------------------------------------------------
 
     @invariant()
     def all_is_as_the_shadow_says(self):

@@ -1,8 +1,10 @@
-"""What the tests of the segment tree share: both implementations run side by side, and an independent shadow.
+"""What the tests of the segment tree share: both implementations run side by side, and an
+independent shadow.
 
-The shadow knows neither nodes nor blocks. Every position of every sequence has an *origin*: a number made when the
-token was put there. A fork shares its parent's origins before at - 1 and gets a new one for its first row, so KV may be
-shared exactly where origins are equal, and everything else follows by counting in sets.
+The shadow knows neither nodes nor blocks. Every position of every sequence has an *origin*: a
+number made when the token was put there. A fork shares its parent's origins before at - 1 and gets
+a new one for its first row, so KV may be shared exactly where origins are equal, and everything
+else follows by counting in sets.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import torch
 
 from appo._kernels.common import native
 from appo.errors import EngineError
-from appo.rollout.native.tree.layout import BLOCK, Layout
+from appo.rollout.native.tree.block_list import BLOCK
+from appo.rollout.native.tree.integrity import check_tree
+from appo.rollout.native.tree.layout import Layout
 from appo.rollout.native.tree.native_tree import NativeTree
 from appo.rollout.native.tree.segment_tree import SegmentTree
 
@@ -26,7 +30,9 @@ COUNTS = (
 
 
 class Both:
-    """All implementations there are; each call must give the same answer, or the same error, everywhere."""
+    """All implementations there are; each call must give the same answer, or the same error,
+    everywhere.
+    """
 
     def __init__(self, max_blocks: int | None = None):
         self.trees = [tree(max_blocks) for tree in TREES]
@@ -44,8 +50,11 @@ class Both:
     def plan(self, seqs: Sequence[int], budget: int) -> Layout | int:
         return self._open([_outcome(tree.plan, (seqs, budget)) for tree in self.trees])
 
-    def layout(self, units: Sequence[tuple[int, int, int]]) -> Layout | int:
-        return self._open([_outcome(tree.layout, (units,)) for tree in self.trees])
+    def layout(self, ranges: Sequence[tuple[int, int, int]]) -> Layout | int:
+        return self._open([_outcome(tree.layout, (ranges,)) for tree in self.trees])
+
+    def check(self) -> None:
+        self._same([_outcome(check_tree, (tree,)) for tree in self.trees], "check_tree")
 
     def close(self, how: str) -> None:
         """ "commit" or "abort" what is open."""
@@ -80,10 +89,10 @@ class Both:
         return self._same(outcomes, "plan")
 
     @staticmethod
-    def _same(outcomes: list[Any], what: Any) -> Any:
+    def _same(outcomes: list[Any], call: Any) -> Any:
         first = outcomes[0]
         for other in outcomes[1:]:
-            assert _plain(first) == _plain(other), (what, outcomes)
+            assert _plain(first) == _plain(other), (call, outcomes)
         if isinstance(first, Exception):
             raise first
         return first
@@ -116,10 +125,10 @@ def rows_read(layout: Layout) -> list[list[int]]:
     segments, limits = layout.segments.tolist(), layout.limits.tolist()
     rows: list[list[int]] = [[] for _ in layout.ids]
     for segment, first, last, start in reads:
-        begin, most = segments[segment]
+        begin, longest = segments[segment]
         for row in range(first, last):
             limit = limits[start + row - first]
-            assert 0 < limit <= most
+            assert 0 < limit <= longest
             rows[row] += [blocks[begin + i // BLOCK] * BLOCK + i % BLOCK for i in range(limit)]
     return rows
 

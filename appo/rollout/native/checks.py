@@ -6,7 +6,7 @@ import torch
 
 from appo.errors import EngineError
 from appo.rollout.engine import SamplingParams
-from appo.rollout.native.tree.layout import BLOCK
+from appo.rollout.native.tree.block_list import BLOCK
 
 COLDEST, HOTTEST = 1e-30, 1e30  # temperatures; beyond, their inverse is no float32 to reckon with
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -25,6 +25,14 @@ def check_settings(dtype: str, max_batch: int, prefill_chunk: int, kv_tokens: in
             raise EngineError(f"{name}={value}: must be at least {least}")
 
 
+def check_context(max_context: int, max_positions: int) -> None:
+    """The longest sequence fits the model's positions."""
+    if not 2 <= max_context <= max_positions:
+        raise EngineError(
+            f"max_context={max_context}: the model's positions allow 2 … {max_positions}"
+        )
+
+
 def check_params(p: SamplingParams) -> None:
     """How to sample makes sense."""
     if p.max_new_tokens < 1:
@@ -39,9 +47,9 @@ def check_params(p: SamplingParams) -> None:
         )
 
 
-def check_room(what: str, length: int, more: int, max_context: int) -> None:
+def check_fits(operation: str, length: int, more: int, max_context: int) -> None:
     """`more` tokens after `length` fit the context."""
     if length + more > max_context:
         raise EngineError(
-            f"{what}: {length} + {more} tokens need {length + more}, which does not fit max_context={max_context}"
+            f"{operation}: {length} + {more} tokens need {length + more}, which does not fit max_context={max_context}"
         )

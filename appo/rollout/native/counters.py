@@ -1,10 +1,10 @@
-"""What an engine has done since it was made, and what as many independent sequences would have cost."""
+"""What an engine has done, and what as many independent sequences would have cost."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from appo.rollout.native.scheduler import Run
+from appo.rollout.native.requests import Request
 
 
 @dataclass
@@ -13,8 +13,9 @@ class Counters:
 
     prefill, decode   rows of `step`; decode are those of tokens drawn just before
     scored            rows of `score`
-    independent       rows that would have been run if every sequence computed its whole path itself and kept its KV; of
-                      one that was taken out while it ran its first tokens, as many as its path had
+    independent       rows that would have been run if every sequence computed its whole path itself
+                      and kept its KV; of one that was taken out while it ran its first tokens, as
+                      many as its path had
     """
 
     prefill_tokens: int = 0
@@ -35,15 +36,18 @@ class Counters:
             self.independent_tokens - self.prefill_tokens - self.decode_tokens - self.scored_tokens
         )
 
-    def forward(self, rows: int, drawing: list[Run]) -> None:
-        """One forward of `rows`, at the end of which these runs draw a token (it is not in `run.tokens` yet)."""
-        decoded = sum(1 for run in drawing if run.tokens)
+    def forward(self, rows: int, sampling: list[Request]) -> None:
+        """One forward of `rows`, at the end of which these requests draw a token.
+
+        It is not in their `tokens` yet.
+        """
+        decoded = sum(1 for request in sampling if request.tokens)
         self.steps += 1
         self.decode_tokens += decoded
         self.prefill_tokens += rows - decoded
-        for run in drawing:
-            self.independent_tokens += run.length - self._covered.get(run.seq, 0)
-            self._covered[run.seq] = run.length
+        for request in sampling:
+            self.independent_tokens += request.length - self._covered.get(request.seq, 0)
+            self._covered[request.seq] = request.length
 
     def gave_up(self, seq: int, kv: int) -> None:
         """A running sequence is cancelled; so many positions of its path have KV."""

@@ -1,58 +1,60 @@
-"""The one loop of the engine: plan → forward → draw → commit.
+"""The one loop of the engine: plan → forward → sample → commit.
 
-The tree changes only in commit, so whatever goes wrong before it leaves every sequence as it was. What goes wrong in
-commit can only be a stop callback: by then all tokens are drawn, and all of them are kept.
+The tree changes only in commit, so whatever goes wrong before it leaves every sequence as it was.
+What goes wrong in commit can only be a stop callback: by then all tokens are drawn, and all of them
+are kept.
 
-An event belongs to its sequence until `step` has returned it. If a callback of the same step raises, it waits for the
-next step; a cancel or release of its sequence meanwhile takes it back.
+An event belongs to its sequence until `step` has returned it. If a callback of the same step
+raises, it waits for the next step; a cancel or release of its sequence meanwhile takes it back.
 """
 
 from __future__ import annotations
 
 from appo.errors import EngineError
-from appo.rollout.engine import Stopped
+from appo.rollout.engine import SequenceStopped
 from appo.rollout.native.counters import Counters
 from appo.rollout.native.events import EventLog
+from appo.rollout.native.requests import Request, SequenceState
 from appo.rollout.native.runner import Runner
-from appo.rollout.native.sampling.sampler import Sampler
-from appo.rollout.native.scheduler import Run, Scheduler, State
+from appo.rollout.native.sampling.sampler import Results, TokenSampler
+from appo.rollout.native.scheduler import Scheduler
 from appo.rollout.native.tree.layout import Layout
 from appo.rollout.submission import Reason
-
-Drawn = tuple[list[int], list[float], list[float]]  # tokens, logprobs, entropies
 
 
 class Loop:
     """Steps over the submissions of a scheduler."""
 
-    def __init__(self, scheduler: Scheduler, sampler: Sampler, log: EventLog, counters: Counters):
+    def __init__(
+        self, scheduler: Scheduler, sampler: TokenSampler, log: EventLog, counters: Counters
+    ):
         self.scheduler, self.tree, self.sampler = scheduler, scheduler.tree, sampler
         self.log, self.counters = log, counters
-        self._runs: list[Run] = []  # whose rows the sampler is set up for
-        self._late: list[Stopped] = []  # events that an exception kept from being returned
+        self._requests: list[Request] = []  # whose rows the sampler is set up for
+        self._late: list[SequenceStopped] = []  # events that an exception kept from being returned
 
     @property
     def decoding(self) -> int:
-        """Sequences whose Stopped event was not returned yet."""
+        """Sequences whose SequenceStopped event was not returned yet."""
         return len(self.scheduler.by_seq) + len(self._late)
 
     def has_work(self) -> bool:
         return self.decoding > 0
 
-    def step(self, runner: Runner, version: int) -> list[Stopped]:
+    def step(self, runner: Runner, version: int) -> list[SequenceStopped]:
         """One forward; → what stopped in it, and what stopped in one that raised."""
         if self.scheduler.by_seq:
             try:
                 layout = self.scheduler.plan()
-                runs, drawn = self._run(layout, runner)
+                requests, sampled = self._run(layout, runner)
                 self.tree.commit(layout)
             except BaseException:
                 if self.tree.open is not None:  # neither before a plan nor after commit
                     self.tree.abort(self.tree.open)
                 raise
-            self.counters.forward(len(layout.ids), runs)
+            self.counters.forward(len(layout.ids), requests)
             self.log.step += 1
-            self._commit(runs, drawn, version)
+            self._commit(requests, sampled, version)
         events, self._late = self._late, []
         return events
 
@@ -66,33 +68,37 @@ class Loop:
         self._late = [event for event in self._late if event.seq != seq]
         return sum(len(event.token_ids) for event in dropped)
 
-    def _run(self, layout: Layout, runner: Runner) -> tuple[list[Run], Drawn]:
-        """Forward and draw; → whose rows were sampled, and what."""
-        runs = [self.scheduler.by_seq[seq] for seq in layout.seqs]
+    def _run(self, layout: Layout, runner: Runner) -> tuple[list[Request], Results]:
+        """Forward and sample; → whose rows were sampled, and what."""
+        requests = [self.scheduler.by_seq[seq] for seq in layout.seqs]
         runner.pool.ensure(self.tree.span)
         hidden = runner.forward(layout, layout.out_rows)
-        if not runs:
-            return runs, ([], [], [])
-        if runs != self._runs:
-            self.sampler.rows([run.params for run in runs], layout.seqs)
-            self._runs = runs
-        seeds, positions = [run.seed for run in runs], [run.length for run in runs]
-        return runs, self.sampler.draw(hidden, seeds, positions)
+        if not requests:
+            return requests, ([], [], [])
+        if requests != self._requests:
+            self.sampler.rows([request.params for request in requests], layout.seqs)
+            self._requests = requests
+        seeds = [request.seed for request in requests]
+        positions = [request.length for request in requests]
+        return requests, self.sampler.sample(hidden, seeds, positions)
 
-    def _commit(self, runs: list[Run], drawn: Drawn, version: int) -> None:
-        """Every token into its sequence; what stops goes to `_late`. The first callback that raised is reported after."""
+    def _commit(self, requests: list[Request], sampled: Results, version: int) -> None:
+        """Every token into its sequence; what stops goes to `_late`.
+
+        The first callback that raised is reported after.
+        """
         failed: tuple[int, BaseException] | None = None
-        for run, token, logprob, entropy in zip(runs, *drawn):
-            if self.scheduler.by_seq.get(run.seq) is not run:
+        for request, token, logprob, entropy in zip(requests, *sampled):
+            if self.scheduler.by_seq.get(request.seq) is not request:
                 continue  # a callback of this step cancelled it
-            run.take(token, logprob, entropy)
-            self.tree.extend(run.seq, [token])
+            request.take(token, logprob, entropy)
+            self.tree.extend(request.seq, [token])
             try:
-                reason = run.reason_to_stop(token)
+                reason = request.reason_to_stop(token)
             except BaseException as e:  # raised again below
-                failed, reason = failed or (run.seq, e), run.at_end(token)
-            if reason is not None and self.scheduler.by_seq.get(run.seq) is run:
-                self._stop(run, reason, version)
+                failed, reason = failed or (request.seq, e), request.at_end(token)
+            if reason is not None and self.scheduler.by_seq.get(request.seq) is request:
+                self._stop(request, reason, version)
         if failed is None:
             return
         seq, error = failed
@@ -103,7 +109,12 @@ class Loop:
             "the sequence"
         ) from error
 
-    def _stop(self, run: Run, reason: Reason, version: int) -> None:
-        self.scheduler.remove(run, State.TOOL_WAIT if reason == "stop" else State.FORK_READY)
-        self.log.write("stop", run.seq, reason=reason, ids=run.tokens)
-        self._late.append(Stopped(run.seq, run.tokens, run.logprobs, run.entropy, reason, version))
+    def _stop(self, request: Request, reason: Reason, version: int) -> None:
+        state = SequenceState.TOOL_WAIT if reason == "stop" else SequenceState.FORK_READY
+        self.scheduler.remove(request, state)
+        self.log.write("stop", request.seq, reason=reason, ids=request.tokens)
+        self._late.append(
+            SequenceStopped(
+                request.seq, request.tokens, request.logprobs, request.entropy, reason, version
+            )
+        )

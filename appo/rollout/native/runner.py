@@ -1,4 +1,7 @@
-"""Runs the rows of a Layout through the model: their KV goes into the pool, hidden states come back."""
+"""Runs the rows of a Layout through the model.
+
+Their KV goes into the pool, hidden states come back.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,25 @@ from appo.rollout.native.attention.segments import attend_segments
 from appo.rollout.native.model.model import Model
 from appo.rollout.native.tree.layout import Layout
 
-BUCKET = 8  # deterministic PyTorch: rows are padded to a multiple of this (products of 1-3 rows take another path)
+# deterministic PyTorch: rows are padded to a multiple of this (products of 1-3 rows take another
+# path)
+BUCKET = 8
 
 
 class Runner(Protocol):
-    """What the engine needs of a device. The pool has room for every block of a layout (the engine saw to that)."""
+    """What the engine needs of a device.
+
+    The pool has room for every block of a layout (the engine saw to that).
+    """
 
     model: Model
     pool: KVPool
 
     def forward(self, layout: Layout, rows: Tensor | None) -> Tensor:
-        """Run a layout; → final hidden states, normed, of `rows` (None: all), [R, d]; padding may follow below."""
+        """Run a layout; → final hidden states, normed, of `rows` (None: all), [R, d].
+
+        Padding may follow below.
+        """
 
     def weights_changed(self) -> None:
         """The model's weights are others now."""
@@ -36,7 +47,10 @@ class Runner(Protocol):
 
 
 class HostRunner:
-    """On the CPU: the model in C++ where it can run, else PyTorch with attention in C++ or its definition."""
+    """On the CPU: the model in C++ where it can run, else in PyTorch.
+
+    PyTorch's attention is the C++ one or its definition.
+    """
 
     def __init__(self, model: Model, pool: KVPool, deterministic: bool):
         self.model, self.pool, self.deterministic = model, pool, deterministic
@@ -100,10 +114,10 @@ def _rows(layout: Layout) -> list[_Row]:
             none,
             layout.segments,
             layout.blocks,
-            torch.tensor([[s, 0, 1, i] for i, s in enumerate(some)]),
-            torch.tensor(most),
+            torch.tensor([[s, 0, 1, i] for i, s in enumerate(read)]),
+            torch.tensor(counts),
         )
-        for some, most in zip(segments, limits)
+        for read, counts in zip(segments, limits)
     ]
 
 

@@ -1,11 +1,13 @@
 """Statistics of given tokens under the current weights, one prefix-shared pass over a set of paths.
 
-Every node's stored positions are run once, in chunks that may hold many nodes at a time; the KV they write stays, so
-that a fork after a weight change costs one token. The row of position i predicts token i + 1.
+Every node's stored positions are run once, in chunks that may hold many nodes at a time; the KV
+they write stays, so that a fork after a weight change costs one token. The row of position i
+predicts token i + 1.
 
-Nodes are run depth first, of the children of a node the one that forks last first. So what is still to be read always
-lies on one path, the current one: a pool that holds the longest sequence can score any number of them, as what lies off
-that path may be dropped. (It is fresh all the same, and is prefilled again when a fork needs it.)
+Nodes are run depth first, of the children of a node the one that forks last first. So what is still
+to be read always lies on one path, the current one: a pool that holds the longest sequence can
+score any number of them, as what lies off that path may be dropped. (It is fresh all the same, and
+is prefilled again when a fork needs it.)
 """
 
 from __future__ import annotations
@@ -23,15 +25,18 @@ from appo.rollout.engine import Scored
 from appo.rollout.native.runner import Runner
 from appo.rollout.native.scheduler import Scheduler
 from appo.rollout.native.tree.layout import Layout
-from appo.rollout.native.tree.segment_tree import SegmentTree
+from appo.rollout.native.tree.native_tree import Tree
 
-Unit = tuple[int, int, int]  # node, first own position, count
+NodeRows = tuple[int, int, int]  # node, first own position, count
 Reads = tuple[tuple[int, int], ...]  # (node, how many of its own positions), root first
 
 
 @dataclass
 class Span:
-    """What is run of a node: own positions 0 … count - 1, each predicting the target at the same place."""
+    """What is run of a node.
+
+    Own positions 0 … count - 1, each predicting the target at the same place.
+    """
 
     targets: list[int]  # tokens that follow: of own positions 1 … count
     logprobs: np.ndarray  # float32 [count]
@@ -43,11 +48,14 @@ class Span:
 
 
 class TreeScore:
-    """One pass over the paths of `seqs`. `run` computes, `of(seq, version)` reads the result for one sequence."""
+    """One pass over the paths of `seqs`.
+
+    `run` computes, `of(seq, version)` reads the result for one sequence.
+    """
 
     def __init__(
         self,
-        tree: SegmentTree,
+        tree: Tree,
         scheduler: Scheduler,
         runner: Runner,
         seqs: Sequence[int],
@@ -62,7 +70,10 @@ class TreeScore:
             self._add(seq)
 
     def _add(self, seq: int) -> None:
-        """The longest use of a node decides how much of it is run; what follows it is read off that path."""
+        """The longest use of a node decides how much of it is run.
+
+        What follows it is read off that path.
+        """
         ids, first = self.tree.tokens(seq), 0
         above: Reads = ()
         for node, count in self._pieces(seq):
@@ -82,8 +93,11 @@ class TreeScore:
         return [*path, (leaf, own - 1)]
 
     def run(self) -> int:
-        """Run everything in chunks; returns the number of rows. A chunk that fails leaves those before it committed."""
-        rest = self._units()
+        """Run everything in chunks; returns the number of rows.
+
+        A chunk that fails leaves those before it committed.
+        """
+        rest = self._ranges()
         while rest:
             try:
                 layout, rest = self._plan(rest)
@@ -96,24 +110,27 @@ class TreeScore:
                 raise
         return sum(span.count for span in self.spans.values())
 
-    def _units(self) -> list[Unit]:
+    def _ranges(self) -> list[NodeRows]:
         """All there is to run, in depth-first order; see the module's text."""
         order, stack = [], [node for node, above in self._above.items() if not above][::-1]
         while stack:
             node = stack.pop()
             order.append((node, 0, self.spans[node].count))
             stack += sorted(self._below[node], key=self._below[node].__getitem__)
-        return [unit for unit in order if unit[2]]
+        return [row_range for row_range in order if row_range[2]]
 
-    def _plan(self, units: list[Unit]) -> tuple[Layout, list[Unit]]:
-        """The layout of the next chunk, and what comes after it. Chunks are smaller where the pool has little room."""
+    def _plan(self, ranges: list[NodeRows]) -> tuple[Layout, list[NodeRows]]:
+        """The layout of the next chunk, and what comes after it.
+
+        Chunks are smaller where the pool has little room.
+        """
         rows = self.scheduler.prefill_chunk
         while True:
-            chunk, rest = _cut(units, rows)
+            chunk, rest = _cut(ranges, rows)
             layout = self.tree.layout(chunk)
             if isinstance(layout, Layout):
                 return layout, rest
-            if self.scheduler.make_room(layout, self.seqs, self._reads(units)):
+            if self.scheduler.make_room(layout, self.seqs, self._reads(ranges)):
                 continue
             rows = sum(count for _, _, count in chunk) // 2
             if not rows:
@@ -123,10 +140,10 @@ class TreeScore:
                     "not hold the longest sequence; raise kv_tokens"
                 )
 
-    def _reads(self, units: list[Unit]) -> dict[int, int]:
-        """Node → own positions, run by now, that these units read."""
+    def _reads(self, ranges: list[NodeRows]) -> dict[int, int]:
+        """Node → own positions, run by now, that these ranges read."""
         reads: dict[int, int] = {}
-        for node, start, _ in units:
+        for node, start, _ in ranges:
             for id, count in (*self._above[node], (node, start)):
                 reads[id] = max(reads.get(id, 0), count)
         return reads
@@ -158,11 +175,11 @@ class TreeScore:
         return Scored(logprobs, entropy, version)
 
 
-def _cut(units: Iterable[Unit], rows: int) -> tuple[list[Unit], list[Unit]]:
+def _cut(ranges: Iterable[NodeRows], rows: int) -> tuple[list[NodeRows], list[NodeRows]]:
     """The first so many rows, and the others."""
-    first: list[Unit] = []
-    rest: list[Unit] = []
-    for node, start, count in units:
+    first: list[NodeRows] = []
+    rest: list[NodeRows] = []
+    for node, start, count in ranges:
         take = min(count, rows)
         rows -= take
         if take:

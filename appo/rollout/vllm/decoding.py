@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 from appo.errors import EngineError, StaleWeightsError
-from appo.rollout.engine import SamplingParams, Stopped
+from appo.rollout.engine import SamplingParams, SequenceStopped
 from appo.rollout.seeds import derive_seed
 from appo.rollout.submission import Reason
 from appo.rollout.vllm.reports import at_temperature, flat_row, logprob_of, top_entropy
-from appo.rollout.vllm.sequences import Run
+from appo.rollout.vllm.sequences import DecodeRequest
 from appo.rollout.vllm.start import TOP, Api, Statistics
-from appo.rollout.vllm.tap import KEY
+from appo.rollout.vllm.worker_statistics import KEY
 
 COUNTERS = (
     "prefill_tokens", "decode_tokens", "scored_tokens", "forks", "prefix_hits_tokens", "steps",
@@ -29,8 +29,10 @@ class Decoder:
         self.statistics, self.vocab = statistics, vocab
         self.name, self._ids = uuid.uuid4().hex[:8], itertools.count()
         self.salt = ""
-        self.runs: dict[str, Run] = {}  # that vLLM decodes, by request id
-        self.by_seq: dict[int, Run] = {}  # these, and those that stopped and were not handed out
+        self.requests: dict[str, DecodeRequest] = {}  # that vLLM decodes, by request id
+        self.by_seq: dict[
+            int, DecodeRequest
+        ] = {}  # these, and those that stopped and were not handed out
         self.count = dict.fromkeys(COUNTERS, 0)
         if statistics == "exact":
             llm.collective_rpc("appo_attach")
@@ -40,84 +42,94 @@ class Decoder:
         return f"{self.name}-{next(self._ids)}"
 
     def relabel(self, salt: str) -> None:
-        """From now on requests belong to these weights. vLLM versions that can note it in their outputs."""
+        """From now on requests belong to these weights.
+
+        vLLM versions that can note it in their outputs.
+        """
         self.salt = salt
         label = getattr(self.core, "set_weight_version", None)
         if label is not None:
             label(salt)
 
-    def request(self, key: str, tokens: list[int], sampling: Any, salt: str | None = None) -> None:
+    def send(self, key: str, tokens: list[int], sampling: Any, salt: str | None = None) -> None:
         prompt = self.api.TokensPrompt(prompt_token_ids=list(tokens), cache_salt=salt or self.salt)
         self.core.add_request(key, prompt, sampling)
 
-    def submit(self, run: Run, seed: int) -> None:
+    def submit(self, request: DecodeRequest, seed: int) -> None:
         """Start decoding."""
-        self.request(run.key, run.seq.tokens, self._sampling(run, run.params, seed))
-        self.runs[run.key] = self.by_seq[run.seq.handle] = run
+        self.send(request.key, request.seq.tokens, self._sampling(request, request.params, seed))
+        self.requests[request.key] = self.by_seq[request.seq.handle] = request
 
-    def _sampling(self, run: Run, params: SamplingParams, seed: int) -> Any:
+    def _sampling(self, request: DecodeRequest, params: SamplingParams, seed: int) -> Any:
         report = {
             "exact": dict(logprobs=0),
             "top": dict(logprobs=TOP),
             "full": dict(logprobs=-1, flat_logprobs=True),
         }
         return self.api.SamplingParams(
-            max_tokens=run.end - run.start,
+            max_tokens=request.end - request.start,
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
-            # One seed per submit: with the line's own, the draws after a tool call would repeat those before it.
-            seed=derive_seed(seed, run.start),
+            # One seed per submit: with the line's own, the draws after a tool call would repeat
+            # those before it.
+            seed=derive_seed(seed, request.start),
             stop_token_ids=sorted(params.stop_token_ids),
             ignore_eos=True,  # only the ids asked for stop it
             detokenize=False,
             output_kind=self.api.DELTA,
-            extra_args={KEY: run.key},
+            extra_args={KEY: request.key},
             **report[self.statistics],
         )
 
-    def cancel(self, run: Run) -> None:
+    def cancel(self, request: DecodeRequest) -> None:
         """End it without an event; what it drew stays in the sequence."""
-        if self.runs.pop(run.key, None) is not None and not run.finished:
-            self.core.abort_request([run.key])
-        del self.by_seq[run.seq.handle]
+        if self.requests.pop(request.key, None) is not None and not request.finished:
+            self.core.abort_request([request.key])
+        del self.by_seq[request.seq.handle]
         if self.statistics == "exact":
-            self.call("appo_take_drawn", [run.key])
+            self.call("appo_take_sampled", [request.key])
 
     def step(self, other: Callable[[Any], None]) -> None:
-        """One step of vLLM; outputs of requests that are no runs go to `other`.
+        """One step of vLLM; outputs that belong to no `DecodeRequest` go to `other`.
 
-        vLLM gives an output once, so all are taken before the first thing that went wrong with one of them is raised.
+        vLLM gives an output once, so all are taken before the first thing that went wrong with one
+        of them is raised.
         """
-        outputs = [(self.runs.get(output.request_id), output) for output in self._advance()]
+        outputs = [(self.requests.get(output.request_id), output) for output in self._advance()]
         self.count["steps"] += 1
-        for run, output in outputs:
-            if run is not None:
-                run.finished = output.finished
+        for request, output in outputs:
+            if request is not None:
+                request.finished = output.finished
         failed: BaseException | None = None
-        for run, output in outputs:
+        for request, output in outputs:
             try:
-                if run is None:
+                if request is None:
                     other(output)
-                elif run.key in self.runs:  # otherwise a callback of this step cancelled it
-                    self._take(run, output)
+                elif request.key in self.requests:  # otherwise a callback of this step cancelled it
+                    self._take(request, output)
             except BaseException as e:  # raised again below
                 failed = failed or e
         if failed is not None:
             raise failed
 
-    def hand_out(self) -> list[Stopped]:
+    def hand_out(self) -> list[SequenceStopped]:
         """Events of what has stopped. If it raises, the others come with the next call."""
-        ended = [run for run in self.by_seq.values() if run.reason is not None]
+        ended = [request for request in self.by_seq.values() if request.reason is not None]
         if self.statistics == "exact":
-            self._entropies([run for run in ended if not run.entropy])
+            self._entropies([request for request in ended if not request.entropy])
         events = []
-        for run in ended:
-            assert run.reason is not None
-            del self.by_seq[run.seq.handle]
+        for request in ended:
+            assert request.reason is not None
+            del self.by_seq[request.seq.handle]
             events.append(
-                Stopped(
-                    run.seq.handle, run.tokens, run.logprobs, run.entropy, run.reason, run.version
+                SequenceStopped(
+                    request.seq.handle,
+                    request.tokens,
+                    request.logprobs,
+                    request.entropy,
+                    request.reason,
+                    request.version,
                 )
             )
         return events
@@ -129,47 +141,50 @@ class Decoder:
             Exception
         ) as e:  # whatever it was: vLLM's core is gone, what was drawn is still in the sequences
             raise EngineError(
-                f"vLLM failed with {len(self.runs)} sequences decoding: {type(e).__name__}: {e}"
+                f"vLLM failed with {len(self.requests)} sequences decoding: {type(e).__name__}: {e}"
             ) from e
 
-    def _take(self, run: Run, output: Any) -> None:
+    def _take(self, request: DecodeRequest, output: Any) -> None:
         """What a step gave one request."""
-        if not run.counted:
-            run.counted, hits = True, int(output.num_cached_tokens or 0)
+        if not request.counted:
+            request.counted, hits = True, int(output.num_cached_tokens or 0)
             self.count["prefix_hits_tokens"] += hits
-            self.count["prefill_tokens"] += run.start - hits
+            self.count["prefill_tokens"] += request.start - hits
         new, reason, failed = output.outputs[0], None, None
         for i, token in enumerate(map(int, new.token_ids)):
-            self.count["decode_tokens"] += bool(run.tokens)
-            run.take(token, *self._statistics(new.logprobs, i, token))
+            self.count["decode_tokens"] += bool(request.tokens)
+            request.take(token, *self._statistics(new.logprobs, i, token))
             try:
-                reason = run.reason_to_stop(token)
+                reason = request.reason_to_stop(token)
             except BaseException as e:  # raised again below
-                failed, reason = failed or e, run.at_end(token)
-            if reason is not None or run.key not in self.runs:
+                failed, reason = failed or e, request.at_end(token)
+            if reason is not None or request.key not in self.requests:
                 break  # a token beyond the stop was never part of the sequence
-        if run.key in self.runs:  # otherwise its callback cancelled it
-            self._after(run, reason, new)
+        if request.key in self.requests:  # otherwise its callback cancelled it
+            self._after(request, reason, new)
         if isinstance(failed, Exception):
             raise EngineError(
-                f"the stop callback of sequence {run.seq.handle} raised {failed!r}; the token it saw was kept. Go on with "
+                f"the stop callback of sequence {request.seq.handle} raised {failed!r}; the token it saw was kept. Go on with "
                 "step(), or cancel the sequence"
             ) from failed
         if failed is not None:
             raise failed
 
-    def _after(self, run: Run, reason: Reason | None, new: Any) -> None:
-        """Let a run go that has stopped. Raises if vLLM ended it otherwise, or drew it from other weights."""
+    def _after(self, request: DecodeRequest, reason: Reason | None, new: Any) -> None:
+        """Let a run go that has stopped.
+
+        Raises if vLLM ended it otherwise, or drew it from other weights.
+        """
         if reason is not None:
-            self._check_version(run, new)
-            if not run.finished:
-                self.core.abort_request([run.key])
-            del self.runs[run.key]
-            run.reason = reason
-        elif run.finished:
-            self.cancel(run)
+            self._check_version(request, new)
+            if not request.finished:
+                self.core.abort_request([request.key])
+            del self.requests[request.key]
+            request.reason = reason
+        elif request.finished:
+            self.cancel(request)
             raise EngineError(
-                f"vLLM ended sequence {run.seq.handle} by itself (finish_reason={new.finish_reason!r}, "
+                f"vLLM ended sequence {request.seq.handle} by itself (finish_reason={new.finish_reason!r}, "
                 f"stop_reason={new.stop_reason!r}); see its log. It has what was drawn, and no event will come"
             )
 
@@ -182,21 +197,21 @@ class Decoder:
             return logprob, top_entropy([x.logprob for x in report[i].values()], self.vocab)
         return logprob, None  # comes from the worker when the run stops
 
-    def _entropies(self, runs: list[Run]) -> None:
-        """Exact entropies of these runs, out of the worker, which forgets them."""
-        if not runs:
+    def _entropies(self, requests: list[DecodeRequest]) -> None:
+        """Exact entropies of these requests, out of the worker, which forgets them."""
+        if not requests:
             return
-        found = self.call("appo_take_drawn", [run.key for run in runs])
+        found = self.call("appo_take_sampled", [request.key for request in requests])
         lost = []
-        for run in runs:
-            mine = found.get(run.key, {})
-            missing = [i for i in range(len(run.tokens)) if i not in mine]
+        for request in requests:
+            mine = found.get(request.key, {})
+            missing = [i for i in range(len(request.tokens)) if i not in mine]
             if missing:
-                lost.append((run, missing[0]))
+                lost.append((request, missing[0]))
             else:
-                run.entropy = [mine[i] for i in range(len(run.tokens))]
-        for run, _ in lost:
-            self.cancel(run)
+                request.entropy = [mine[i] for i in range(len(request.tokens))]
+        for request, _ in lost:
+            self.cancel(request)
         if lost:
             raise EngineError(
                 f"vLLM's worker saw no distribution for token {lost[0][1]} of sequence {lost[0][0].seq.handle}; use "
@@ -204,16 +219,19 @@ class Decoder:
             )
 
     def call(self, method: str, keys: list[str]) -> dict[str, Any]:
-        """A worker's answer; with several the first that has one (a tensor-parallel group sees the same logits)."""
+        """A worker's answer.
+
+        With several the first that has one (a tensor-parallel group sees the same logits).
+        """
         answers = self.llm.collective_rpc(method, args=(keys,))
         return next((a for a in answers if a), {})
 
-    def _check_version(self, run: Run, new: Any) -> None:
+    def _check_version(self, request: DecodeRequest, new: Any) -> None:
         """vLLM's own record of the weights that drew the tokens, where there is one."""
         spans = getattr(new, "weight_versions", None) or ()
         if any(span.version != self.salt for span in spans):
-            self.cancel(run)
+            self.cancel(request)
             raise StaleWeightsError(
-                f"sequence {run.seq.handle} was drawn by weights that are not those of policy version {run.version}: "
+                f"sequence {request.seq.handle} was drawn by weights that are not those of policy version {request.version}: "
                 "someone else has relabelled the weights of this vLLM"
             )

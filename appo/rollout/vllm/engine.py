@@ -2,10 +2,12 @@
 
     engine = VLLMEngine(Path("model"), dtype="bfloat16")      # then as NativeEngine
 
-A fork is a new request with the inherited tokens; vLLM's prefix cache spares what is a whole block of them. The cache
-is salted by the weights, so that a prefix computed under other weights can never be hit. What differs from the native
-engine: up to a block is recomputed at a fork and after every tool call, the noise of a token depends on its seed and
-on where its `submit` began (not on the position alone), and there is no deterministic mode.
+A fork is a new request with the inherited tokens; vLLM's prefix cache spares what is a whole block
+of them. The cache is salted by the weights, so that a prefix computed under other weights can never
+be hit. What differs from the native
+engine: up to a block is recomputed at a fork and after every tool call, the noise of a token
+depends on its seed and on where its `submit` began (not on the position alone), and there is no
+deterministic mode.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from typing import Any
 
 from appo.errors import EngineError
 from appo.models.shape import read_shape
-from appo.rollout.engine import SamplingParams, Scored, Stopped
-from appo.rollout.submission import Alone, checked_ids
+from appo.rollout.engine import SamplingParams, Scored, SequenceStopped
+from appo.rollout.submission import ReentrancyGuard, checked_ids
 from appo.rollout.vllm.decoding import Decoder
 from appo.rollout.vllm.scoring import ScorePass
-from appo.rollout.vllm.sequences import Run, Sequences, check_fresh, check_params
+from appo.rollout.vllm.sequences import DecodeRequest, Sequences, check_fresh, check_params
 from appo.rollout.vllm.start import (
     STATISTICS,
     Api,
@@ -56,10 +58,11 @@ class VLLMEngine:
     ):
         """Start vLLM on a Hugging Face folder.
 
-        statistics: "exact" (entropies computed in the worker) · "full" (exact from the public API, whole-vocabulary
-        log-probs of every token: small vocabularies only) · "top" (entropy approximate, see `entropy_exact`; scores at
-        temperature 1 only) · block: tokens per KV block · kv_bytes: size of the KV cache · in_process: no process of
-        its own · llm: further arguments of vllm.LLM, such as tensor_parallel_size.
+        statistics: "exact" (entropies computed in the worker) · "full" (exact from the public API,
+        whole-vocabulary log-probs of every token: small vocabularies only) · "top" (entropy
+        approximate, see `entropy_exact`; scores at temperature 1 only) · block: tokens per KV block
+        · kv_bytes: size of the KV cache · in_process: no process of its own · llm: further
+        arguments of vllm.LLM, such as tensor_parallel_size.
         """
         if statistics not in STATISTICS:
             raise EngineError(f"statistics={statistics!r}: use one of {', '.join(STATISTICS)}")
@@ -86,17 +89,20 @@ class VLLMEngine:
         self.vocab, self.statistics, self.policy_version = shape.vocab, statistics, policy_version
         self.decoder = Decoder(api, self.llm, statistics, shape.vocab)
         self.sequences = Sequences()
-        self._alone = Alone()
+        self._guard = ReentrancyGuard()
         self._loads = 0
         self._broken: str | None = None
         self._relabel()
         self._load_seconds = time.perf_counter() - start
 
-    # -- facts ------------------------------------------------------------------------------------------------------
+    # -- facts -------------------------------------------------------------------------------------
 
     @property
     def entropy_exact(self) -> bool:
-        """False: `entropy` is an upper bound from the 20 likeliest tokens. Branching by entropy must refuse it."""
+        """False: `entropy` is an upper bound from the 20 likeliest tokens.
+
+        Branching by entropy must refuse it.
+        """
         return self.statistics != "top"
 
     @property
@@ -113,16 +119,19 @@ class VLLMEngine:
         return list(self.sequences.get(seq).tokens)
 
     def stats(self) -> dict[str, float]:
-        """Counters since construction. prefix_hits_tokens: prompt tokens that vLLM found in its cache."""
+        """Counters since construction.
+
+        prefix_hits_tokens: prompt tokens that vLLM found in its cache.
+        """
         return {
             **self.decoder.count,
             "live_sequences": len(self.sequences.by_handle),
-            "running": len(self.decoder.runs),
+            "running": len(self.decoder.requests),
             "load_seconds": self._load_seconds,
             "entropy_exact": float(self.entropy_exact),
         }
 
-    # -- the tree ---------------------------------------------------------------------------------------------------
+    # -- the tree ----------------------------------------------------------------------------------
 
     def add_prompt(self, token_ids: Sequence[int]) -> int:
         """New sequence; vLLM finds common prefixes by itself."""
@@ -136,7 +145,10 @@ class VLLMEngine:
         return self.sequences.add(None, 0, ids).handle
 
     def fork(self, seq: int, at: int) -> int:
-        """New handle inheriting tokens < at; their KV is found in the prefix cache, whole blocks of it."""
+        """New handle inheriting tokens < at.
+
+        Their KV is found in the prefix cache, whole blocks of it.
+        """
         child = self.sequences.fork(seq, at, self.policy_version)
         self.decoder.count["forks"] += 1
         return child.handle
@@ -157,7 +169,7 @@ class VLLMEngine:
         self.cancel(seq)
         self.sequences.release(seq)
 
-    # -- running ----------------------------------------------------------------------------------------------------
+    # -- running -----------------------------------------------------------------------------------
 
     def submit(self, seq: int, params: SamplingParams, seed: int) -> None:
         """Start decoding."""
@@ -172,40 +184,46 @@ class VLLMEngine:
                 f"submit(seq={seq}): {length} tokens leave no room in max_context={self.max_context}"
             )
         end = min(length + params.max_new_tokens, self.max_context)
-        run = Run(self.decoder.key(), s, params, self.policy_version, length, end)
-        self.decoder.submit(run, seed)
+        request = DecodeRequest(self.decoder.key(), s, params, self.policy_version, length, end)
+        self.decoder.submit(request, seed)
 
     def cancel(self, seq: int) -> None:
-        """Stop decoding and drop what was sampled since submit; no effect on a sequence that is not decoding."""
+        """Stop decoding and drop what was sampled since submit.
+
+        No effect on a sequence that is not decoding.
+        """
         self.sequences.get(seq)  # known and live
-        run = self.decoder.by_seq.get(seq)  # also one that stopped, but nobody knows yet
-        if run is not None:
-            self.decoder.cancel(run)
-            self.sequences.truncate(seq, run.start)
+        request = self.decoder.by_seq.get(seq)  # also one that stopped, but nobody knows yet
+        if request is not None:
+            self.decoder.cancel(request)
+            self.sequences.truncate(seq, request.start)
 
     def has_work(self) -> bool:
         return bool(self.decoder.by_seq)
 
-    def step(self) -> list[Stopped]:
+    def step(self) -> list[SequenceStopped]:
         """One step of vLLM. Returns the sequences that stopped in it.
 
-        A stop callback that raises is reported when all tokens of the step are in: its sequence goes on, events come with
-        the next step.
+        A stop callback that raises is reported when all tokens of the step are in: its sequence
+        goes on, events come with the next step.
         """
         self._usable()
-        with self._alone("step"):
-            if self.decoder.runs:
+        with self._guard("step"):
+            if self.decoder.requests:
                 self.decoder.step(other=lambda output: None)  # of requests cancelled since
             return self.decoder.hand_out()
 
-    # -- weights and scores -----------------------------------------------------------------------------------------
+    # -- weights and scores ------------------------------------------------------------------------
 
     def load_weights(self, named_tensors: Iterable[tuple[str, object]], version: int) -> None:
-        """Replace weights in place (names as in the folder, adapters merged; a part of them is enough)."""
+        """Replace weights in place.
+
+        Names as in the folder, adapters merged; a part of them is enough.
+        """
         self._usable()
-        if self.decoder.runs:
+        if self.decoder.requests:
             raise EngineError(
-                f"load_weights: {len(self.decoder.runs)} sequences are decoding; let them stop or cancel them first"
+                f"load_weights: {len(self.decoder.requests)} sequences are decoding; let them stop or cancel them first"
             )
         start = time.perf_counter()
         tensors, asked = self.weights.collect(named_tensors)
@@ -213,7 +231,8 @@ class VLLMEngine:
         self.weights.send(self.llm, tensors, asked)
         self.policy_version, self._loads = version, self._loads + 1
         self.sequences.new_weights()
-        # The salt alone keeps old KV from being hit; the reset gives its memory back and shows that nothing runs.
+        # The salt alone keeps old KV from being hit; the reset gives its memory back and shows that
+        # nothing runs.
         if not self.llm.reset_prefix_cache():
             raise EngineError(
                 "load_weights: vLLM kept its prefix cache, so a request still runs in it"
@@ -223,7 +242,10 @@ class VLLMEngine:
         self._load_seconds = time.perf_counter() - start
 
     def score(self, seqs: Sequence[int], temperature: float = 1.0) -> list[Scored]:
-        """Statistics of every token under the weights as they are; what lines share is run once with "exact"."""
+        """Statistics of every token under the weights as they are.
+
+        What lines share is run once with "exact".
+        """
         self._usable()
         if not temperature > 0:
             raise EngineError(f"score: temperature={temperature}; must be above 0")
@@ -232,7 +254,7 @@ class VLLMEngine:
                 f"score: temperature={temperature} with statistics='top': vLLM scores prompts at temperature 1 only; use "
                 "statistics='exact'"
             )
-        with self._alone("score"):
+        with self._guard("score"):
             lines = [self.sequences.get(seq) for seq in seqs]
             for seq in seqs:
                 self._not_decoding(seq, "score")
@@ -244,7 +266,7 @@ class VLLMEngine:
                 line.computed(len(ids) - 1)
             return work.results()
 
-    # -- helpers ----------------------------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------
 
     def _relabel(self) -> None:
         """A name for the weights: the version alone would not tell two loads of one version apart."""
@@ -254,8 +276,8 @@ class VLLMEngine:
         if self._broken:
             raise EngineError(f"this vLLM engine cannot be used any more: {self._broken}")
 
-    def _not_decoding(self, seq: int, what: str) -> None:
+    def _not_decoding(self, seq: int, operation: str) -> None:
         if seq in self.decoder.by_seq:
             raise EngineError(
-                f"{what}(seq={seq}): it is decoding; wait for its Stopped event or cancel it"
+                f"{operation}(seq={seq}): it is decoding; wait for its SequenceStopped event or cancel it"
             )

@@ -1,4 +1,7 @@
-"""The output head after a weight update: the one place where vLLM's reload leaves old numbers without an error."""
+"""The output head after a weight update.
+
+The one place where vLLM's reload leaves old numbers without an error.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ ROUNDED = 1e-2
 
 
 def retie(model: Any, pack: Callable[[Any], None]) -> None:
-    """A head tied to the embedding has a packed copy of its own on a CPU, which the reload does not renew."""
+    """Renew the packed copy that a tied head has on a CPU.
+
+    vLLM's reload does not renew it.
+    """
     head, embed = getattr(model, "lm_head", None), _embedding(model)
     if head is None or embed is None or head is embed or not model.config.tie_word_embeddings:
         return
@@ -25,7 +31,10 @@ def retie(model: Any, pack: Callable[[Any], None]) -> None:
 
 @torch.inference_mode()
 def check_head(model: Any) -> None:
-    """The head must multiply by the weights that it is said to have; raises EngineError if it uses others."""
+    """The head must multiply by the weights that it is said to have.
+
+    Raises EngineError if it uses others.
+    """
     head, embed = getattr(model, "lm_head", None), _embedding(model)
     if head is None or not hasattr(head, "quant_method"):
         return  # another pipeline stage has it

@@ -1,7 +1,10 @@
-"""Log-probs and entropies from what vLLM's public API reports: for statistics "full" (exact) and "top" (approximate).
+"""Log-probs and entropies from what vLLM's public API reports.
 
-A report of one position is {token id: object with .logprob}; a flat report holds the same as parallel lists with
-start_indices and end_indices. The token itself comes first, and may come a second time in its rank.
+For statistics "full" (exact) and "top" (approximate).
+
+A report of one position is {token id: object with .logprob}; a flat report holds the same as
+parallel lists with start_indices and end_indices. The token itself comes first, and may come a
+second time in its rank.
 """
 
 from __future__ import annotations
@@ -17,7 +20,10 @@ def logprob_of(position: Any, token: int) -> float:
 
 
 def top_entropy(logprobs: list[float], vocab: int) -> float:
-    """Entropy if the mass outside the given log-probs were spread evenly over the other tokens: never below the true one."""
+    """Entropy if the mass outside the given log-probs were spread evenly over the other tokens.
+
+    Never below the true one.
+    """
     p = np.exp(np.asarray(logprobs, np.float64))
     rest, others = max(0.0, 1.0 - float(p.sum())), vocab - len(p)
     value = -float((p * np.asarray(logprobs, np.float64)).sum())
@@ -34,7 +40,10 @@ def flat_row(flat: Any, position: int) -> tuple[int, np.ndarray]:
 
 
 def at_temperature(row: np.ndarray, token: int, temperature: float) -> tuple[float, float]:
-    """(log-prob of `token`, entropy) when a row of log-probs at temperature 1 is drawn from at another one."""
+    """(log-prob of `token`, entropy) at a temperature.
+
+    row: log-probs at temperature 1
+    """
     x = row.astype(np.float64) / temperature
     x -= x.max()
     log_p = x - np.log(np.exp(x).sum())

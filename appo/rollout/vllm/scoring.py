@@ -1,14 +1,17 @@
 """Statistics of given tokens under the weights as they are now.
 
-With statistics "exact" lines that share a prefix run it once: the first of them in full, the others on top of its KV,
-taking the rows they did not run from it. vLLM's public API has no such thing: "full" and "top" run every line in full.
+With statistics "exact" lines that share a prefix run it once: the first of them in full, the others
+on top of its KV, taking the rows they did not run from it. vLLM's public API has no such thing:
+"full" and "top" run every line in full.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from appo.errors import EngineError
 from appo.rollout.engine import Scored
@@ -16,13 +19,16 @@ from appo.rollout.vllm.decoding import Decoder
 from appo.rollout.vllm.reports import at_temperature, flat_row, logprob_of, top_entropy
 from appo.rollout.vllm.sequences import Sequence
 from appo.rollout.vllm.start import TOP
-from appo.rollout.vllm.tap import KEY, SCORE
+from appo.rollout.vllm.worker_statistics import KEY, SCORE
 
 MIN_SHARED = 16  # tokens; the smallest block of vLLM
 
 
 class ScorePass:
-    """One score call: rounds of `start`, steps until nothing is `waiting`, `collect`; then `results`."""
+    """One score call: rounds of `start`, steps until nothing is `waiting`, `collect`.
+
+    Then `results`.
+    """
 
     def __init__(self, decoder: Decoder, lines: list[Sequence], temperature: float, version: int):
         self.decoder, self.temperature, self.version = decoder, temperature, version
@@ -33,7 +39,8 @@ class ScorePass:
         self.waiting: dict[str, int] = {}  # request id → line
         self.computed = 0  # tokens that went through the model
         # KV of these weights serves later forks, so it is written under their salt, unless rollouts have written there
-        # already: those blocks were run without a score, and hitting them would leave rows without a value.
+        # already: those blocks were run without a score, and hitting them would leave rows without
+        # a value.
         nodes = (node for line in lines for node, _ in line.path(len(line.tokens)))
         fresh = all(node.seen == node.base for node in nodes)
         self.salt = decoder.salt if fresh else f"{decoder.salt}.{decoder.key()}"
@@ -41,7 +48,10 @@ class ScorePass:
         self._sent: list[str] = []
 
     def _plan(self) -> list[tuple[list[int], bool]]:
-        """(lines, may they read the prefix cache) by round; the last round runs what is still missing in full."""
+        """(lines, may they read the prefix cache) by round.
+
+        The last round runs what is still missing in full.
+        """
         every = [i for i, ids in enumerate(self.tokens) if len(ids) > 1]
         if self.decoder.statistics != "exact":
             return [(every, False)]
@@ -81,12 +91,12 @@ class ScorePass:
             skip_reading_prefix_cache=not cached,
             **reports[d.statistics],
         )
-        d.request(key, self.tokens[i], sampling, self.salt)
+        d.send(key, self.tokens[i], sampling, self.salt)
         self.waiting[key] = i
         self._sent.append(key)
 
     def take(self, output: Any) -> None:
-        """An output that belongs to no run."""
+        """An output that belongs to no `DecodeRequest`."""
         i = self.waiting.get(output.request_id)
         if i is None or not output.finished:
             return
@@ -103,17 +113,23 @@ class ScorePass:
             self._fill(i, row, *self._read(report, row + 1, token))
 
     def _read(self, report: Any, position: int, token: int) -> tuple[float, float]:
-        """(log-prob, entropy) of a prompt token; the report is at temperature 1, whatever was asked."""
+        """(log-prob, entropy) of a prompt token.
+
+        The report is at temperature 1, whatever was asked.
+        """
         if self.decoder.statistics == "full":
             return at_temperature(flat_row(report, position)[1], token, self.temperature)
         top = [x.logprob for x in report[position].values()]
         return logprob_of(report[position], token), top_entropy(top, self.decoder.vocab)
 
-    def _fill(self, i: int, row: Any, logp: Any, entropy: Any) -> None:
+    def _fill(self, i: int, row: int | slice, logp: ArrayLike, entropy: ArrayLike) -> None:
         self.logp[i][row], self.entropy[i][row], self.done[i][row] = logp, entropy, True
 
     def collect(self, lines: dict[str, int]) -> None:
-        """Take the worker's rows of a finished round (request id → line), then what lines can lend each other."""
+        """Take the worker's rows of a finished round, then what lines can lend each other.
+
+        lines: request id → line
+        """
         if self.decoder.statistics != "exact":
             return
         for key, pieces in self.decoder.call("appo_take_scored", list(lines)).items():
@@ -132,7 +148,7 @@ class ScorePass:
                 self._fill(i, rows, self.logp[j][rows], self.entropy[j][rows])
                 return
 
-    def run(self, step: Any) -> None:
+    def run(self, step: Callable[[], object]) -> None:
         """All rounds; `step` moves vLLM on by one. Leaves nothing behind in vLLM, whatever happens."""
         try:
             while self.start():

@@ -1,4 +1,6 @@
-"""Who has which tokens, and under which weights they were last computed. vLLM itself knows requests only.
+"""Who has which tokens, and under which weights they were last computed.
+
+vLLM itself knows requests only.
 
 A fork is a copy of token ids; that its KV is shared is up to vLLM's prefix cache, block by block.
 """
@@ -14,7 +16,9 @@ from appo.rollout.submission import Reason, StopRule
 
 
 class Sequence:
-    """One line of tokens. Its own positions begin at `base`: with the token before the fork, as in the native engine.
+    """One line of tokens.
+
+    Its own positions begin at `base`: with the token before the fork, as in the native engine.
 
     seen    positions before it were computed under the weights as they are
     lost    positions before it were under older ones; those from `seen` on have not been since
@@ -48,7 +52,7 @@ class Sequence:
 
 
 @dataclass
-class Run(StopRule):
+class DecodeRequest(StopRule):
     """A submitted sequence and what it has drawn since.
 
     end        length at which it must stop
@@ -116,7 +120,10 @@ class Sequences:
         return self.add(parent, at - 1, parent.tokens[:at])
 
     def truncate(self, handle: int, length: int) -> None:
-        """Drop tokens from position `length` on. Forks may stand on them, so a fork takes the handle."""
+        """Drop tokens from position `length` on.
+
+        Forks may stand on them, so a fork takes the handle.
+        """
         old = self.get(handle)
         if length == len(old.tokens):
             return
@@ -133,11 +140,14 @@ class Sequences:
         del self.by_handle[self.get(handle).handle]
 
 
-def check_fresh(seq: Sequence, end: int, version: int, what: str) -> None:
-    """Raise StaleWeightsError if a position before `end` was computed under weights older than those of `version`."""
+def check_fresh(seq: Sequence, end: int, version: int, operation: str) -> None:
+    """Raise StaleWeightsError if a position before `end` is stale.
+
+    version: that of the weights as they are
+    """
     if seq.stale(end):
         raise StaleWeightsError(
-            f"{what}(seq={seq.handle}): it was computed before version {version}; call score([{seq.handle}]) first, or "
+            f"{operation}(seq={seq.handle}): it was computed before version {version}; call score([{seq.handle}]) first, or "
             "start again from add_prompt"
         )
 

@@ -1,6 +1,9 @@
-"""Getting a vLLM up whose numbers can be trained on: what it is told at start, and what it must not change around it.
+"""Getting a vLLM up whose numbers can be trained on.
 
-Every value here guards against something that was seen to go wrong; the comment beside it says what.
+What it is told at start, and what it must not change around it.
+
+Every value here guards against something that was seen to go wrong; the comment beside it says
+what.
 """
 
 from __future__ import annotations
@@ -52,7 +55,10 @@ def load_api() -> Api:
 
 
 def prepare_environment(in_process: bool) -> None:
-    """Environment variables that vLLM reads when it starts; values that the user has set stay, but for the first."""
+    """Environment variables that vLLM reads when it starts.
+
+    Values that the user has set stay, but for the first.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -117,10 +123,11 @@ def llm_arguments(
     if kv_bytes is not None:
         out["kv_cache_memory_bytes"] = kv_bytes
     if cpu:
-        # Without a number vLLM asks for nearly all memory of the machine and refuses to start when some is in use.
+        # Without a number vLLM asks for nearly all memory of the machine and refuses to start when
+        # some is in use.
         out.setdefault("kv_cache_memory_bytes", CPU_KV_BYTES)
-        # A seeded request whose prefill is split ends the engine: its generator would have to go back one draw, and
-        # CPU generators cannot.
+        # A seeded request whose prefill is split ends the engine: its generator would have to go
+        # back one draw, and CPU generators cannot.
         out["enable_chunked_prefill"] = False
         out["max_num_batched_tokens"] = max(prefill_chunk, max_batch, max_context + 1)
     return out
@@ -128,7 +135,10 @@ def llm_arguments(
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """In-process vLLM seeds the global generators and turns torch.set_num_threads into nothing: undo both."""
+    """In-process vLLM seeds the global generators and turns torch.set_num_threads into nothing.
+
+    Undo both.
+    """
     keep = torch.set_num_threads
     state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None

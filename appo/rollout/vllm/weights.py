@@ -1,8 +1,8 @@
 """New weights into vLLM, by its own in-place reload.
 
-The reload works layer by layer and trusts its caller: a fused layer (q, k and v are one) of which only a part arrives
-is filled up with whatever was in memory, and a name it does not know ends it half-way. So a push is completed and
-checked here before vLLM sees any of it.
+The reload works layer by layer and trusts its caller: a fused layer (q, k and v are one) of which
+only a part arrives is filled up with whatever was in memory, and a name it does not know ends it
+half-way. So a push is completed and checked here before vLLM sees any of it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ class Checkpoint:
 
 
 class WeightLoader:
-    """Pushes of one engine. `loaded`: Hugging Face names that the last push is known to have written."""
+    """Pushes of one engine.
+
+    `loaded`: Hugging Face names that the last push is known to have written.
+    """
 
     def __init__(self, checkpoint: Checkpoint, in_process: bool):
         self.checkpoint, self.in_process = checkpoint, in_process
@@ -81,7 +84,8 @@ class WeightLoader:
 
         Raises EngineError; nothing has changed then.
 
-        A copy, because vLLM keeps tensors until their layer is whole and the source may reuse their memory by then.
+        A copy, because vLLM keeps tensors until their layer is whole and the source may reuse their
+        memory by then.
         """
         out: dict[str, Tensor] = {}
         for name, value in named_tensors:
@@ -108,7 +112,10 @@ class WeightLoader:
         return out, asked
 
     def send(self, llm: Any, tensors: dict[str, Tensor], asked: set[str]) -> None:
-        """Have every worker reload. Raises EngineError if a tensor was not written anywhere; vLLM is unusable then."""
+        """Have every worker reload.
+
+        Raises EngineError if a tensor was not written anywhere; vLLM is unusable then.
+        """
         if self.in_process:
             wrote = llm.collective_rpc("appo_load", kwargs={"items": list(tensors.items())})
         else:

@@ -1,7 +1,7 @@
 """What runs inside vLLM's worker process. vLLM imports this module by name; nothing else may.
 
-`EntropyProcessor` is a logits processor (it reads logits and changes none), `WorkerExtension` adds the calls that the
-engine makes through `collective_rpc`.
+`EntropyProcessor` is a logits processor (it reads logits and changes none), `WorkerExtension` adds
+the calls that the engine makes through `collective_rpc`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from appo.rollout.vllm import tap
+from appo.rollout.vllm import worker_statistics
 from appo.rollout.vllm.head import check_head, retie
 
 
 class EntropyProcessor(LogitsProcessor):
-    """Files the entropy of the full distribution, before top-k and top-p, at the request's temperature."""
+    """Files the entropy of the full distribution at the request's temperature.
+
+    That is the one before top-k and top-p.
+    """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
-        self.entropies = tap.DrawnEntropies()
+        self.entropies = worker_statistics.SampledEntropies()
 
     def is_argmax_invariant(self) -> bool:
         """False: processors that are get no call in a batch of greedy requests."""
@@ -41,20 +44,21 @@ class WorkerExtension:
 
     def appo_attach(self) -> None:
         """Exact scoring from now on."""
-        tap.attach(self.model_runner)  # type: ignore[attr-defined]
+        worker_statistics.attach(self.model_runner)  # type: ignore[attr-defined]
 
-    def appo_take_drawn(self, keys: list[str]) -> dict[str, dict[int, float]]:
-        return tap.take_drawn(keys)
+    def appo_take_sampled(self, keys: list[str]) -> dict[str, dict[int, float]]:
+        return worker_statistics.take_sampled(keys)
 
-    def appo_take_scored(self, keys: list[str]) -> dict[str, list[tap.Piece]]:
-        return tap.take_scored(keys)
+    def appo_take_scored(self, keys: list[str]) -> dict[str, list[worker_statistics.Piece]]:
+        return worker_statistics.take_scored(keys)
 
     def appo_load(
         self, items: list[tuple[str, Tensor]] | None = None, path: str | None = None
     ) -> list[str]:
         """Replace weights in place by vLLM's own reload; → names of the parameters it wrote.
 
-        items: (Hugging Face name, tensor), or path: a safetensors file with them, for a worker in another process.
+        items: (Hugging Face name, tensor), or path: a safetensors file with them, for a worker in
+        another process.
         """
         if items is None:
             from safetensors.torch import load_file
@@ -81,7 +85,10 @@ class WorkerExtension:
 
 
 def _pack(layer: Any) -> None:
-    """The layer's fast matrix product, from its weight as it is now (CPU only; elsewhere the weight itself is read)."""
+    """The layer's fast matrix product, from its weight as it is now.
+
+    CPU only; elsewhere the weight itself is read.
+    """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     dispatch_cpu_unquantized_gemm(layer, remove_weight=False)

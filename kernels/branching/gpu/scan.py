@@ -1,4 +1,4 @@
-"""K5: the segmented reverse discounted scan, as one flat scan over all tokens.
+"""The segmented reverse discounted scan, as one flat scan over all tokens.
 
 A token is the map F → b + a·F with b its masked log-ratio and a = γ, or 0 at the last token of a segment, so that nothing
 crosses a boundary; maps compose, and composing them in any grouping is a scan. Three launches: each block's composed map,

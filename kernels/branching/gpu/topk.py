@@ -1,4 +1,4 @@
-"""K7: the best k ≤ 64 tokens of every group of segments, in a total order: rule, value, packed position.
+"""The best k ≤ 64 tokens of every group of segments, in a total order: rule, value, packed position.
 
 A candidate is one signed 64-bit key, larger is better:
 
@@ -23,7 +23,7 @@ from appo._kernels.common import packed
 from appo._kernels.common.gpu import launch
 from appo._kernels.common.gpu.aot import AotCase
 
-BLOCK, WARPS, MOST, PROGRAMS = 1024, 8, 64, 512
+BLOCK, WARPS, MAX_K, PROGRAMS = 1024, 8, 64, 512
 EMPTY = tl.constexpr(-(2**63))  # below every key: no value is as low as the bits 62…31 all 0
 LAST = tl.constexpr(2**31 - 1)
 
@@ -101,8 +101,8 @@ def select_branch_points(
     n = eligible.shape[0]
     if z[2].dtype != torch.float32:
         raise TypeError(f"backend='triton' selects by float32 scores, these are {z[2].dtype}")
-    if k > MOST or n > LAST.value:
-        raise ValueError(f"backend='triton' with k={k}, N={n}; at most k={MOST}, N={LAST.value}")
+    if k > MAX_K or n > LAST.value:
+        raise ValueError(f"backend='triton' with k={k}, N={n}; at most k={MAX_K}, N={LAST.value}")
     device = eligible.device
     cuts, group = packed.on_device(offsets, n, device), group.to(device)
     index = torch.full((n_groups, k), -1, dtype=torch.int64, device=device)
@@ -141,7 +141,7 @@ def aot_cases(arch: str) -> list[AotCase]:
     merged = dict.fromkeys(("keys_ptr", "index_ptr", "rule_ptr", "count_ptr"), "*i64")
     merged |= {"parts": "i32", "k": "i32", "filler": "i32", "K": "constexpr"}
     cases = []
-    for size in (4, 16, MOST):
+    for size in (4, 16, MAX_K):
         constexprs = {"PAPER": True, "K": size, "BLOCK": BLOCK}
         aligned = tuple(pointers)
         cases += [

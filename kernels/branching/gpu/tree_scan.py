@@ -1,8 +1,8 @@
-"""K5t: the discounted scan along a tree of segments, from the leaves up.
+"""The discounted scan along a tree of segments, from the leaves up.
 
-K5 gives every node's sums as if nothing lay behind it. A level at a time, the deepest first, one program per node adds up
+The segmented scan (scan.py) gives every node's sums as if nothing lay behind it. A level at a time, the deepest first, one program per node adds up
 what its children hand on (in the order of their numbers, without atomics) and what it hands on itself. A last launch adds
-γ^(distance to the node's end) times the node's carry to every token. float64 throughout, as in K5.
+γ^(distance to the node's end) times the node's carry to every token. float64 throughout, as there.
 Reads 5 bytes a token twice and 8 once, writes 8 and 4.
 """
 # mypy: disable-error-code="no-untyped-def"
@@ -96,7 +96,7 @@ def levels(parents: Tensor) -> list[Tensor]:
 
 
 def traffic(n: int) -> tuple[int, int]:
-    """(bytes, FLOP) for float32 beyond K5 with a float64 result: 8·N in, 4·N out; an exponential and 3 operations."""
+    """(bytes, FLOP) for float32 beyond the segmented scan with a float64 result: 8·N in, 4·N out; an exponential and 3 operations."""
     return 12 * n, 30 * n
 
 

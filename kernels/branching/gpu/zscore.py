@@ -1,4 +1,4 @@
-"""K6: the Branching Score of each segment from entropy and future value: Ω, both z-scores, their product, the flat flag.
+"""The Branching Score of each segment from entropy and future value: Ω, z-scores, product, uninformative flag.
 
 One program per segment, three sweeps over its tokens: sums, centred squares, results. Two passes for the deviation, in
 float64, because a clipped Ω is nearly constant: the mean of squares minus the square of the mean would be all rounding.
@@ -105,7 +105,7 @@ def branch_scores(
     high: float,
     paper: bool,
 ) -> list[Tensor]:
-    """K5 and K6: [omega, z_entropy, z_omega, score] [N] in the dtype of log_ratio, and flat[B] uint8. Waits for the
+    """Scan and z-scores: [omega, z_entropy, z_omega, score] [N] in the dtype of log_ratio, and flat[B] uint8. Waits for the
     device only where offsets or groups lie on the CPU."""
     cuts = packed.on_device(offsets, log_ratio.shape[0], log_ratio.device)
     future = future_value(log_ratio, mask, cuts, gamma, torch.float64)

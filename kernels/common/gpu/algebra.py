@@ -80,12 +80,51 @@ def merge(m_a, s_a, u_a, z_a, m_b, s_b, u_b, z_b):
 
 
 @triton.jit
-def gradient(
-    x, scale, m, log2s, constant, bent, ga, cap, exists, hit, CAP: tl.constexpr, BENT: tl.constexpr
-):  # fmt: skip
-    """(G[R, C], Σ_j g_j log2 p_j [R]) from raw logits x[R, C]; per token [R]: scale … ga, as in kernels/linear_logprob/blocks.py.
+def load_upstream(
+    token, scale_ptr, m_ptr, log2s_ptr, p_factor_ptr, plogp_factor_ptr, d_logp_ptr, cap_ptr
+):
+    """(scale, m, log2s, p_factor, plogp_factor, d_logp) [R] of the tokens and the cap, for `gradient`.
 
-    g = p · (constant - bent · log2 p) + ga · hit, the target term added in float32; G = scale · g · slope of the cap.
+    Where plogp_factor_ptr or cap_ptr is None their values mean nothing: `gradient` is told so.
+    """
+    scale = tl.load(scale_ptr + token)
+    m = tl.load(m_ptr + token)
+    log2s = tl.load(log2s_ptr + token)
+    p_factor = tl.load(p_factor_ptr + token)
+    d_logp = tl.load(d_logp_ptr + token)
+    plogp_factor = d_logp if plogp_factor_ptr is None else tl.load(plogp_factor_ptr + token)
+    cap = 0.0 if cap_ptr is None else tl.load(cap_ptr)
+    return scale, m, log2s, p_factor, plogp_factor, d_logp, cap
+
+
+@triton.jit
+def no_columns(ROWS: tl.constexpr):
+    """(m, s, u, z) [ROWS] of no column at all."""
+    m = tl.full((ROWS,), EMPTY, dtype=tl.float32)
+    zero = tl.zeros((ROWS,), dtype=tl.float32)
+    return m, zero, zero, zero
+
+
+@triton.jit
+def store_stats(at, step, m, s, u, z, inside):
+    """Write the four statistics of the tokens at `at`, `step` numbers apart."""
+    tl.store(at, m, mask=inside)
+    tl.store(at + step, s, mask=inside)
+    tl.store(at + 2 * step, u, mask=inside)
+    tl.store(at + 3 * step, z, mask=inside)
+
+
+@triton.jit
+def gradient(
+    x, scale, m, log2s, p_factor, plogp_factor, d_logp, cap, exists, hit,
+    CAP: tl.constexpr, PLOGP: tl.constexpr,
+):  # fmt: skip
+    """(G[R, C], Σ_j g_j log2 p_j [R]) from raw logits x[R, C].
+
+    Per token [R]: scale … d_logp, as in kernels/linear_logprob/blocks.py.
+
+    g = p · (p_factor - plogp_factor · log2 p) + d_logp · hit, the target term added in float32.
+    G = scale · g · slope of the cap.
     Two subtractions for log2 p: x2 - m is exact where p matters, x2 - (m + log2 s) rounds by the size of m.
     """
     if CAP:
@@ -93,12 +132,13 @@ def gradient(
         x = cap * t
     logp2 = (scaled(x, (scale * LOG2E)[:, None], exists) - m[:, None]) - log2s[:, None]
     p = tl.exp2(logp2)
-    if BENT:
-        g = p * (constant[:, None] - bent[:, None] * logp2)
-        g = tl.where(p == 0.0, 0.0, g)  # log2 p may be -1e30 there, and bent · log2 p infinite
+    if PLOGP:
+        g = p * (p_factor[:, None] - plogp_factor[:, None] * logp2)
+        # where p is 0, log2 p may be -1e30 and its product with plogp_factor infinite
+        g = tl.where(p == 0.0, 0.0, g)
     else:
-        g = p * constant[:, None]
-    g += tl.where(hit, ga[:, None], 0.0)
+        g = p * p_factor[:, None]
+    g += tl.where(hit, d_logp[:, None], 0.0)
     weighted = tl.sum(g * logp2, axis=1)
     g *= scale[:, None]
     if CAP:

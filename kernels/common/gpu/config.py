@@ -154,14 +154,14 @@ def cut(n: int, v: int, tile: Tile, deterministic: bool, processors: int) -> Cut
     if deterministic:
         assert UNIT % tile.columns == 0, tile
         per_slot = UNIT // tile.columns
-        slots, most = ceil_div(v, UNIT), STATS_TOKENS
+        slots, max_tokens = ceil_div(v, UNIT), STATS_TOKENS
     else:
         blocks = ceil_div(n, tile.rows)
         wanted = max(ceil_div(4 * processors, blocks), ceil_div(processors, tile.group))
         per_slot = max(1, tiles // wanted)
-        slots, most = ceil_div(tiles, per_slot), n
+        slots, max_tokens = ceil_div(tiles, per_slot), n
     fit = max(1, STATS_BYTES // (16 * slots * tile.rows)) * tile.rows
-    return Cut(slots, per_slot, min(n, most, fit))
+    return Cut(slots, per_slot, min(n, max_tokens, fit))
 
 
 def stats_workspace_bytes(

@@ -99,8 +99,8 @@ def _back_to_rows(dh: Tensor | None, call: LinearCall, dtype: torch.dtype) -> Te
 
 def contiguous(up: Upstream) -> Upstream:
     """The same with unit strides, which the kernels count on."""
-    return Upstream(*(None if x is None else x.contiguous() for x in up))
+    return up.map(Tensor.contiguous)
 
 
 def slice_tokens(up: Upstream, t: slice) -> Upstream:
-    return Upstream(*(None if x is None else x[t] for x in up))
+    return up.map(lambda x: x[t])

@@ -1,4 +1,4 @@
-"""K4: a strip of logits recomputed tile by tile and turned into its gradient, which is rounded once, on its way out."""
+"""A strip of logits recomputed tile by tile and turned into its gradient, which is rounded once, on its way out."""
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from appo._kernels.common.gpu import launch
-from appo._kernels.common.gpu.algebra import gradient, target_column
+from appo._kernels.common.gpu.algebra import gradient, load_upstream, target_column
 from appo._kernels.common.gpu.aot import AotCase
 from appo._kernels.common.gpu.config import DLOGITS, SMALL, Tile, ceil_div
 from appo._kernels.linear_logprob.blocks import Upstream
@@ -17,14 +17,16 @@ from appo._kernels.linear_logprob.gpu.tile import column_pieces, grouped, logit_
 
 @triton.jit(do_not_specialize=["N", "v0"])
 def dlogits_kernel(
-    h, w, column_ptr, scale_ptr, cap_ptr, m_ptr, log2s_ptr, constant_ptr, bent_ptr, ga_ptr, out_ptr, weighted_ptr,
+    h, w, column_ptr, scale_ptr, cap_ptr, m_ptr, log2s_ptr,
+    p_factor_ptr, plogp_factor_ptr, d_logp_ptr, out_ptr, weighted_ptr,
     stride_h, stride_w, stride_out, N, V, H, v0,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """out[N, V] = G of the columns v0 … v0+V-1, whose head is w[V, H]; weighted[tiles, N] = Σ g log2 p of each tile.
 
-    Per token [N] float32: scale, m, log2s, constant, bent (or None), ga; column int64; cap[1] or None; weighted or None.
+    Per token [N] float32: scale, m, log2s, p_factor, plogp_factor (or None), d_logp; column int64.
+    cap[1] or None; weighted or None.
     Grid: token blocks · tiles of columns.
     """
     block, tile = grouped(tl.program_id(0), tl.cdiv(N, ROWS), tl.cdiv(V, COLUMNS), GROUP)
@@ -39,13 +41,9 @@ def dlogits_kernel(
     )  # fmt: skip
 
     target = target_column(column_ptr, token, v0, V)
-    scale = tl.load(scale_ptr + token)
-    m = tl.load(m_ptr + token)
-    log2s = tl.load(log2s_ptr + token)
-    constant = tl.load(constant_ptr + token)
-    ga = tl.load(ga_ptr + token)
-    bent = ga if bent_ptr is None else tl.load(bent_ptr + token)
-    cap = 0.0 if cap_ptr is None else tl.load(cap_ptr)
+    scale, m, log2s, p_factor, plogp_factor, d_logp, cap = load_upstream(
+        token, scale_ptr, m_ptr, log2s_ptr, p_factor_ptr, plogp_factor_ptr, d_logp_ptr, cap_ptr
+    )
     total = tl.zeros((ROWS,), dtype=tl.float32)
     inside = row < N
     pieces = column_pieces(acc, ROWS, COLUMNS, PIECES)
@@ -54,7 +52,8 @@ def dlogits_kernel(
         exists = (column < V)[None, :]
         hit = column[None, :] == target[:, None]
         g, weighted = gradient(
-            pieces[i], scale, m, log2s, constant, bent, ga, cap, exists, hit, cap_ptr is not None, bent_ptr is not None
+            pieces[i], scale, m, log2s, p_factor, plogp_factor, d_logp, cap, exists, hit,
+            cap_ptr is not None, plogp_factor_ptr is not None,
         )  # fmt: skip
         total += weighted
         out = out_ptr + token[:, None] * stride_out + column[None, :]
@@ -75,7 +74,8 @@ def dlogits(
     grid = (ceil_div(n, tile.rows) * ceil_div(v, tile.columns),)
     with launch.on(h.device):
         dlogits_kernel[grid](
-            a, b, column, scale, cap, up.m, up.log2s, up.constant, up.bent, up.ga, out, weighted,
+            a, b, column, scale, cap, up.m, up.log2s,
+            up.p_factor, up.plogp_factor, up.d_logp, out, weighted,
             h.stride(0), w.stride(0), out.stride(0), n, v, hidden, v0,
             tile.rows, tile.columns, tile.depth, tile.pieces, tile.group,
             tile.tma, hidden % tile.depth == 0, launch.triton_type(h, w),
@@ -104,8 +104,8 @@ def _case(name: str, tile: Tile, dtype: str, options: bool = False, even: bool =
         "h": f"tensordesc<{dtype}[{tile.rows},{tile.depth}]>" if tile.tma else f"*{dtype}",
         "w": f"tensordesc<{dtype}[{tile.columns},{tile.depth}]>" if tile.tma else f"*{dtype}",
         "column_ptr": "*i64",
-        **dict.fromkeys(("scale_ptr", "m_ptr", "log2s_ptr", "constant_ptr", "ga_ptr"), "*fp32"),
-        **dict.fromkeys(("cap_ptr", "bent_ptr", "weighted_ptr"), optional),
+        **dict.fromkeys(("scale_ptr", "m_ptr", "log2s_ptr", "p_factor_ptr", "d_logp_ptr"), "*fp32"),
+        **dict.fromkeys(("cap_ptr", "plogp_factor_ptr", "weighted_ptr"), optional),
         "out_ptr": f"*{dtype}",
     }
     numbers = ("stride_h", "stride_w", "stride_out", "N", "V", "H", "v0")

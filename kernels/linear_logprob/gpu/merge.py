@@ -1,4 +1,7 @@
-"""K2: the slots of one token joined into one. Slot order, fixed blocks: the same bits for any batch and any launch of K1."""
+"""The slots of one token joined into one.
+
+Slot order, fixed blocks: the same bits for any batch and any launch of partial.py.
+"""
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""K1: hidden states and head in, softmax statistics out. No logit ever leaves the registers.
+"""Hidden states and head in, softmax statistics out. No logit ever leaves the registers.
 
 A program owns one block of tokens and one slot of columns. It walks the slot tile by tile: matrix product, then the
 tile joins the statistics of the slot, which are stored once. Nobody else writes there: no atomics, no locks.
@@ -12,7 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from appo._kernels.common.gpu import launch
-from appo._kernels.common.gpu.algebra import EMPTY, LOG2E, scaled, tanh_over, target_column, update
+from appo._kernels.common.gpu.algebra import (
+    LOG2E,
+    no_columns,
+    scaled,
+    store_stats,
+    tanh_over,
+    target_column,
+    update,
+)
 from appo._kernels.common.gpu.aot import AotCase
 from appo._kernels.common.gpu.config import PARTIAL, SMALL, Tile, ceil_div
 from appo._kernels.linear_logprob.gpu.tile import column_pieces, grouped, logit_tile
@@ -42,10 +50,7 @@ def partial_kernel(
     if cap_ptr is not None:
         cap = tl.load(cap_ptr)
 
-    m = tl.full((ROWS,), EMPTY, dtype=tl.float32)
-    s = tl.zeros((ROWS,), dtype=tl.float32)
-    u = tl.zeros((ROWS,), dtype=tl.float32)
-    z = tl.zeros((ROWS,), dtype=tl.float32)
+    m, s, u, z = no_columns(ROWS)
     first = slot * tiles_per_slot
     for tile in range(first, tl.minimum(first + tiles_per_slot, tl.cdiv(V, COLUMNS))):
         col0 = tile * COLUMNS
@@ -64,11 +69,7 @@ def partial_kernel(
             m, s, u, z = update(m, s, u, z, x2, column[None, :] == target[:, None])
 
     out = stats_ptr + slot.to(tl.int64) * 4 * N + token
-    inside = row < N
-    tl.store(out, m, mask=inside)
-    tl.store(out + N, s, mask=inside)
-    tl.store(out + 2 * N, u, mask=inside)
-    tl.store(out + 3 * N, z, mask=inside)
+    store_stats(out, N, m, s, u, z, row < N)
 
 
 def partial(

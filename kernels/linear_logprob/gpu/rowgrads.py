@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from appo._kernels.common.gpu import launch
-from appo._kernels.common.gpu.algebra import gradient, target_column
+from appo._kernels.common.gpu.algebra import gradient, load_upstream, target_column
 from appo._kernels.common.gpu.aot import AotCase
 from appo._kernels.common.gpu.config import ROW, Row, ceil_div, row
 from appo._kernels.linear_logprob.blocks import Upstream
@@ -16,25 +18,23 @@ from appo._kernels.linear_logprob.blocks import Upstream
 
 @triton.jit(do_not_specialize=["N", "v0"])
 def rowgrads_kernel(
-    logits_ptr, column_ptr, scale_ptr, cap_ptr, m_ptr, log2s_ptr, constant_ptr, bent_ptr, ga_ptr, out_ptr, weighted_ptr,
+    logits_ptr, column_ptr, scale_ptr, cap_ptr, m_ptr, log2s_ptr,
+    p_factor_ptr, plogp_factor_ptr, d_logp_ptr, out_ptr, weighted_ptr,
     stride, stride_out, N, V, v0, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out[N, V] = G of logits[N, V], the columns v0 … v0+V-1; weighted[N] += Σ g log2 p over them.
 
-    Per token [N] float32: scale, m, log2s, constant, bent (or None), ga; column int64; cap[1] or None; weighted or None.
+    Per token [N] float32: scale, m, log2s, p_factor, plogp_factor (or None), d_logp; column int64.
+    cap[1] or None; weighted or None.
     out may be the logits themselves when it is float32: a program reads a block before it writes it. Grid: blocks of ROWS
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
     token = tl.minimum(row, N - 1).to(tl.int64)
     target = target_column(column_ptr, token, v0, V)
-    scale = tl.load(scale_ptr + token)
-    m = tl.load(m_ptr + token)
-    log2s = tl.load(log2s_ptr + token)
-    constant = tl.load(constant_ptr + token)
-    ga = tl.load(ga_ptr + token)
-    bent = ga if bent_ptr is None else tl.load(bent_ptr + token)
-    cap = 0.0 if cap_ptr is None else tl.load(cap_ptr)
+    scale, m, log2s, p_factor, plogp_factor, d_logp, cap = load_upstream(
+        token, scale_ptr, m_ptr, log2s_ptr, p_factor_ptr, plogp_factor_ptr, d_logp_ptr, cap_ptr
+    )
     total = tl.zeros((ROWS,), dtype=tl.float32)
     for col0 in range(0, V, COLUMNS):
         column = col0 + tl.arange(0, COLUMNS)
@@ -43,7 +43,8 @@ def rowgrads_kernel(
         x = tl.load(logits_ptr + token[:, None] * stride + column[None, :], mask=here, other=0.0)
         hit = column[None, :] == target[:, None]
         g, weighted = gradient(
-            x, scale, m, log2s, constant, bent, ga, cap, exists, hit, cap_ptr is not None, bent_ptr is not None
+            x, scale, m, log2s, p_factor, plogp_factor, d_logp, cap, exists, hit,
+            cap_ptr is not None, plogp_factor_ptr is not None,
         )  # fmt: skip
         total += weighted
         out = out_ptr + token[:, None] * stride_out + column[None, :]
@@ -62,7 +63,8 @@ def rowgrads(
     size = row(logits.device.type)
     with launch.on(logits.device):
         rowgrads_kernel[(ceil_div(n, size.rows),)](
-            logits, column, scale, cap, up.m, up.log2s, up.constant, up.bent, up.ga, out, weighted,
+            logits, column, scale, cap, up.m, up.log2s,
+            up.p_factor, up.plogp_factor, up.d_logp, out, weighted,
             logits.stride(0), out.stride(0), n, v, v0, size.rows, size.columns,
             num_warps=size.warps, **launch.OPTIONS,
         )  # fmt: skip
@@ -86,11 +88,11 @@ def _case(name: str, size: Row, dtype: str, options: bool = False) -> AotCase:
     pointers = {
         "logits_ptr": "*fp32",
         "column_ptr": "*i64",
-        **dict.fromkeys(("scale_ptr", "m_ptr", "log2s_ptr", "constant_ptr", "ga_ptr"), "*fp32"),
-        **dict.fromkeys(("cap_ptr", "bent_ptr", "weighted_ptr"), optional),
+        **dict.fromkeys(("scale_ptr", "m_ptr", "log2s_ptr", "p_factor_ptr", "d_logp_ptr"), "*fp32"),
+        **dict.fromkeys(("cap_ptr", "plogp_factor_ptr", "weighted_ptr"), optional),
         "out_ptr": f"*{dtype}",
     }
-    constexprs = {k: None for k, t in pointers.items() if t == "constexpr"}
+    constexprs: dict[str, Any] = {k: None for k, t in pointers.items() if t == "constexpr"}
     constexprs |= {"ROWS": size.rows, "COLUMNS": size.columns}
     numbers = dict.fromkeys(("stride", "stride_out", "N", "V", "v0"), "i32")
     signature = pointers | numbers | dict.fromkeys(constexprs, "constexpr")

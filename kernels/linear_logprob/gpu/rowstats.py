@@ -1,4 +1,4 @@
-"""K3: statistics of a block of float32 logits that a library's matrix product left in memory; one read, nothing else.
+"""Statistics of a block of float32 logits that a library's matrix product left in memory; one read, nothing else.
 
 Blocks of columns come one after another; the statistics of the columns before are carried in stats[4, N].
 """
@@ -6,12 +6,22 @@ Blocks of columns come one after another; the statistics of the columns before a
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from appo._kernels.common.gpu import launch
-from appo._kernels.common.gpu.algebra import EMPTY, LOG2E, scaled, tanh_over, target_column, update
+from appo._kernels.common.gpu.algebra import (
+    LOG2E,
+    no_columns,
+    scaled,
+    store_stats,
+    tanh_over,
+    target_column,
+    update,
+)
 from appo._kernels.common.gpu.aot import AotCase
 from appo._kernels.common.gpu.config import ROW, Row, ceil_div, row
 
@@ -35,10 +45,7 @@ def rowstats_kernel(
     at = stats_ptr + token
     step = stride_stats.to(tl.int64)
     if FIRST:
-        m = tl.full((ROWS,), EMPTY, dtype=tl.float32)
-        s = tl.zeros((ROWS,), dtype=tl.float32)
-        u = tl.zeros((ROWS,), dtype=tl.float32)
-        z = tl.zeros((ROWS,), dtype=tl.float32)
+        m, s, u, z = no_columns(ROWS)
     else:
         m = tl.load(at)
         s = tl.load(at + step)
@@ -52,11 +59,7 @@ def rowstats_kernel(
             x = cap * tanh_over(x, cap)
         x2 = scaled(x, scale2[:, None], exists)
         m, s, u, z = update(m, s, u, z, x2, column[None, :] == target[:, None])
-    inside = row < N
-    tl.store(at, m, mask=inside)
-    tl.store(at + step, s, mask=inside)
-    tl.store(at + 2 * step, u, mask=inside)
-    tl.store(at + 3 * step, z, mask=inside)
+    store_stats(at, step, m, s, u, z, row < N)
 
 
 def rowstats(
@@ -89,7 +92,7 @@ def _case(name: str, size: Row, cap: bool) -> AotCase:
         "cap_ptr": "*fp32" if cap else "constexpr",
         "stats_ptr": "*fp32",
     }
-    constexprs = {"FIRST": False, "ROWS": size.rows, "COLUMNS": size.columns}
+    constexprs: dict[str, Any] = {"FIRST": False, "ROWS": size.rows, "COLUMNS": size.columns}
     constexprs |= {} if cap else {"cap_ptr": None}
     numbers = dict.fromkeys(("stride", "stride_stats", "N", "V", "v0"), "i32")
     signature = pointers | numbers | dict.fromkeys(constexprs, "constexpr")

@@ -1,7 +1,7 @@
 """The fused policy loss: discounted future, ratio, clipped surrogate, its gradient and the metric sums, in float64.
 
-With a future term: the first two launches of K5 over logp - old_logp, then one that finishes the scan of its block and
-does the rest of the work on the values it holds. Without: that launch alone. Sums leave as one row per block and are
+With a future term: the first two launches of the discounted scan (branching/gpu/scan.py) over logp - old_logp, then
+one that finishes the scan of its block and does the rest of the work on the values it holds. Without: that launch alone. Sums leave as one row per block and are
 added in a second step, so there are no atomics and the bits depend on N only.
 Reads 13 bytes a token (float32 logp, old_logp, advantage, mask) and 9 more for the first launch of the scan, writes the
 gradient and the future factor, 8.
@@ -61,7 +61,7 @@ def policy_loss_kernel(
     sums_ptr, N, segments, steps, blocks, gamma: tl.float64, future_low: tl.float64, future_high: tl.float64,
     future_weight: tl.float64, clip_low: tl.float64, clip_high: tl.float64, dual_clip: tl.float64, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """gradient[N], sums[6, blocks] float64; with state[blocks] (see K5) also future[N]. weight[B] float64."""
+    """gradient[N], sums[6, blocks] float64; with state[blocks] (of the scan) also future[N]. weight[B] float64."""
     at = reversed_positions(N, BLOCK)
     inside = at >= 0
     d, keep = load_difference(logp_ptr, old_logp_ptr, mask_ptr, at)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MOST_DIM = {2: 256, 4: 128}  # head dimension by bytes per number
+MAX_DIM = {2: 256, 4: 128}  # head dimension by bytes per number
 HEIGHTS = {
     2: (64, 16),
     4: (16, 16),
@@ -46,7 +46,7 @@ def stream(arch: str, itemsize: int, dim: int, pairs: int) -> Stream:
         return FLOAT32
     table = LOW if pairs == HEIGHTS[2][1] else TALL
     rows = table.get(arch, table["default"])
-    return rows[min(most for most in rows if dim <= most)]
+    return rows[min(limit for limit in rows if dim <= limit)]
 
 
 def precision(arch: str, itemsize: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from appo._kernels.common.gpu import launch
 from appo._kernels.segment_attention.gpu.attend import attend_items
-from appo._kernels.segment_attention.gpu.config import HEIGHTS, MOST_DIM
+from appo._kernels.segment_attention.gpu.config import HEIGHTS, MAX_DIM
 from appo._kernels.segment_attention.gpu.merge import attend_merge
 
 
@@ -38,10 +38,10 @@ def unavailable(dtype: torch.dtype, head_dim: int, device: torch.device) -> str 
     """Why these kernels cannot run so; None if they can."""
     if dtype not in launch.TYPES:
         return f"segment attention runs in {', '.join(map(str, launch.TYPES))}, not in {dtype}"
-    if head_dim > MOST_DIM[dtype.itemsize]:
-        most = MOST_DIM[dtype.itemsize]
-        wider = "; 16-bit types take 256" if most < head_dim <= MOST_DIM[2] else ""
-        return f"head_dim is {head_dim}, in {dtype} it may be at most {most}{wider}"
+    if head_dim > MAX_DIM[dtype.itemsize]:
+        limit = MAX_DIM[dtype.itemsize]
+        wider = "; 16-bit types take 256" if limit < head_dim <= MAX_DIM[2] else ""
+        return f"head_dim is {head_dim}, in {dtype} it may be at most {limit}{wider}"
     if device.type != "cuda" and not launch.interpreted():
         return f"the device is {device}; use device='cuda', or set TRITON_INTERPRET=1 before triton is imported"
     return None

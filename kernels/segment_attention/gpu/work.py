@@ -83,13 +83,13 @@ def work(
     """
     first, last = rows
     tiles = _tiles(reads, limits, first, last, cut)
-    split = FIXED_SPLIT if cut.deterministic else _split(tiles.most, cut)
+    split = FIXED_SPLIT if cut.deterministic else _split(tiles.max_limit, cut)
     # A tile that reads n keys of its segment makes ceil(n / split) items.
-    pieces = -(-tiles.most // split)
+    pieces = -(-tiles.max_limit // split)
     tile, piece = _spread(pieces)
     start = piece * split
-    end = torch.minimum(start + split, tiles.most[tile])
-    full = torch.minimum(torch.maximum(tiles.least[tile], start), end)
+    end = torch.minimum(start + split, tiles.max_limit[tile])
+    full = torch.minimum(torch.maximum(tiles.min_limit[tile], start), end)
     count = tiles.rows[tile]
     items = torch.stack(
         [
@@ -123,8 +123,8 @@ class _Tiles:
     row: Tensor
     rows: Tensor
     limits: Tensor
-    most: Tensor
-    least: Tensor
+    max_limit: Tensor
+    min_limit: Tensor
     tall: Tensor
     limit: Tensor
 
@@ -135,22 +135,22 @@ def _tiles(reads: Tensor, limits: Tensor, first: int, last: int, cut: Cut) -> _T
     reads, a, b = reads[some], a[some], b[some]
     tall = ((b - a) * cut.group > cut.heights[1]) | cut.deterministic
     high, low = (cut.rows(height) for height in cut.heights)
-    most_rows = torch.where(tall, high, low)
-    read, number = _spread(-(-(b - a) // most_rows))
-    row = a[read] + number * most_rows[read]
-    rows = torch.minimum(most_rows[read], b[read] - row)
+    max_rows = torch.where(tall, high, low)
+    read, number = _spread(-(-(b - a) // max_rows))
+    row = a[read] + number * max_rows[read]
+    rows = torch.minimum(max_rows[read], b[read] - row)
     tile, inside = _spread(rows)
     limit = limits[(reads[:, 3] - reads[:, 1])[read[tile]] + row[tile] + inside]
-    most = torch.zeros_like(rows).scatter_reduce_(0, tile, limit, "amax")
+    max_limit = torch.zeros_like(rows).scatter_reduce_(0, tile, limit, "amax")
     above = torch.where(limit > 0, limit, _END)
-    least = torch.full_like(rows, _END).scatter_reduce_(0, tile, above, "amin")
-    return _Tiles(reads[read, 0], row, rows, _before(rows), most, least, tall[read], limit)
+    min_limit = torch.full_like(rows, _END).scatter_reduce_(0, tile, above, "amin")
+    return _Tiles(reads[read, 0], row, rows, _before(rows), max_limit, min_limit, tall[read], limit)
 
 
-def _split(most: Tensor, cut: Cut) -> int:
+def _split(max_limit: Tensor, cut: Cut) -> int:
     """The longest split that gives every processor two programs; the shortest if none does."""
     for split in SPLITS[:-1]:
-        if int((-(-most // split)).sum()) * cut.kv_heads >= 2 * cut.processors:
+        if int((-(-max_limit // split)).sum()) * cut.kv_heads >= 2 * cut.processors:
             return split
     return SPLITS[-1]
 

@@ -21,7 +21,7 @@ from appo._kernels.tree_attention.gpu.forward import bounds, heads_tile, next_ru
 
 @triton.jit(do_not_specialize=["N"])
 def tree_query_grads_kernel(
-    q, k, v, g, o, ends_ptr, least_ptr, most_ptr, lse_ptr, d_lse_ptr, dq, delta_ptr,
+    q, k, v, g, o, ends_ptr, min_end_ptr, max_end_ptr, lse_ptr, d_lse_ptr, dq, delta_ptr,
     heads, kv_heads, N, scale: tl.float32,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,7 @@ def tree_query_grads_kernel(
     lse2 = tl.load(lse_ptr + at) * LOG2E
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
     stop = last // KEYS + 1
-    block, end = next_run(tl.full((), 0, tl.int32), stop, most_ptr, row0)
+    block, end = next_run(tl.full((), 0, tl.int32), stop, max_end_ptr, row0)
     while block < stop:
         for b in range(block, end):
             key = b * KEYS + tl.arange(0, KEYS)
@@ -51,16 +51,16 @@ def tree_query_grads_kernel(
             s = tl.dot(q_rd, k_kd.T, input_precision="ieee") * (scale * LOG2E)
             ds = tl.dot(g_rd, v_kd.T, input_precision="ieee") - delta[:, None]
             ds *= tl.exp2(s - lse2[:, None])
-            if (tl.load(least_ptr + b) <= last) | ((b + 1) * KEYS - 1 > row0):
+            if (tl.load(min_end_ptr + b) <= last) | ((b + 1) * KEYS - 1 > row0):
                 ds = tl.where(sees(row, key, ends_ptr, N), ds, 0.0)
             acc = tl.dot(ds.to(k_kd.dtype), k_kd, acc, input_precision="ieee")
-        block, end = next_run(end, stop, most_ptr, row0)
+        block, end = next_run(end, stop, max_end_ptr, row0)
     store_tile(dq, acc * scale, row, heads, head, N, DIM, WIDTH)
 
 
 @triton.jit(do_not_specialize=["N"])
 def tree_key_grads_kernel(
-    q, k, v, g, ends_ptr, least_ptr, most_ptr, lse_ptr, delta_ptr, dk, dv,
+    q, k, v, g, ends_ptr, min_end_ptr, max_end_ptr, lse_ptr, delta_ptr, dk, dv,
     heads, kv_heads, N, scale: tl.float32,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
@@ -72,11 +72,11 @@ def tree_key_grads_kernel(
     k_kd = heads_tile(k, key, kv_heads, kv, N, DIM, WIDTH)
     v_kd = heads_tile(v, key, kv_heads, kv, N, DIM, WIDTH)
     ends = tl.load(ends_ptr + key, mask=key < N, other=0)
-    least, most = tl.load(least_ptr + block), tl.load(most_ptr + block)
+    min_end, max_end = tl.load(min_end_ptr + block), tl.load(max_end_ptr + block)
     dk_kd = tl.zeros((KEYS, WIDTH), tl.float32)
     dv_kd = tl.zeros((KEYS, WIDTH), tl.float32)
     first = block * KEYS // ROWS
-    blocks = tl.cdiv(most, ROWS) - first
+    blocks = tl.cdiv(max_end, ROWS) - first
     for i in range(0, blocks * group):
         head, row0 = kv * group + i // blocks, (first + i % blocks) * ROWS
         row = row0 + tl.arange(0, ROWS)
@@ -87,7 +87,7 @@ def tree_key_grads_kernel(
         p = tl.exp2(s - (tl.load(lse_ptr + at) * LOG2E)[None, :])
         ds = tl.dot(v_kd, g_rd.T, input_precision="ieee") - tl.load(delta_ptr + at)[None, :]
         ds *= p
-        if (least < row0 + ROWS) | (
+        if (min_end < row0 + ROWS) | (
             (block + 1) * KEYS - 1 > row0
         ):  # also where rows or keys run past the end
             seen = (key[:, None] <= row[None, :]) & (row[None, :] < ends[:, None])
@@ -161,7 +161,7 @@ def _case(
     dim: int,
     tile: Walk,
 ) -> AotCase:
-    pointers = pointers | dict.fromkeys(("ends_ptr", "least_ptr", "most_ptr"), "*i32")
+    pointers = pointers | dict.fromkeys(("ends_ptr", "min_end_ptr", "max_end_ptr"), "*i32")
     constexprs = absent | {
         "DIM": dim, "WIDTH": triton.next_power_of_2(dim), "ROWS": tile.rows, "KEYS": tile.keys, "LOG2E": LOG2E,
     }  # fmt: skip

@@ -42,29 +42,29 @@ def sees(row, key, ends_ptr, N):
 
 
 @triton.jit
-def next_run(block, stop, most_ptr, row0):
+def next_run(block, stop, max_end_ptr, row0):
     """(first, last + 1) of the next run of key blocks, from `block` on, of which a query from row0 on may see a part.
 
-    most[blocks + 1] ends with a 0.
+    max_end[blocks + 1] ends with a 0.
     """
-    while (block < stop) & (tl.load(most_ptr + block) <= row0):
+    while (block < stop) & (tl.load(max_end_ptr + block) <= row0):
         block += 1
     end = block
-    while (end < stop) & (tl.load(most_ptr + end) > row0):
+    while (end < stop) & (tl.load(max_end_ptr + end) > row0):
         end += 1
     return block, end
 
 
 @triton.jit(do_not_specialize=["N"])
 def tree_forward_kernel(
-    q, k, v, ends_ptr, least_ptr, most_ptr, hurt_ptr, o, lse_ptr,
+    q, k, v, ends_ptr, min_end_ptr, max_end_ptr, hurt_ptr, o, lse_ptr,
     heads, kv_heads, N, scale2: tl.float32,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
     """o[N, heads, DIM], lse[N, heads] from q, k, v contiguous; grid: query blocks · heads, the longest first.
 
     k and v are finite; hurt[kv_heads, N] float32 is NaN where they were not, else 0
-    least, most[blocks]  of ends per KEYS keys (most[blocks + 1], 0 at the end)
+    min_end, max_end[blocks]  of ends per KEYS keys (max_end[blocks + 1], 0 at the end)
     """
     row0 = (tl.cdiv(N, ROWS) - 1 - tl.program_id(0) // heads) * ROWS
     head = tl.program_id(0) % heads
@@ -77,14 +77,14 @@ def tree_forward_kernel(
     total = tl.sum(q_rd.to(tl.float32) * 0.0, 1)  # NaN for a query that is not finite
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
     stop = last // KEYS + 1
-    block, end = next_run(tl.full((), 0, tl.int32), stop, most_ptr, row0)
+    block, end = next_run(tl.full((), 0, tl.int32), stop, max_end_ptr, row0)
     while block < stop:
         for b in range(block, end):
             key = b * KEYS + tl.arange(0, KEYS)
             k_kd = heads_tile(k, key, kv_heads, kv, N, DIM, WIDTH)
             s = tl.dot(q_rd, k_kd.T, input_precision="ieee") * scale2
             s += tl.load(hurt_ptr + tl.minimum(key, N - 1))[None, :]
-            if (tl.load(least_ptr + b) <= last) | ((b + 1) * KEYS - 1 > row0):
+            if (tl.load(min_end_ptr + b) <= last) | ((b + 1) * KEYS - 1 > row0):
                 s = tl.where(sees(row, key, ends_ptr, N), s, float("-inf"))
             above = tl.maximum(m, tl.max(s, 1))
             base = tl.where(above == float("-inf"), 0.0, above)  # nothing seen yet: not inf - inf
@@ -94,19 +94,19 @@ def tree_forward_kernel(
             v_kd = heads_tile(v, key, kv_heads, kv, N, DIM, WIDTH)
             acc = tl.dot(p.to(v_kd.dtype), v_kd, acc * shrink[:, None], input_precision="ieee")
             m = above
-        block, end = next_run(end, stop, most_ptr, row0)
+        block, end = next_run(end, stop, max_end_ptr, row0)
     store_tile(o, acc / total[:, None], row, heads, head, N, DIM, WIDTH)
     lse = (m + tl.log2(total)) * LN2
     tl.store(lse_ptr + row.to(tl.int64) * heads + head, lse, mask=row < N)
 
 
 def bounds(subtree_end: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """(least, most) of subtree_end[N] int32 per block of `keys`; most has one more entry, 0."""
+    """(min_end, max_end) of subtree_end[N] int32 per block of `keys`; max_end has one more entry, 0."""
     n = subtree_end.shape[0]
     short = -n % keys
-    least = torch.nn.functional.pad(subtree_end, (0, short), value=n).view(-1, keys).amin(1)
-    most = torch.nn.functional.pad(subtree_end, (0, short)).view(-1, keys).amax(1)
-    return least, torch.nn.functional.pad(most, (0, 1))
+    min_end = torch.nn.functional.pad(subtree_end, (0, short), value=n).view(-1, keys).amin(1)
+    max_end = torch.nn.functional.pad(subtree_end, (0, short)).view(-1, keys).amax(1)
+    return min_end, torch.nn.functional.pad(max_end, (0, 1))
 
 
 def forward(
@@ -116,12 +116,12 @@ def forward(
     """Launch on contiguous q[N, Hq, D], k and v[N, Hkv, D] (finite), hurt[N, Hkv] float32 → (o, lse[N, Hq] float32)."""
     n, heads, dim = q.shape
     size = tile or walk(TREE_FORWARD, launch.arch(q.device), dim, q.element_size())
-    least, most = bounds(subtree_end, size.keys)
+    min_end, max_end = bounds(subtree_end, size.keys)
     o, lse = torch.empty_like(q), q.new_empty((n, heads), dtype=torch.float32)
     grid = (ceil_div(n, size.rows) * heads,)
     with launch.on(q.device):
         tree_forward_kernel[grid](
-            q, k, v, subtree_end, least, most, hurt.T.contiguous(), o, lse,
+            q, k, v, subtree_end, min_end, max_end, hurt.T.contiguous(), o, lse,
             heads, k.shape[1], n, scale * LOG2E,
             dim, triton.next_power_of_2(max(dim, 16)), size.rows, size.keys, LN2,
             num_warps=size.warps, num_stages=size.stages,
@@ -138,7 +138,7 @@ def aot_cases(arch: str) -> list[AotCase]:
 def _case(arch: str, dim: int, dtype: str) -> AotCase:
     tile = walk(TREE_FORWARD, arch, dim, 2 if dtype == "bf16" else 4)
     pointers = dict.fromkeys(("q", "k", "v", "o"), f"*{dtype}")
-    pointers |= dict.fromkeys(("ends_ptr", "least_ptr", "most_ptr"), "*i32")
+    pointers |= dict.fromkeys(("ends_ptr", "min_end_ptr", "max_end_ptr"), "*i32")
     pointers |= dict.fromkeys(("hurt_ptr", "lse_ptr"), "*fp32")
     constexprs = {
         "DIM": dim, "WIDTH": triton.next_power_of_2(dim), "ROWS": tile.rows, "KEYS": tile.keys, "LN2": LN2,

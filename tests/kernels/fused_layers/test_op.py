@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from appo._kernels.common import backends
-from appo._kernels.fused_layers import op as glue
+from appo._kernels.fused_layers import op as fused_layers
 
 BACKENDS = [
     "torch",
@@ -44,7 +44,7 @@ def compare(call, inputs, d_out, backend):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm(shape, dtype, backend):
     x, weight = made(shape, dtype, 0, scale=2.0), made(shape[1:], dtype, 1)
-    compare(lambda x, w, backend: glue.rms_norm(x, w, 1e-3, backend=backend),
+    compare(lambda x, w, backend: fused_layers.rms_norm(x, w, 1e-3, backend=backend),
             (x, weight), made(shape, dtype, 2), backend)  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_rms_norm(shape, dtype, backend):
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 2100)])
 def test_swiglu(shape, dtype, backend):
     gate, up = made(shape, dtype, 0, scale=4.0), made(shape, dtype, 1)
-    compare(glue.swiglu, (gate, up), made(shape, dtype, 2), backend)
+    compare(fused_layers.swiglu, (gate, up), made(shape, dtype, 2), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -63,7 +63,7 @@ def test_rotary(shape, dtype, backend):
     angle = made((shape[0], shape[2] // 2), torch.float64, 0, scale=9.0)
     wide = torch.cat([angle, angle], dim=1)  # as transformers hands them over: rows with a gap
     cos, sin = (f(wide).to(dtype)[:, : angle.shape[1]] for f in (torch.cos, torch.sin))
-    compare(lambda x, backend: glue.rotary(x, cos.to(x.dtype), sin.to(x.dtype), backend=backend),
+    compare(lambda x, backend: fused_layers.rotary(x, cos.to(x.dtype), sin.to(x.dtype), backend=backend),
             (made(shape, dtype, 1),), made(shape, dtype, 2), backend)  # fmt: skip
 
 
@@ -74,17 +74,19 @@ def test_rotary_is_what_transformers_computes():
     angle = made((6, 4), torch.float64, 1, scale=9.0)
     cos, sin = (f(torch.cat([angle, angle], 1)) for f in (torch.cos, torch.sin))
     want, _ = apply_rotary_pos_emb(*(q.transpose(0, 1)[None],) * 2, cos[None], sin[None])
-    torch.testing.assert_close(glue.rotary(q, cos[:, :4], sin[:, :4]), want[0].transpose(0, 1))
+    torch.testing.assert_close(
+        fused_layers.rotary(q, cos[:, :4], sin[:, :4]), want[0].transpose(0, 1)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_not_finite_numbers_stay_in_their_rows(backend):
     x = torch.ones(3, 40)
     x[1, 7] = torch.nan
-    y = glue.rms_norm(x, torch.ones(40), 1e-6, backend=backend)
+    y = fused_layers.rms_norm(x, torch.ones(40), 1e-6, backend=backend)
     assert torch.isnan(y[1]).all() and torch.isfinite(y[[0, 2]]).all()
     gate = torch.tensor([torch.nan, torch.inf, -1000.0, -89.0, 0.0, 1000.0])
-    out = glue.swiglu(gate, torch.ones(6), backend=backend)
+    out = fused_layers.swiglu(gate, torch.ones(6), backend=backend)
     assert torch.isnan(out[0]) and out[1] == torch.inf and out[4] == 0.0 and out[5] == 1000.0
     assert out[2:4].abs().max() < 1e-30
 
@@ -98,8 +100,8 @@ def test_threads_and_instruction_sets():
 
     def gradients(isa, threads):
         y, factor, dx, dw = torch.empty_like(x), torch.empty(1500), torch.empty_like(x), torch.empty(160)  # fmt: skip
-        native.function("rms_norm_forward", "cpu")(x, w, 1e-6, y, factor, isa, threads)
-        native.function("rms_norm_backward", "cpu")(x, w, factor, dy, dx, dw, isa, threads)
+        native.require("rms_norm_forward")(x, w, 1e-6, y, factor, isa, threads)
+        native.require("rms_norm_backward")(x, w, factor, dy, dx, dw, isa, threads)
         return torch.cat([y.flatten(), dx.flatten(), dw])
 
     one = gradients("", 1)
@@ -109,20 +111,20 @@ def test_threads_and_instruction_sets():
 
 def test_frozen_weights_get_no_gradient():
     x, w = torch.randn(4, 8), torch.ones(8)
-    y = glue.rms_norm(x.requires_grad_(), w, 1e-6)
+    y = fused_layers.rms_norm(x.requires_grad_(), w, 1e-6)
     y.sum().backward()
     assert x.grad is not None and w.grad is None
-    assert not glue.rms_norm(x.detach(), w, 1e-6).requires_grad
+    assert not fused_layers.rms_norm(x.detach(), w, 1e-6).requires_grad
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: glue.rms_norm(torch.ones(2, 3), torch.ones(4), 1e-6), r"\(2, 3\) and weight \(4,\)"),
-        (lambda: glue.swiglu(torch.ones(2), torch.ones(3)), "expected two alike"),
-        (lambda: glue.rotary(torch.ones(2, 1, 4), torch.ones(2, 4), torch.ones(2, 4)), "D/2"),
-        (lambda: glue.swiglu(torch.ones(2), torch.ones(2), backend="fast"), "'fast'"),
-        (lambda: glue.swiglu(*(torch.ones(2).double(),) * 2, backend="cpu"), "float64"),
+        (lambda: fused_layers.rms_norm(torch.ones(2, 3), torch.ones(4), 1e-6), r"\(2, 3\) and weight \(4,\)"),
+        (lambda: fused_layers.swiglu(torch.ones(2), torch.ones(3)), "expected two alike"),
+        (lambda: fused_layers.rotary(torch.ones(2, 1, 4), torch.ones(2, 4), torch.ones(2, 4)), "D/2"),
+        (lambda: fused_layers.swiglu(torch.ones(2), torch.ones(2), backend="fast"), "'fast'"),
+        (lambda: fused_layers.swiglu(*(torch.ones(2).double(),) * 2, backend="cpu"), "float64"),
     ],
 )  # fmt: skip
 def test_bad_input(call, message):

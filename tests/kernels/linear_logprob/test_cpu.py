@@ -69,10 +69,12 @@ def upstream(call, merged, factors=(1.0, 0.3, -0.1), seed=1):
     """`Upstream` for random gradients of logp, entropy and lse, times `factors`, in the dtype of the statistics."""
     g = torch.Generator().manual_seed(seed)
     n, dtype = call.scale.shape[0], call.scale.dtype
-    ga, he, le = (f * torch.randn(n, generator=g).to(dtype) for f in factors)
+    d_logp, d_entropy, d_lse = (f * torch.randn(n, generator=g).to(dtype) for f in factors)
     entropy = finish(merged)[1].to(dtype)
-    bent = he * LN2 if factors[1] else None
-    return Upstream(merged.m, torch.log2(merged.s), le - ga - he * entropy, bent, ga)
+    plogp_factor = d_entropy * LN2 if factors[1] else None
+    return Upstream(
+        merged.m, torch.log2(merged.s), d_lse - d_logp - d_entropy * entropy, plogp_factor, d_logp
+    )
 
 
 def gradients(call, *, factors=(1.0, 0.3, -0.1), need=(True, True, True), threads=1, **kwargs):
@@ -97,7 +99,7 @@ def assert_stats(call, got, logp=1e-5, entropy=5e-5):
 
 
 def assert_gradients(call, got, want):
-    """By norm; below 1 absolutely, because constant = le - ga - he·H has cancelled before it is handed over."""
+    """By norm; below 1 absolutely, because p_factor = d_lse - d_logp - d_entropy·H has cancelled before it is handed over."""
     bound = {f32: 2e-6, f16: 5e-4, bf16: 3e-3}
     for a, b, dtype in zip(got[:2], want[:2], (call.h.dtype, call.w.dtype)):
         assert a.dtype == dtype
@@ -281,14 +283,18 @@ def test_shifted_logits(shift):
 @each_set
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0, 1.1])
 def test_kept_probabilities(isa, share):
-    """Whatever fits in `kept`, the statistics do not change, and gradients stay within their bounds for 16-bit inputs."""
+    """Whatever fits in `prob_cache`, the statistics do not change, and gradients stay within their bounds for 16-bit inputs."""
     call = problem(40, 72, 2600, n=131)
     call = call._replace(rows=torch.randint(39, (131,), generator=torch.Generator().manual_seed(2)))
-    kept = torch.full((int(share * linear_cpu.kept_bytes(131, 2600)),), 255, dtype=torch.uint8)
-    merged = stats(call, isa=isa, kept=kept)
+    prob_cache = torch.full(
+        (int(share * linear_cpu.cache_bytes(131, 2600)),), 255, dtype=torch.uint8
+    )
+    merged = stats(call, isa=isa, prob_cache=prob_cache)
     assert all(torch.equal(a, b) for a, b in zip(merged, stats(call, isa=isa)))
     up = upstream(call, merged)
-    run = partial(linear_cpu.gradients, call, up, True, True, True, f32, isa=isa, kept=kept)
+    run = partial(
+        linear_cpu.gradients, call, up, True, True, True, f32, isa=isa, prob_cache=prob_cache
+    )
     got, recomputed = run(threads=1), gradients(call, isa=isa)
     want = exact_gradients(call)
     assert all(torch.equal(a, b) for a, b in zip(got, run(threads=3)))
@@ -304,10 +310,10 @@ def test_kept_target_of_a_likely_token():
         torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]),
     )
     call = LinearCall(h, w.bfloat16(), torch.tensor([0]), None, torch.ones(1))
-    kept = torch.empty(linear_cpu.kept_bytes(1, 3), dtype=torch.uint8)
-    s = stats(call, kept=kept)
+    prob_cache = torch.empty(linear_cpu.cache_bytes(1, 3), dtype=torch.uint8)
+    s = stats(call, prob_cache=prob_cache)
     up = Upstream(s.m, torch.log2(s.s), -torch.ones(1), None, torch.ones(1))
-    dh, _, _ = linear_cpu.gradients(call, up, True, False, False, f32, kept=kept)
+    dh, _, _ = linear_cpu.gradients(call, up, True, False, False, f32, prob_cache=prob_cache)
     p = 1 / (1 + 2 * math.exp(-9))
     assert dh[0, 0].item() == pytest.approx(1 - p, rel=4e-3)
 
@@ -316,10 +322,10 @@ def test_kept_target_of_a_likely_token():
 def test_nothing_is_kept_where_it_does_not_serve(dtype, softcap):
     """Float32 inputs, for which 11 bits are too few, and capped logits, whose slope needs the logit itself."""
     call = problem(20, 64, 600, (dtype, dtype), softcap=softcap)
-    kept = torch.full((linear_cpu.kept_bytes(20, 600),), 255, dtype=torch.uint8)
-    up = upstream(call, stats(call, kept=kept))
-    got = linear_cpu.gradients(call, up, True, True, True, dtype, kept=kept, threads=1)
-    assert bool((kept == 255).all())
+    prob_cache = torch.full((linear_cpu.cache_bytes(20, 600),), 255, dtype=torch.uint8)
+    up = upstream(call, stats(call, prob_cache=prob_cache))
+    got = linear_cpu.gradients(call, up, True, True, True, dtype, prob_cache=prob_cache, threads=1)
+    assert bool((prob_cache == 255).all())
     assert all(torch.equal(a, b) for a, b in zip(got, gradients(call)))
 
 

@@ -267,7 +267,7 @@ def test_what_forward_keeps_changes_no_result_and_little_in_the_gradients():
     want = oracle_gradients(h, w, y, upstream)
     outputs = []
     for size in (0, 400_000, 1 << 20):  # nothing, the leading columns, everything
-        out, grads = run("cpu", h, w, y, upstream=upstream, keep_bytes=size)
+        out, grads = run("cpu", h, w, y, upstream=upstream, saved_bytes=size)
         outputs.append(out)
         for a, b in zip(grads, want):
             assert relative(a, b) <= 3e-3
@@ -275,8 +275,8 @@ def test_what_forward_keeps_changes_no_result_and_little_in_the_gradients():
         assert all(torch.equal(a, b) for a, b in zip(out, outputs[0]))
 
 
-@pytest.mark.parametrize("keep_bytes", [0, 1 << 20])
-def test_the_tail_of_a_confident_token_keeps_its_gradient(keep_bytes):
+@pytest.mark.parametrize("saved_bytes", [0, 1 << 20])
+def test_the_tail_of_a_confident_token_keeps_its_gradient(saved_bytes):
     """20,000 columns of p = 1e-8 beside one of p near 1: what forward keeps must reach that far down."""
     if reason := why_not("cpu"):
         pytest.skip(reason)
@@ -285,5 +285,5 @@ def test_the_tail_of_a_confident_token_keeps_its_gradient(keep_bytes):
     h[0, 0], w[0, 0] = 1.0, 18.0
     upstream = [torch.ones(1), torch.zeros(1), torch.zeros(1)]
     _, want = oracle_gradients(h, w, torch.tensor([0]), upstream)
-    _, (_, dw) = run("cpu", h, w, torch.tensor([0]), upstream=upstream, keep_bytes=keep_bytes)
+    _, (_, dw) = run("cpu", h, w, torch.tensor([0]), upstream=upstream, saved_bytes=saved_bytes)
     assert relative(dw[1:], want[1:]) <= 4e-3

@@ -82,12 +82,14 @@ def upstream(call, logp=1.0, entropy=1.0, lse=1.0, seed=1):
     """What the public function hands to backward, in float64, for random gradients of the outputs times these factors."""
     g = torch.Generator().manual_seed(seed)
     n, device = call.scale.shape[0], call.scale.device
-    ga, he, le = (
+    d_logp, d_entropy, d_lse = (
         f * torch.randn(n, generator=g).to(device, torch.float64) for f in (logp, entropy, lse)
     )
     stats = oracle(call)
-    bent = he * LN2 if entropy else None
-    return Upstream(stats.m, stats.s.log2(), le - ga - he * finish(stats)[1], bent, ga)
+    plogp_factor = d_entropy * LN2 if entropy else None
+    return Upstream(
+        stats.m, stats.s.log2(), d_lse - d_logp - d_entropy * finish(stats)[1], plogp_factor, d_logp
+    )
 
 
 def single(up):
@@ -185,7 +187,7 @@ def test_blocks_of_logits(block):
 @each_backend
 @pytest.mark.parametrize("output", ["logp", "entropy", "lse", "all"])
 def test_gradients(backend, output):
-    """Every output alone and all at once; without an entropy gradient the kernel has no `bent` at all."""
+    """Every output alone and all at once; without an entropy gradient the kernel has no `plogp_factor` at all."""
     call = problem(65, 72, 1100, softcap=20.0 if output == "all" else None)
     factors = {name: float(output in (name, "all")) for name in ("logp", "entropy", "lse")}
     up = upstream(call, **factors)
@@ -360,7 +362,7 @@ def test_public_function_and_autocast(backend):
 @interpreted
 @pytest.mark.parametrize("slots", [1, 2, 7, 16, 17, 40])
 def test_merge_of_slots(slots):
-    """K2 against the PyTorch merge; a slot without any column has weight 0 wherever it stands."""
+    """merge.py against the PyTorch merge; a slot without any column has weight 0 wherever it stands."""
     g = torch.Generator().manual_seed(slots)
     parts = [
         column_stats(torch.randn(70, 5, generator=g) * 9, torch.full((70,), i))

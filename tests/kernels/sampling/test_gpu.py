@@ -9,9 +9,8 @@ import pytest
 import torch
 from support.head_backends import device_of, marks_of
 
-from appo.rollout.native.sampling import definition
-from appo.rollout.native.sampling import gpu_sample as gpu_draw
-from appo.rollout.native.sampling.definition import Rows, race
+from appo.rollout.native.sampling import definition, gpu_sample
+from appo.rollout.native.sampling.definition import SamplingRows, race
 from appo.rollout.native.sampling.noise import halves, key
 
 triton = pytest.importorskip("triton")
@@ -29,7 +28,7 @@ def how(n, seed=11, first=0, inv_temp=1.0, greedy=()):
     mask = torch.zeros(n, dtype=torch.uint8)
     mask[list(greedy)] = 1
     by = torch.as_tensor(inv_temp, dtype=torch.float32).expand(n).contiguous()
-    return Rows(torch.full((n,), seed), torch.arange(first, first + n), by, mask)
+    return SamplingRows(torch.full((n,), seed), torch.arange(first, first + n), by, mask)
 
 
 def sample(logits, rows):
@@ -47,7 +46,7 @@ def test_against_the_definition(dtype, rows, vocab, scale):
     logits = (scale * torch.randn(rows, vocab) + 3.0).to(dtype)
     settings = how(rows, 2**62 + 5, 1000, torch.rand(rows) + 0.4, greedy=range(2, rows, 4))
     token, logp, entropy = sample(logits, settings)
-    want = definition.draw(logits, settings)
+    want = definition.sample(logits, settings)
     assert token.long().tolist() == want.tokens.tolist()
     exact = torch.log_softmax(logits.double() * settings.inv_temp.double()[:, None], -1)
     tolerance = dict(atol=2e-6 + 3e-7 * scale, rtol=0)
@@ -99,7 +98,7 @@ def test_bits_do_not_depend_on_the_batch():
     together = sample(x, rows)
     for i in (0, 2, 8):
         columns = (rows.seeds, rows.positions, rows.inv_temp, rows.greedy)
-        alone = sample(x[i : i + 1], Rows(*(c[i : i + 1] for c in columns)))
+        alone = sample(x[i : i + 1], SamplingRows(*(c[i : i + 1] for c in columns)))
         assert torch.equal(alone[:, 0], together[:, i])
     strided = torch.randn(9, 2, 9000)
     strided[:, 1] = x
@@ -131,7 +130,7 @@ def test_greedy_takes_the_lowest_id_of_equals():
 def test_what_the_sampler_calls():
     x = torch.randn(5, 300, generator=torch.Generator().manual_seed(2))
     rows = how(5, greedy=[1])
-    found, want = gpu_draw.draw(x.to(DEVICE), rows), definition.draw(x, rows)
+    found, want = gpu_sample.sample(x.to(DEVICE), rows), definition.sample(x, rows)
     assert torch.equal(found.tokens, want.tokens)
     torch.testing.assert_close(found.logp, want.logp, atol=2e-6, rtol=0)
     torch.testing.assert_close(found.entropy, want.entropy, atol=2e-6, rtol=0)

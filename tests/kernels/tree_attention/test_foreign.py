@@ -12,7 +12,7 @@ from torch.nn.attention import flex_attention as flex
 from appo._kernels.tree_attention import backend_flash as attention_flash
 from appo._kernels.tree_attention import backend_flex as attention_flex
 from appo._kernels.tree_attention import backend_torch as attention_torch
-from appo._kernels.tree_attention.recent import Recent
+from appo._kernels.tree_attention.last_call import LastCall
 from appo.kernels import tree_attention
 
 torch.set_num_threads(1)
@@ -245,17 +245,17 @@ def test_bad_streams_are_refused_and_empty_ones_are_not(flash, backend):
 
 def test_what_was_derived_is_kept_until_the_stream_changes():
     made = []
-    recent = Recent(
+    last_call = LastCall(
         lambda subtree_end, size: made.append((subtree_end.tolist(), size)) or len(made)
     )
     subtree_end = torch.tensor([2, 2])
-    assert recent(subtree_end, 1) == recent(subtree_end, 1) == 1
-    assert recent(subtree_end, 2) == 2  # another question
-    assert recent(subtree_end.clone(), 2) == 3  # another stream, though equal
-    assert recent(subtree_end, 2) == 4
+    assert last_call(subtree_end, 1) == last_call(subtree_end, 1) == 1
+    assert last_call(subtree_end, 2) == 2  # another question
+    assert last_call(subtree_end.clone(), 2) == 3  # another stream, though equal
+    assert last_call(subtree_end, 2) == 4
     subtree_end[0] = 1
-    assert recent(subtree_end, 2) == 5  # written to
+    assert last_call(subtree_end, 2) == 5  # written to
     assert made[-1] == ([1, 2], 2)
     with torch.inference_mode():
         unknown = torch.tensor([2, 2])
-    assert recent(unknown, 2) == 6 and recent(unknown, 2) == 7  # nobody knows whether it was
+    assert last_call(unknown, 2) == 6 and last_call(unknown, 2) == 7  # nobody knows whether it was

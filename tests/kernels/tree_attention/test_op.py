@@ -24,7 +24,7 @@ from support.head_backends import backend_params, dtype_of, relative
 from appo._kernels.common.backends import linear_isa
 from appo._kernels.tree_attention import backend_cpu as attention_cpu
 from appo._kernels.tree_attention import backend_torch as attention_torch
-from appo._kernels.tree_attention.op import Kept, TreeCall, backward_op, check_tree, forward_op
+from appo._kernels.tree_attention.op import Saved, TreeCall, backward_op, check_tree, forward_op
 from appo.kernels import tree_attention
 
 torch.set_num_threads(1)
@@ -146,7 +146,7 @@ def test_every_instruction_set_and_number_of_threads(isa, dtype):
 
     def both(threads):
         o, lse = attention_cpu.forward(call, isa=isa, threads=threads)
-        kept = Kept(o, lse)
+        kept = Saved(o, lse)
         return o, lse, *attention_cpu.backward(call, kept, d_o, d_lse, isa=isa, threads=threads)
 
     alone = both(1)
@@ -186,7 +186,7 @@ def test_native_code_survives_what_python_refuses(fill):
     q, k, v, d_o, d_lse = problem(subtree_end, 6, 2, 64)
     call = TreeCall(q, k, v, subtree_end, 0.125)
     for threads in (1, 4):
-        kept = Kept(*attention_cpu.forward(call, threads=threads))
+        kept = Saved(*attention_cpu.forward(call, threads=threads))
         grads = attention_cpu.backward(call, kept, d_o, d_lse, threads=threads)
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
 

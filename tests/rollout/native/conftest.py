@@ -1,4 +1,6 @@
-"""A tiny model and an engine on it; a test file that needs another model has fixtures of the same names."""
+"""A tiny model and an engine on it; a test file that needs another model has fixtures of the same
+names.
+"""
 
 import pytest
 from support.tiny_models import build

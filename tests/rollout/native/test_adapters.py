@@ -1,4 +1,6 @@
-"""Adapters applied in the engine give the log-probs of the adapted model, and leave the weights alone."""
+"""Adapters applied in the engine give the log-probs of the adapted model, and leave the weights
+alone.
+"""
 
 import pytest
 import torch

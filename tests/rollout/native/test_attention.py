@@ -1,4 +1,6 @@
-"""Native attention over segments: against float64 on random trees, and the same bits however the rows are grouped."""
+"""Native attention over segments: against float64 on random trees, and the same bits however the
+rows are grouped.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,12 @@ import torch
 
 from appo._kernels.common import native
 from appo.errors import EngineError
-from appo.rollout.native.attention import segments
 from appo.rollout.native.attention.attention import attend_segments_torch
-from appo.rollout.native.attention.pool import KVPool
+from appo.rollout.native.attention.pool import KVPool, available
 from appo.rollout.native.attention.segments import attend_segments
 
 pytestmark = pytest.mark.skipif(
-    not segments.available(torch.float32, 64, torch.device("cpu")), reason="no native attention"
+    not available(torch.float32, 64, torch.device("cpu")), reason="no native attention"
 )
 F32, BF16 = torch.float32, torch.bfloat16
 BEST = native.function("linear_isa")() if native.function("linear_isa") else ""
@@ -50,7 +51,7 @@ def plant(kv: list[torch.Tensor], paths: list[Path], q: torch.Tensor, seed: int 
     counts = [-(-x.shape[3] // 16) for x in kv]
     order = iter(np.random.default_rng(seed).permutation(sum(counts) + 2).tolist())
     pool.ensure(sum(counts) + 2)
-    pool.poison(range(sum(counts) + 2))
+    pool.fill_nan(range(sum(counts) + 2))
     blocks = [[next(order) for _ in range(n)] for n in counts]
     for x, some in zip(kv, blocks, strict=True):
         slots = torch.tensor([b * 16 + i for b in some for i in range(16)])[: x.shape[3]]
@@ -60,7 +61,9 @@ def plant(kv: list[torch.Tensor], paths: list[Path], q: torch.Tensor, seed: int 
 
 
 def grow(seed: int, dtype: torch.dtype, dim: int, group: int, depth: int = 4) -> Tree:
-    """A random tree: several children per node, each inheriting another count of it; rows at nodes of every depth."""
+    """A random tree: several children per node, each inheriting another count of it; rows at nodes
+    of every depth.
+    """
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     read: list[int] = []
@@ -92,7 +95,9 @@ def grow(seed: int, dtype: torch.dtype, dim: int, group: int, depth: int = 4) ->
 
 
 def tables(tree: Tree, rows: range | None = None, grouped: bool = True) -> SimpleNamespace:
-    """One read per segment over the rows `rows` (numbered from 0 in the call), or (not grouped) one per row."""
+    """One read per segment over the rows `rows` (numbered from 0 in the call), or (not grouped) one
+    per row.
+    """
     chosen = [tree.paths[i] for i in rows or range(len(tree.paths))]
     reads, limits = [], []
     for level in range(max(map(len, chosen))):
@@ -220,7 +225,9 @@ def test_bits_do_not_depend_on_threads():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("at", [65, 128, 143])
 def test_what_a_row_does_not_read_cannot_reach_it(dtype, bad, at):
-    """Causal rows over two chunks; one key and value in the middle is not a number: it reaches the rows from there on."""
+    """Causal rows over two chunks; one key and value in the middle is not a number: it reaches the
+    rows from there on.
+    """
     rows, group = 150, 3
     kv = torch.randn(LAYERS, 2, 1, rows, 64).to(dtype)
     q = torch.randn(rows, group, 64).to(dtype)
@@ -249,7 +256,9 @@ def test_large_scores_and_rows_without_keys():
 @pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_scores_of_any_size_and_scores_that_are_no_numbers(dtype, isa):
-    """The largest key weighs exactly 1 however large its score; keys that are all minus infinity are not no keys."""
+    """The largest key weighs exactly 1 however large its score; keys that are all minus infinity
+    are not no keys.
+    """
     if isa not in ("avx2", BEST) and not (isa == "avx512" and BEST == "avx512_bf16"):
         pytest.skip(f"this machine has {BEST}")
     if isa == "avx512_bf16" and dtype != BF16:
@@ -273,7 +282,9 @@ def test_scores_of_any_size_and_scores_that_are_no_numbers(dtype, isa):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("dim", [6, 64])
 def test_rows_are_written_before_they_are_read(dtype, dim):
-    """A chunk of 70 rows from position 9 on, in three calls or one; strided q, k, v and out as a step has them."""
+    """A chunk of 70 rows from position 9 on, in three calls or one; strided q, k, v and out as a
+    step has them.
+    """
     rows, heads, kv_heads = 70, 6, 2
     generator = torch.Generator().manual_seed(0)
     past = torch.randn(LAYERS, 2, kv_heads, 9, dim, generator=generator).to(dtype)
@@ -283,7 +294,7 @@ def test_rows_are_written_before_they_are_read(dtype, dim):
         tree = plant([past], [], x)
         blocks = [*tree.blocks[0], 9, 7, 8, 5]
         tree.pool.ensure(10)
-        tree.pool.poison(blocks[1:])
+        tree.pool.fill_nan(blocks[1:])
         out = torch.full((rows, 2 * heads, dim), torch.nan, dtype=dtype)
         for a, b in zip(cuts, cuts[1:]):
             layout = SimpleNamespace(

@@ -1,4 +1,6 @@
-"""What the native engine promises beyond numbers: costs of forks, memory, versions, stopping, noise, errors."""
+"""What the native engine promises beyond numbers: costs of forks, memory, versions, stopping,
+noise, errors.
+"""
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ def counters(engine, *names):
     return [stats[name] for name in names]
 
 
-# -- costs ------------------------------------------------------------------------------------------------------------
+# -- costs -----------------------------------------------------------------------------------------
 
 
 def test_prompt_once_and_one_token_per_fork(engine):
@@ -90,7 +92,7 @@ def test_common_prompt_prefix_is_shared(folder):
         np.testing.assert_allclose(shared[seq].logprobs, alone[seq].logprobs, atol=1e-5)
 
 
-# -- memory and sharing -----------------------------------------------------------------------------------------------
+# -- memory and sharing ----------------------------------------------------------------------------
 
 
 def test_release_frees_everything_in_any_order(engine):
@@ -166,7 +168,7 @@ def test_cancel_drops_tokens_and_spares_children(engine):
     assert counters(engine, "kv_tokens", "live_nodes") == [0, 0]
 
 
-# -- weight versions --------------------------------------------------------------------------------------------------
+# -- weight versions -------------------------------------------------------------------------------
 
 
 def test_new_weights_make_old_kv_unusable_until_scored(folder, tmp_path):
@@ -303,7 +305,7 @@ def engine_weights(folder):
 
 
 def test_a_cpu_without_bfloat16_support_falls_back_to_plain_linears(tmp_path, monkeypatch):
-    from appo.rollout.native.model import model
+    from appo.rollout.native.model import linear
 
     class Ops:
         _reorder_linear_weight = _linear_pointwise = staticmethod(lambda *a: pytest.fail("packed"))
@@ -313,5 +315,5 @@ def test_a_cpu_without_bfloat16_support_falls_back_to_plain_linears(tmp_path, mo
         mkldnn = Ops
 
     weight = torch.zeros(4, 4, dtype=torch.bfloat16)
-    monkeypatch.setattr(model.torch, "ops", Torch)
-    assert not model.can_pack(weight, torch.bfloat16) and model.can_pack(weight, torch.float32)
+    monkeypatch.setattr(linear.torch, "ops", Torch)
+    assert not linear.can_pack(weight, torch.bfloat16) and linear.can_pack(weight, torch.float32)

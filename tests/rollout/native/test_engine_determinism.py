@@ -1,4 +1,6 @@
-"""Deterministic mode: the same bits whatever runs beside a sequence; and the event log that lets a run be done again."""
+"""Deterministic mode: the same bits whatever runs beside a sequence; and the event log that lets a
+run be done again.
+"""
 
 import json
 import random
@@ -12,7 +14,8 @@ from support.tiny_models import VOCAB, build, finish
 from appo.errors import EngineError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
-from appo.rollout.native.events import _Replay, read_events, replay
+from appo.rollout.native.replay import _Replay, read_events, replay
+from appo.rollout.native.tree.integrity import check_tree
 
 torch.set_num_threads(1)
 RUNNERS = ["torch", "auto"]
@@ -48,7 +51,7 @@ def test_same_bits_whatever_else_happens(folder, runner):
         assert grow(engine, **how) == wanted, name
         if name in ("preemption", "small pool"):
             assert engine.stats()["evicted_tokens"] > 0
-        engine.tree.check()
+        check_tree(engine.tree)
 
 
 def test_same_bits_with_more_threads(folder):
@@ -70,7 +73,9 @@ def test_same_bits_in_bfloat16(folder):
 
 
 def test_prompts_do_not_lean_on_each_other(folder):
-    """Sharing by common prefix depends on what was there before, and moves the bits: not in deterministic mode."""
+    """Sharing by common prefix depends on what was there before, and moves the bits: not in
+    deterministic mode.
+    """
     engine = make(folder)
     for tail in (1, 2):
         engine.add_prompt(PROMPTS[3] + [tail])
@@ -79,7 +84,9 @@ def test_prompts_do_not_lean_on_each_other(folder):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scoring_gives_the_same_bits(folder, dtype):
-    """One sequence or many, small chunks or large, KV there or not, and twice with the same weights."""
+    """One sequence or many, small chunks or large, KV there or not, and twice with the same
+    weights.
+    """
     from safetensors.torch import load_file
 
     scores = []
@@ -99,7 +106,7 @@ def test_scoring_gives_the_same_bits(folder, dtype):
             assert np.array_equal(a.logprobs, b.logprobs) and np.array_equal(a.entropy, b.entropy)
 
 
-# -- the event log ----------------------------------------------------------------------------------------------------
+# -- the event log ---------------------------------------------------------------------------------
 
 
 def after(count):
@@ -108,7 +115,7 @@ def after(count):
 
 
 def live(engine, rng):
-    """A life with everything in it; → [Stopped] by handle."""
+    """A life with everything in it; → [SequenceStopped] by handle."""
     out = {}
 
     def steps(n):

@@ -1,4 +1,6 @@
-"""Stopping, misuse and faults: each is a clear error or a defined outcome; nothing leaks and nothing drawn is lost."""
+"""Stopping, misuse and faults: each is a clear error or a defined outcome; nothing leaks and
+nothing drawn is lost.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
 from appo.rollout.native.model.weights import read_tensors
-from appo.rollout.native.scheduler import State
+from appo.rollout.native.requests import SequenceState
+from appo.rollout.native.tree.integrity import check_tree
 
 torch.set_num_threads(1)
 
@@ -21,7 +24,7 @@ def sampled(engine, n, seed=0):
     return seq, finish(engine)[seq].token_ids
 
 
-# -- stopping ---------------------------------------------------------------------------------------------------------
+# -- stopping --------------------------------------------------------------------------------------
 
 
 def test_reasons_to_stop(engine):
@@ -90,7 +93,7 @@ def test_settings_that_cannot_work(folder, settings, match):
         NativeEngine(folder, **settings)
 
 
-# -- handles ----------------------------------------------------------------------------------------------------------
+# -- handles ---------------------------------------------------------------------------------------
 
 
 def test_a_released_handle_is_refused_everywhere(engine):
@@ -113,7 +116,9 @@ def test_a_released_handle_is_refused_everywhere(engine):
 
 
 def test_a_tool_result_after_cancellation(engine):
-    """A cancelled sequence is back at its submit and may go on from there; one that waits for a tool keeps its tokens."""
+    """A cancelled sequence is back at its submit and may go on from there; one that waits for a
+    tool keeps its tokens.
+    """
     seq, drawn = sampled(engine, 4)
     engine.cancel(seq)  # not decoding: no effect
     assert engine.tokens(seq) == PROMPT + drawn
@@ -153,10 +158,10 @@ def test_cancel_and_release_in_every_state(engine):
         engine.cancel(seq)
 
     states = {
-        State.WAITING: waiting, State.PREFILL: prefill, State.DECODE: decode, State.TOOL_WAIT: tool,
-        State.CANCELLED: cancelled, State.FORK_READY: lambda seq: sampled(engine, 3),
+        SequenceState.WAITING: waiting, SequenceState.PREFILL: prefill, SequenceState.DECODE: decode, SequenceState.TOOL_WAIT: tool,
+        SequenceState.CANCELLED: cancelled, SequenceState.FORK_READY: lambda seq: sampled(engine, 3),
     }  # fmt: skip
-    for name, reach in [*states.items(), (State.WAITING, preempted)]:
+    for name, reach in [*states.items(), (SequenceState.WAITING, preempted)]:
         for children in (0, 1):
             for end in ("cancel", "release"):
                 seq = engine.add_prompt(PROMPT)
@@ -166,9 +171,9 @@ def test_cancel_and_release_in_every_state(engine):
                 known = [engine.tokens(kid) for kid in kids]
                 if end == "cancel":
                     engine.cancel(seq)
-                    engine.tree.check()
+                    check_tree(engine.tree)
                 engine.release(seq)
-                engine.tree.check()
+                check_tree(engine.tree)
                 for kid, tokens in zip(kids, known):
                     assert engine.tokens(kid) == tokens
                     engine.submit(kid, SamplingParams(2), seed=0)
@@ -195,16 +200,18 @@ def test_fork_inside_a_tool_result_and_at_the_end(engine):
         engine.fork(seq, 47)
 
 
-# -- exceptions -------------------------------------------------------------------------------------------------------
+# -- exceptions ------------------------------------------------------------------------------------
 
 
 class Broken(Exception):
     pass
 
 
-@pytest.mark.parametrize("where", ["forward", "pool", "draw"])
+@pytest.mark.parametrize("where", ["forward", "pool", "sample"])
 def test_an_exception_in_a_step_leaves_everything_as_it_was(folder, where, monkeypatch):
-    """Prefill, decode and a score are interrupted once each; the results are those of an undisturbed engine."""
+    """Prefill, decode and a score are interrupted once each; the results are those of an
+    undisturbed engine.
+    """
     plain = NativeEngine(folder, dtype="float32", prefill_chunk=16)
     expected, _ = sampled(plain, 12)
     engine = NativeEngine(folder, dtype="float32", prefill_chunk=16)
@@ -213,7 +220,7 @@ def test_an_exception_in_a_step_leaves_everything_as_it_was(folder, where, monke
     owner, name = {
         "forward": (engine.runner, "forward"),
         "pool": (engine.runner.pool, "ensure"),
-        "draw": (engine.sampler, "draw"),
+        "sample": (engine.sampler, "sample"),
     }[where]
 
     def fails(*_, **__):
@@ -225,7 +232,7 @@ def test_an_exception_in_a_step_leaves_everything_as_it_was(folder, where, monke
         before = engine.stats(), engine.tokens(seq), engine.tree.kv(seq)
         with monkeypatch.context() as m:
             m.setattr(owner, name, fails)
-            if where != "draw" or steps:  # the first chunk draws nothing
+            if where != "sample" or steps:  # the first chunk draws nothing
                 with pytest.raises(Broken):
                     engine.step()
         after = engine.stats(), engine.tokens(seq), engine.tree.kv(seq)
@@ -233,10 +240,10 @@ def test_an_exception_in_a_step_leaves_everything_as_it_was(folder, where, monke
         assert [after[0][k] for k in ("blocks_used", "steps", "prefill_tokens")] == [
             before[0][k] for k in ("blocks_used", "steps", "prefill_tokens")
         ]
-        engine.tree.check()
+        check_tree(engine.tree)
     finish(engine)
     assert engine.tokens(seq) == plain.tokens(expected)
-    if where != "draw":
+    if where != "sample":
         with monkeypatch.context() as m:
             m.setattr(owner, name, fails)
             with pytest.raises(Broken):
@@ -247,7 +254,9 @@ def test_an_exception_in_a_step_leaves_everything_as_it_was(folder, where, monke
 
 
 def test_a_stop_callback_that_raises_loses_no_token(folder):
-    """Its own token and those of the others are kept; an event of the same step comes with the next one."""
+    """Its own token and those of the others are kept; an event of the same step comes with the next
+    one.
+    """
     engine = NativeEngine(folder, dtype="float32")
     plain = [sampled(NativeEngine(folder, dtype="float32"), 6, seed)[1] for seed in (0, 1)]
     seen = []
@@ -308,10 +317,10 @@ def test_an_event_nobody_was_told_of_goes_with_its_sequence(engine, end):
     getattr(engine, end)(late)
     assert not engine.has_work() and engine.step() == []
     if end == "cancel":
-        assert engine.state(late) is State.CANCELLED and engine.tokens(late) == PROMPT[:7]
+        assert engine.state(late) is SequenceState.CANCELLED and engine.tokens(late) == PROMPT[:7]
         engine.submit(late, SamplingParams(3), seed=0)
         assert len(finish(engine)[late].token_ids) == 3
-    engine.tree.check()
+    check_tree(engine.tree)
 
 
 def test_until_it_was_told_a_sequence_counts_as_decoding(engine, folder):
@@ -342,18 +351,21 @@ def test_a_callback_takes_back_what_stopped_before_it(engine, end):
         assert engine.tokens(first) == PROMPT[:7]
 
 
-@pytest.mark.parametrize("what", ["step", "score"])
+@pytest.mark.parametrize("action", ["step", "score"])
 @pytest.mark.parametrize("when", ["plan", "commit"])
-def test_an_interrupt_between_two_parts_of_a_step(engine, monkeypatch, what, when):
-    """After the layout was opened and before anybody holds it; after it was committed. The cause is what is reported."""
+def test_an_interrupt_between_two_parts_of_a_step(engine, monkeypatch, action, when):
+    """After the layout was opened and before anybody holds it; after it was committed.
+
+    The cause is what is reported.
+    """
     seq = engine.add_prompt(PROMPT)
-    if what == "step":
+    if action == "step":
         engine.submit(seq, SamplingParams(2), seed=0)
 
     def act():
-        return engine.step() if what == "step" else engine.score([seq])
+        return engine.step() if action == "step" else engine.score([seq])
 
-    name = {"plan": "plan" if what == "step" else "layout"}.get(when, when)
+    name = {"plan": "plan" if action == "step" else "layout"}.get(when, when)
     inner = getattr(engine.tree, name)
 
     def interrupted(*given):
@@ -364,13 +376,15 @@ def test_an_interrupt_between_two_parts_of_a_step(engine, monkeypatch, what, whe
         m.setattr(engine.tree, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             act()
-    engine.tree.check()
+    check_tree(engine.tree)
     assert engine.tree.open is None
     act()
 
 
 def test_stop_callbacks_that_use_the_engine(engine):
-    """They may cancel and release (what they cancel gets no token and no event), but not step or score."""
+    """They may cancel and release (what they cancel gets no token and no event), but not step or
+    score.
+    """
     seqs = [engine.add_prompt(PROMPT) for _ in range(4)]
     problems = []
 
@@ -393,14 +407,16 @@ def test_stop_callbacks_that_use_the_engine(engine):
     assert engine.length(seqs[0]) == engine.length(seqs[1]) == 40
     with pytest.raises(EngineError, match="released"):
         engine.length(seqs[2])
-    engine.tree.check()
+    check_tree(engine.tree)
 
 
-# -- versions ---------------------------------------------------------------------------------------------------------
+# -- versions --------------------------------------------------------------------------------------
 
 
 def test_weights_while_nodes_are_alive(engine, tmp_path):
-    """Running sequences forbid it; idle ones live on, and say that they are stale until they are scored."""
+    """Running sequences forbid it; idle ones live on, and say that they are stale until they are
+    scored.
+    """
     other = build("qwen3", tmp_path, seed=1)
     waiting, _ = sampled(engine, 4)
     running = engine.add_prompt(PROMPT[:7])
@@ -422,7 +438,7 @@ def test_weights_while_nodes_are_alive(engine, tmp_path):
     engine.score([waiting])
     engine.submit(waiting, SamplingParams(2), seed=0)
     assert finish(engine)[waiting].policy_version == 1
-    engine.tree.check()
+    check_tree(engine.tree)
 
 
 def test_a_weight_push_that_breaks_off(folder, monkeypatch):

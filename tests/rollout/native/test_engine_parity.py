@@ -1,4 +1,6 @@
-"""The native engine against a flat forward by transformers: every family, every way a sequence can come about."""
+"""The native engine against a flat forward by transformers: every family, every way a sequence can
+come about.
+"""
 
 import random
 
@@ -59,11 +61,13 @@ def test_every_family_agrees_with_transformers(name, tmp_path):
 
 
 def random_tree(engine, rng) -> list[int]:
-    """Forks at every position modulo 16 off a root with a tool result in it, then forks of forks, four deep; → leaves."""
+    """Forks at every position modulo 16 off a root with a tool result in it, then forks of forks,
+    four deep; → leaves.
+    """
 
-    def grow(seqs, least, most):
+    def grow(seqs, least, limit):
         for seq in seqs:
-            params = SamplingParams(rng.randint(least, most), temperature=0.9)
+            params = SamplingParams(rng.randint(least, limit), temperature=0.9)
             engine.submit(seq, params, seed=rng.randrange(2**40))
         finish(engine)
 
@@ -103,7 +107,9 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_along_every_leaf_of_a_random_tree(family, runner, tmp_path):
-    """As they were when each token was drawn or prefilled, in whatever batch; memory is watched meanwhile."""
+    """As they were when each token was drawn or prefilled, in whatever batch; memory is watched
+    meanwhile.
+    """
     model = build(family, tmp_path)
     settings = dict(dtype="float32", max_batch=5, prefill_chunk=23, kv_tokens=1600)
     engine = make(tmp_path, runner, **settings)

@@ -1,4 +1,6 @@
-"""Who runs when, and what gives way: states, admission with reservation, preemption, fairness, a full pool."""
+"""Who runs when, and what gives way: states, admission with reservation, preemption, fairness, a
+full pool.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from appo.errors import EngineError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native import NativeEngine
 from appo.rollout.native.model.weights import read_tensors
-from appo.rollout.native.scheduler import State
+from appo.rollout.native.requests import SequenceState
+from appo.rollout.native.tree.integrity import check_tree
 
 torch.set_num_threads(1)
 
@@ -35,50 +38,52 @@ def released(engine, seqs):
     """Nothing is left when all handles are given back."""
     for seq in seqs:
         engine.release(seq)
-    engine.tree.check()
+    check_tree(engine.tree)
     stats = engine.stats()
     return [stats[k] for k in ("blocks_used", "kv_tokens", "live_nodes", "live_sequences")] == [
         0
     ] * 4
 
 
-# -- states -----------------------------------------------------------------------------------------------------------
+# -- states ----------------------------------------------------------------------------------------
 
 
 def test_a_sequence_goes_through_the_states(make):
     engine = make(max_batch=1)
     seq, other = engine.add_prompt(PROMPT), engine.add_prompt(ids(1, 20))
-    assert engine.state(seq) is State.FORK_READY
+    assert engine.state(seq) is SequenceState.FORK_READY
     calls = []
     params = SamplingParams(30, stop=lambda t: calls.append(t) or len(calls) == 3)
     engine.submit(seq, params, seed=0)
     engine.submit(other, SamplingParams(3), seed=0)
-    assert engine.state(seq) is engine.state(other) is State.WAITING
+    assert engine.state(seq) is engine.state(other) is SequenceState.WAITING
     engine.step()
-    assert engine.state(seq) is State.PREFILL and engine.state(other) is State.WAITING
+    assert (
+        engine.state(seq) is SequenceState.PREFILL and engine.state(other) is SequenceState.WAITING
+    )
     engine.step()
     engine.step()  # 40 tokens in chunks of 16: the last chunk draws the first token
-    assert engine.state(seq) is State.DECODE
+    assert engine.state(seq) is SequenceState.DECODE
     events = []
     while not events:
         events = engine.step()
-    assert [e.seq for e in events] == [seq] and engine.state(seq) is State.TOOL_WAIT
+    assert [e.seq for e in events] == [seq] and engine.state(seq) is SequenceState.TOOL_WAIT
     engine.append(seq, [1, 2])
-    assert engine.state(seq) is State.TOOL_WAIT
+    assert engine.state(seq) is SequenceState.TOOL_WAIT
     engine.submit(seq, SamplingParams(5), seed=0)
-    assert engine.state(seq) is State.WAITING  # behind the other one
+    assert engine.state(seq) is SequenceState.WAITING  # behind the other one
     engine.step()
     engine.cancel(other)
-    assert engine.state(other) is State.CANCELLED and engine.length(other) == 20
+    assert engine.state(other) is SequenceState.CANCELLED and engine.length(other) == 20
     finish(engine)
-    assert engine.state(seq) is State.FORK_READY
+    assert engine.state(seq) is SequenceState.FORK_READY
     engine.release(seq)
-    assert engine.state(seq) is State.DONE
+    assert engine.state(seq) is SequenceState.DONE
     with pytest.raises(EngineError, match="unknown"):
         engine.state(99)
 
 
-# -- continuous batching ------------------------------------------------------------------------------------------------
+# -- continuous batching ---------------------------------------------------------------------------
 
 
 def test_decoding_does_not_starve_while_a_long_prompt_is_prefilled(make):
@@ -109,7 +114,9 @@ def test_oldest_submission_first(make):
 
 
 def test_a_large_one_is_not_overtaken(make):
-    """The oldest waits for room, the small one behind it waits too, so a stream of small ones cannot starve it."""
+    """The oldest waits for room, the small one behind it waits too, so a stream of small ones
+    cannot starve it.
+    """
     engine = make(kv_tokens=96)  # 6 blocks
     first = engine.add_prompt(ids(0, 30))
     engine.submit(first, SamplingParams(30), seed=0)  # 59 positions: 4 blocks
@@ -117,12 +124,12 @@ def test_a_large_one_is_not_overtaken(make):
     engine.submit(large, SamplingParams(10), seed=0)  # 4 blocks
     engine.submit(small, SamplingParams(2), seed=0)  # 1 block: there would be room
     engine.step()
-    assert engine.state(large) is engine.state(small) is State.WAITING
+    assert engine.state(large) is engine.state(small) is SequenceState.WAITING
     finish(engine)
     assert [s for _, s in kinds(engine, "admit")] == [first, large, small]
 
 
-# -- admission with reservation ---------------------------------------------------------------------------------------
+# -- admission with reservation --------------------------------------------------------------------
 
 
 def test_admission_reserves_what_may_still_be_needed(make):
@@ -152,7 +159,7 @@ def test_a_pool_too_small_for_one_sequence_says_what_it_needs(make):
     message = r"grow to 60 tokens it needs 4 blocks.*the pool has 3; raise kv_tokens to 64"
     with pytest.raises(EngineError, match=message):
         engine.submit(seq, SamplingParams(20), seed=0)
-    assert not engine.has_work() and engine.state(seq) is State.FORK_READY
+    assert not engine.has_work() and engine.state(seq) is SequenceState.FORK_READY
     engine.submit(seq, SamplingParams(9), seed=0)  # 48 positions
     assert len(finish(engine)) == 1
     branch = engine.fork(
@@ -164,7 +171,7 @@ def test_a_pool_too_small_for_one_sequence_says_what_it_needs(make):
         make(kv_tokens=15)
 
 
-# -- giving way -------------------------------------------------------------------------------------------------------
+# -- giving way ------------------------------------------------------------------------------------
 
 
 def test_idle_sequences_give_way_least_recently_used_first(make):
@@ -188,7 +195,9 @@ def test_idle_sequences_give_way_least_recently_used_first(make):
 
 
 def test_a_prompt_gives_way_when_all_that_stood_on_it_has(make):
-    """Waiting leaves of released prompts hold the pool; new work must still get through, and they must after it."""
+    """Waiting leaves of released prompts hold the pool; new work must still get through, and they
+    must after it.
+    """
     engine = make(kv_tokens=64)  # 4 blocks
     prompt = engine.add_prompt(PROMPT)
     leaves = [engine.fork(prompt, 40) for _ in range(2)]
@@ -230,7 +239,9 @@ def test_all_leaves_wait_for_tools_and_the_pool_is_full(make):
 
 
 def test_the_youngest_running_one_gives_way_to_a_score(make):
-    """Scoring takes what was reserved: the youngest goes back to the queue, nothing is lost, all end as alone."""
+    """Scoring takes what was reserved: the youngest goes back to the queue, nothing is lost, all
+    end as alone.
+    """
     engine = make(kv_tokens=128)  # 8 blocks
     idle = engine.add_prompt(ids(7, 60))  # 4 blocks when scored
     seqs = [engine.add_prompt(ids(i, 20)) for i in range(2)]
@@ -242,7 +253,7 @@ def test_the_youngest_running_one_gives_way_to_a_score(make):
     sampled = engine.tokens(seqs[1])
     engine.score([idle])
     assert kinds(engine, "preempt") == [("preempt", seqs[1])]
-    assert engine.state(seqs[1]) is State.WAITING and engine.tokens(seqs[1]) == sampled
+    assert engine.state(seqs[1]) is SequenceState.WAITING and engine.tokens(seqs[1]) == sampled
     events = finish(engine)
     alone = make()
     for seq in seqs:
@@ -251,11 +262,13 @@ def test_the_youngest_running_one_gives_way_to_a_score(make):
         assert finish(alone)[same].token_ids == events[seq].token_ids
     with pytest.raises(EngineError, match="blocks of KV are lacking.*raise kv_tokens"):
         engine.score([engine.add_prompt(ids(8, 200))])
-    engine.tree.check()
+    check_tree(engine.tree)
 
 
 def grown(engine):
-    """Four prompts of 20 tokens, two roots of 30 more each, three forks of every other root; all idle."""
+    """Four prompts of 20 tokens, two roots of 30 more each, three forks of every other root; all
+    idle.
+    """
     roots = []
     for p in range(4):
         prompt = engine.add_prompt(ids(p, 20))
@@ -272,14 +285,16 @@ def grown(engine):
 
 @pytest.mark.parametrize("kv_tokens,prefill_chunk", [(96, 512), (96, 7), (176, 40)])
 def test_a_score_of_more_than_the_pool_holds(make, folder, kv_tokens, prefill_chunk):
-    """After an update, too: every token once, all is fresh, and what gave way is prefilled again when it is drawn from."""
+    """After an update, too: every token once, all is fresh, and what gave way is prefilled again
+    when it is drawn from.
+    """
     large, small = make(), make(kv_tokens=kv_tokens, prefill_chunk=prefill_chunk)
     results = []
     for engine in (large, small):
         seqs = grown(engine)
         engine.load_weights(read_tensors(folder), 1)
         scored, rows = engine.score(seqs), engine.stats()["scored_tokens"]
-        engine.tree.check()
+        check_tree(engine.tree)
         assert not any(engine.tree.stale(seq) for seq in seqs)
         again = [engine.fork(seq, engine.length(seq) - 3) for seq in seqs]
         for seq in again:
@@ -325,7 +340,7 @@ def test_a_preempted_run_goes_on_identically_and_first(make):
         engine.step()
     held = engine.stats()["kv_tokens"]
     engine.preempt(seq)
-    assert engine.stats()["kv_tokens"] == 0 < held and engine.state(seq) is State.WAITING
+    assert engine.stats()["kv_tokens"] == 0 < held and engine.state(seq) is SequenceState.WAITING
     with pytest.raises(EngineError, match="it is waiting; only a running one"):
         engine.preempt(seq)
     events = finish(engine)
@@ -348,7 +363,7 @@ def test_preemption_spares_what_children_inherit(make):
     assert sorted(finish(engine)) == [seq, child]
 
 
-# -- what it cost -----------------------------------------------------------------------------------------------------
+# -- what it cost ----------------------------------------------------------------------------------
 
 
 def test_tokens_saved_against_independent_sequences(make):

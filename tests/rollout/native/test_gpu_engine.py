@@ -1,4 +1,6 @@
-"""The engine on its Triton runner: here in the interpreter on a model of one layer, on a device with the `gpu` tests."""
+"""The engine on its Triton runner: here in the interpreter on a model of one layer, on a device
+with the `gpu` tests.
+"""
 
 import sys
 import types
@@ -19,7 +21,7 @@ from appo.rollout.native.device.graphs import Graphs
 
 pytest.importorskip("triton")
 from appo.rollout.native.device.device import BUCKETS, FIXED_ROWS, DeviceRunner
-from appo.rollout.native.device.device_tables import Shape, Stage
+from appo.rollout.native.device.device_tables import Stage, TableShape
 
 torch.set_num_threads(1)
 interpreted = [*marks_of("triton"), pytest.mark.skipif(ON_DEVICE, reason="the CPU is tested in Triton's interpreter")]  # fmt: skip
@@ -37,7 +39,9 @@ def engine_of(folder, runner="device", **settings):
 
 
 def rollout(engine, roots=2, new=3, append=(5, 6, 7), prompt=37):
-    """Siblings, a fork inside one of them, appended tokens: (tokens, logprobs) of every sequence, and scores of the fork."""
+    """Siblings, a fork inside one of them, appended tokens: (tokens, logprobs) of every sequence,
+    and scores of the fork.
+    """
     root = engine.add_prompt(list(range(3, 3 + prompt)))
     seqs = [engine.fork(root, prompt) for _ in range(roots)]
     for i, seq in enumerate(seqs):
@@ -55,7 +59,9 @@ class TestInterpreted:
     pytestmark = interpreted
 
     def test_agrees_with_the_host(self, folder):
-        """Under the eyes of Watch: freed and unwritten memory is NaN, and nothing but the rows' slots is written."""
+        """Under the eyes of Watch: freed and unwritten memory is NaN, and nothing but the rows'
+        slots is written.
+        """
         engine = engine_of(folder, prefill_chunk=16)
         Watch(engine)
         ours, scored = rollout(engine)
@@ -75,7 +81,9 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("deterministic", [False, True])
     def test_padding_changes_nothing(self, folder, deterministic):
-        """A step as it would be captured, with padded tables, gives the bits of the same step as it is."""
+        """A step as it would be captured, with padded tables, gives the bits of the same step as it
+        is.
+        """
         engine = engine_of(folder, deterministic=deterministic)
         prompt = engine.add_prompt(list(range(3, 30)))
         seqs = [engine.fork(prompt, 27) for _ in range(3)]
@@ -92,13 +100,15 @@ class TestInterpreted:
             plain = runner.forward(layout, layout.out_rows[1:]).clone()
             runner.graphs = Eager()
             padded = runner.forward(layout, layout.out_rows[1:])
-        assert runner.graphs.keys == [Shape(FIXED_ROWS if deterministic else 4, *(64,) if deterministic else (8,))]  # fmt: skip
+        assert runner.graphs.keys == [TableShape(FIXED_ROWS if deterministic else 4, *(64,) if deterministic else (8,))]  # fmt: skip
         assert plain[:2].any() and torch.equal(plain, padded)
         assert len(plain) == (FIXED_ROWS if deterministic else 2)
 
     @pytest.mark.parametrize("grown", ["pool", "tables"])
     def test_no_replay_in_memory_of_another_size(self, folder, monkeypatch, grown):
-        """Memory grows twice with no captured pass in between and lies where it lay at first, its parts elsewhere."""
+        """Memory grows twice with no captured pass in between and lies where it lay at first, its
+        parts elsewhere.
+        """
         recorded = []
 
         def capture(self, body):
@@ -140,7 +150,7 @@ class TestInterpreted:
 
     def test_more_rows_than_a_pass_takes(self, folder, monkeypatch):
         """Passes of 8 rows one after another: what later rows read was written by earlier ones."""
-        monkeypatch.setattr("appo.rollout.native.device.device.MOST_ROWS", 8)
+        monkeypatch.setattr("appo.rollout.native.device.device.MAX_ROWS", 8)
         engine, host = engine_of(folder), engine_of(folder, "torch")
         ours, theirs = (e.score([e.add_prompt(list(range(30)))])[0] for e in (engine, host))
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=1e-5, atol=1e-5)
@@ -206,10 +216,12 @@ class Eager:
 
 
 def pretend_flash(monkeypatch):
-    """A module `flash_attn` with the varlen function in plain PyTorch; → the lengths it was called with."""
+    """A module `flash_attn` with the varlen function in plain PyTorch; → the lengths it was called
+    with.
+    """
     calls = []
 
-    def flash_attn_varlen_func(q, k, v, cuts, cuts_k, most, most_k, causal, return_attn_probs):
+    def flash_attn_varlen_func(q, k, v, cuts, cuts_k, longest, most_k, causal, return_attn_probs):
         assert causal and return_attn_probs and cuts.dtype == torch.int32
         out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q))
         for a, b in zip(cuts.tolist(), cuts.tolist()[1:]):
@@ -223,7 +235,7 @@ def pretend_flash(monkeypatch):
 
     module = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(flash, "unavailable", lambda *what: None)
+    monkeypatch.setattr(flash, "unavailable", lambda *_: None)
     return calls
 
 
@@ -291,23 +303,25 @@ def test_a_decode_step_keeps_its_shape_as_sequences_grow():
             tree.extend(leaf, [1])
         layout = tree.plan(leaves, 0)
         cut = Cut(3, 3, (64, 16), 132, False)
-        what = work(layout.segments, layout.reads, layout.limits, (0, 12), cut)
-        shape = Shape.fitting(rows, what, len(layout.blocks))
-        assert shape.size >= what.partials and 4 * shape.size >= len(layout.blocks)
+        pass_work = work(layout.segments, layout.reads, layout.limits, (0, 12), cut)
+        shape = TableShape.fitting(rows, pass_work, len(layout.blocks))
+        assert shape.size >= pass_work.partials and 4 * shape.size >= len(layout.blocks)
         shapes.add(shape)
         tree.abort(layout)
     assert {shape.rows for shape in shapes} == {16} and len(shapes) <= 4
 
 
 def test_tables_lie_where_they_lay():
-    """A buffer that is too small is replaced; otherwise the place of a table follows from the shape alone."""
-    stage, shape = Stage(torch.device("cpu")), Shape(8, 64)
+    """A buffer that is too small is replaced; otherwise the place of a table follows from the shape
+    alone.
+    """
+    stage, shape = Stage(torch.device("cpu")), TableShape(8, 64)
     assert sum(shape.sections().values()) < len(stage.host)
     assert list(shape.sections())[:4] == ["ids", "positions", "slots", "out"]
     assert shape.sections()["tall"] == 8 * 64 and shape.sections()["starts"] == 9
 
 
-# -- on a device -------------------------------------------------------------------------------------------------------
+# -- on a device -----------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

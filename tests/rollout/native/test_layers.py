@@ -1,7 +1,8 @@
-"""The C++ runner against the PyTorch runner and a float64 forward: families, dtypes, rows, adapters, threads, reloads.
+"""The C++ runner against the PyTorch runner and a float64 forward: families, dtypes, rows,
+adapters, threads, reloads.
 
-Sequences of a tree are planned, run and committed step by step; each row's hidden state is then found by the tokens
-that lead to it (tests/support/native_models.py).
+Sequences of a tree are planned, run and committed step by step; each row's hidden state is then
+found by the tokens that lead to it (tests/support/native_models.py).
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def test_bfloat16_rounds_where_pytorch_rounds(family, shape):
     tensors = weights(c)
     ours, theirs = (model(c, tensors, torch.bfloat16, runner) for runner in ("native", "torch"))
     assert errors(grow(ours)) < 1.1 * errors(grow(theirs)) + 5e-4
-    # Rows that read only themselves leave nothing to sums in another order but the linears: without the rounding behind
-    # them a seventh of the keys and values differ.
+    # Rows that read only themselves leave nothing to sums in another order but the linears: without
+    # the rounding behind them a seventh of the keys and values differ.
     one = config(family, shape, layers=1)
     tensors, seen, after = weights(one), [], []
     for runner in ("native", "torch"):
@@ -161,7 +162,7 @@ def test_the_chosen_rows_are_those_of_all_rows(dtype):
     whole = m.native.forward(m, layout, pool)
     kept = pool.read(range(20), 320).clone()
     for rows in ([3], [19, 0, 7], [5, 5, 5], [*range(20)], [*range(20)] * 2, []):
-        pool.poison(range(20))
+        pool.fill_nan(range(20))
         some = m.native.forward(m, layout, pool, torch.tensor(rows, dtype=torch.int64))
         assert torch.equal(some, whole[rows])
         slots = layout.slots

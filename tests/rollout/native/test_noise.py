@@ -1,4 +1,6 @@
-"""The noise of a draw: frozen values, the same bits in C++, and its quality. All seeds are fixed: nothing here can flake.
+"""The noise of a draw: frozen values, the same bits in C++, and its quality.
+
+All seeds are fixed: nothing here can flake.
 
 Bounds are five standard deviations of what true noise would give.
 """
@@ -9,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from appo.rollout.native.sampling import native_sample as native_draw
+from appo.rollout.native.sampling import native_sample
 from appo.rollout.native.sampling.noise import halves, key, uniform, uniforms
 
 torch.set_num_threads(1)
 needs_native = pytest.mark.skipif(
-    not native_draw.available(), reason="no native library or no AVX2"
+    not native_sample.available(), reason="no native library or no AVX2"
 )
 ISAS = ["", "avx2"]
 
@@ -50,7 +52,7 @@ def test_cpp_has_the_same_bits(isa):
     for seed, position in [(0, 0), (-1, 1), (2**63 - 1, 17), (-(2**63), 2**40), (12345, 4096)]:
         for count in (1, 15, 16, 17, 1000, 151_936):
             want = bits(seed, position, torch.arange(count))
-            assert torch.equal(native_draw.noise_bits(seed, position, count, isa), want)
+            assert torch.equal(native_sample.noise_bits(seed, position, count, isa), want)
 
 
 def test_small_noise_keeps_its_digits():
@@ -108,7 +110,9 @@ def test_uniform_over_ids_and_over_positions():
 
 
 def test_every_bit_of_the_key_and_of_the_id_turns_half_of_the_bits():
-    """Avalanche of the 64 bits against seed, position and id: 64 draws each, every output bit turned 10 to 54 times."""
+    """Avalanche of the 64 bits against seed, position and id: 64 draws each, every output bit
+    turned 10 to 54 times.
+    """
     ids = torch.arange(0, 64 * 997, 997)
     shifts = torch.arange(64)
 

@@ -1,4 +1,6 @@
-"""The pool of KV blocks: what is written is read back, in both layouts; growing never moves a packed block."""
+"""The pool of KV blocks: what is written is read back, in both layouts; growing never moves a
+packed block.
+"""
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ LAYERS, HEADS = 3, 2
 
 
 def filled(layout: str, dtype: torch.dtype, dim: int, blocks: list[int], count: int):
-    """(pool, what was written [L, 2, Hkv, count, D]): positions 0 … count-1 of a segment in `blocks`, in two calls."""
+    """(pool, what was written [L, 2, Hkv, count, D]): positions 0 … count-1 of a segment in
+    `blocks`, in two calls.
+    """
     pool = KVPool(LAYERS, HEADS, dim, dtype, layout=layout)
     pool.ensure(1 + max(blocks))
-    pool.poison(range(pool.blocks) if layout == "plain" else range(1 + max(blocks)))
+    pool.fill_nan(range(pool.blocks) if layout == "plain" else range(1 + max(blocks)))
     kv = torch.randn(LAYERS, 2, HEADS, count, dim, generator=torch.Generator().manual_seed(dim))
     kv = kv.to(dtype)
     slots = torch.tensor([blocks[i // 16] * 16 + i % 16 for i in range(count)])

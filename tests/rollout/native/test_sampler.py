@@ -1,6 +1,8 @@
-"""Draws: the right distribution, exact logprobs and entropies, the same token from every implementation, hostile logits.
+"""Draws: the right distribution, exact logprobs and entropies, the same token from every
+implementation, hostile logits.
 
-All seeds are fixed: nothing here can flake. The noise itself is in test_noise.py, the Triton kernel in test_gpu_sample.py.
+All seeds are fixed: nothing here can flake. The noise itself is in test_noise.py, the Triton kernel
+in test_gpu_sample.py.
 """
 
 import math
@@ -16,11 +18,10 @@ from appo.rollout.engine import SamplingParams
 from appo.rollout.native.model.head import NativeHead
 from appo.rollout.native.model.model import Model
 from appo.rollout.native.model.weights import read_config, read_tensors
-from appo.rollout.native.sampling import definition
-from appo.rollout.native.sampling import native_sample as native_draw
-from appo.rollout.native.sampling.definition import Rows, race
+from appo.rollout.native.sampling import definition, native_sample
+from appo.rollout.native.sampling.definition import SamplingRows, race
 from appo.rollout.native.sampling.noise import key
-from appo.rollout.native.sampling.sampler import Sampler
+from appo.rollout.native.sampling.sampler import TokenSampler
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -30,9 +31,9 @@ bfloat = pytest.param(
     torch.bfloat16, marks=pytest.mark.skipif(ISA != "avx512_bf16", reason="needs AVX512-BF16")
 )
 BACKENDS = {
-    "torch": definition.draw,
-    "native": native_draw.draw,
-    "native avx2": lambda logits, rows: native_draw.draw(logits, rows, isa="avx2"),
+    "torch": definition.sample,
+    "native": native_sample.sample,
+    "native avx2": lambda logits, rows: native_sample.sample(logits, rows, isa="avx2"),
 }
 backends = pytest.mark.parametrize(
     "backend", [pytest.param(b, marks=() if b == "torch" else needs_native) for b in BACKENDS]
@@ -44,16 +45,16 @@ def how(n, seed=11, first=0, inv_temp=1.0, greedy=()):
     mask = torch.zeros(n, dtype=torch.uint8)
     mask[list(greedy)] = 1
     by = torch.as_tensor(inv_temp, dtype=torch.float32).expand(n).contiguous()
-    return Rows(torch.full((n,), seed), torch.arange(first, first + n), by, mask)
+    return SamplingRows(torch.full((n,), seed), torch.arange(first, first + n), by, mask)
 
 
 def sampled(logits, params, n=1, seed=11):
-    sampler = Sampler(logits.shape[-1], CPU)
+    sampler = TokenSampler(logits.shape[-1], CPU)
     sampler.rows([params] * n)
-    return sampler.sample(logits.expand(n, -1), [seed] * n, range(n))
+    return sampler.sample_logits(logits.expand(n, -1), [seed] * n, range(n))
 
 
-# -- the distribution -------------------------------------------------------------------------------------------------
+# -- the distribution ------------------------------------------------------------------------------
 
 
 def distribution(kind, vocab):
@@ -86,7 +87,8 @@ def test_tokens_follow_the_distribution(backend, kind, vocab, n):
         ]
     )  # fmt: skip
     p = torch.softmax(logits[0].double(), -1)
-    # At most 40 cells of equal mass along the ids, and as many of ids that have nothing to do with each other.
+    # At most 40 cells of equal mass along the ids, and as many of ids that have nothing to do with
+    # each other.
     for cells in ((p.cumsum(0) * 39.999).long(), torch.arange(vocab) * 7919 % 39):
         mass = torch.zeros(40, dtype=torch.float64).index_add_(0, cells, p)
         used = mass * n > 3
@@ -101,10 +103,10 @@ def test_tokens_follow_the_distribution(backend, kind, vocab, n):
 @pytest.mark.parametrize("which", ["next position", "next seed", "both"])
 def test_neighbouring_draws_are_independent(which):
     p = torch.tensor([0.3, 0.25, 0.2, 0.1, 0.08, 0.05, 0.02], dtype=torch.float64)
-    n, draw = 20_000, BACKENDS["native" if ISA else "torch"]
+    n, sample = 20_000, BACKENDS["native" if ISA else "torch"]
     logits = p.log().float().expand(n, -1)
-    first = draw(logits, how(n, seed=100)).tokens
-    second = draw(
+    first = sample(logits, how(n, seed=100)).tokens
+    second = sample(
         logits, how(n, 100 + (which != "next position"), int(which != "next seed"))
     ).tokens
     table = torch.bincount(first * 7 + second, minlength=49).view(7, 7).double()
@@ -142,7 +144,9 @@ def test_draws_follow_the_distribution_they_report(cut):
 @pytest.mark.parametrize("top_p", [1.0, 0.999, 0.9, 0.3, 1e-9])
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 30.0])
 def test_what_is_kept_against_a_full_sort(top_k, top_p, scale):
-    """Ties at the border go to the lowest ids; flat rows need more than the first look at the largest."""
+    """Ties at the border go to the lowest ids; flat rows need more than the first look at the
+    largest.
+    """
     x = (scale * torch.randn(3000, generator=torch.Generator().manual_seed(3))).bfloat16().float()
     order = torch.argsort(x, descending=True, stable=True)
     weight = ((x[order].double() - x.max().double()) * 0.7).exp()
@@ -158,7 +162,7 @@ def test_what_is_kept_against_a_full_sort(top_k, top_p, scale):
     assert torch.equal(found[: len(want)], want[: len(found)])
 
 
-# -- logp and entropy -------------------------------------------------------------------------------------------------
+# -- logp and entropy ------------------------------------------------------------------------------
 
 
 @backends
@@ -168,25 +172,27 @@ def test_statistics_against_float64(backend, vocab, scale):
     torch.manual_seed(vocab)
     logits = scale * torch.randn(9, vocab) + 100.0
     inv_temp = torch.tensor(1 / 1.3)
-    drawn = BACKENDS[backend](logits, how(9, inv_temp=inv_temp))
+    sampled = BACKENDS[backend](logits, how(9, inv_temp=inv_temp))
     exact = torch.log_softmax(logits.double() * inv_temp.double(), -1)
     entropy = -(exact.exp() * exact).sum(-1)
     tolerance = 2e-6 + 3e-7 * scale
     np.testing.assert_allclose(
-        drawn.logp, exact.gather(1, drawn.tokens[:, None])[:, 0], atol=tolerance
+        sampled.logp, exact.gather(1, sampled.tokens[:, None])[:, 0], atol=tolerance
     )
-    np.testing.assert_allclose(drawn.entropy, entropy, atol=tolerance)
-    assert drawn.logp.max() <= 0.0 and drawn.entropy.min() >= 0.0
-    assert not drawn.entropy.signbit().any()
+    np.testing.assert_allclose(sampled.entropy, entropy, atol=tolerance)
+    assert sampled.logp.max() <= 0.0 and sampled.entropy.min() >= 0.0
+    assert not sampled.entropy.signbit().any()
 
 
-# -- one token, whoever draws it --------------------------------------------------------------------------------------
+# -- one token, whoever draws it -------------------------------------------------------------------
 
 
 @backends
 @pytest.mark.parametrize("vocab", [1, 5, 64, 300, 10_007])
 def test_the_winner_is_that_of_the_whole_race(backend, vocab):
-    """Nothing that could win is ruled out, in rows that rise, fall, are flat, and with temperatures at both ends."""
+    """Nothing that could win is ruled out, in rows that rise, fall, are flat, and with temperatures
+    at both ends.
+    """
     torch.manual_seed(vocab)
     x = torch.randn(40, vocab)
     x[:8] = torch.linspace(0, 90, vocab)  # the best so far is beaten over and over
@@ -214,17 +220,19 @@ def test_fused_is_the_draw_from_the_logits(dtype, rows, vocab):
     settings = how(rows, 9, 3, torch.rand(rows) + 0.4, greedy=range(0, rows, 5))
     for h in (hidden, hidden.to(dtype)):
         logits = head.logits(h)
-        fused, apart = head.draw(h, settings), native_draw.draw(logits, settings)
+        fused, apart = head.sample(h, settings), native_sample.sample(logits, settings)
         for name in ("tokens", "logp", "entropy"):
             assert torch.equal(getattr(fused, name), getattr(apart, name)), name
-        plain = definition.draw(logits, settings)
+        plain = definition.sample(logits, settings)
         assert torch.equal(fused.tokens, plain.tokens)
         torch.testing.assert_close(fused.logp, plain.logp, atol=3e-6, rtol=0)
         torch.testing.assert_close(fused.entropy, plain.entropy, atol=3e-6, rtol=0)
 
 
 def row_of(rows, i):
-    return Rows(*(x[i : i + 1] for x in (rows.seeds, rows.positions, rows.inv_temp, rows.greedy)))
+    return SamplingRows(
+        *(x[i : i + 1] for x in (rows.seeds, rows.positions, rows.inv_temp, rows.greedy))
+    )
 
 
 @needs_native
@@ -239,16 +247,16 @@ def test_bits_do_not_depend_on_the_batch_or_the_threads(dtype):
     for threads in (1, 2, 5):
         head = NativeHead(vocab, 32, dtype, threads=threads)
         head.pack(weight)
-        found.append(head.draw(hidden, settings))
-        found.append(native_draw.draw(head.logits(hidden), settings, threads=threads))
+        found.append(head.sample(hidden, settings))
+        found.append(native_sample.sample(head.logits(hidden), settings, threads=threads))
     for i in (0, 3, 17, 49):
-        alone = head.draw(hidden[i : i + 1], row_of(settings, i))
+        alone = head.sample(hidden[i : i + 1], row_of(settings, i))
         for other in found:
             for name in ("tokens", "logp", "entropy"):
                 assert torch.equal(getattr(other, name)[i : i + 1], getattr(alone, name)), name
 
 
-# -- greedy, hostile --------------------------------------------------------------------------------------------------
+# -- greedy, hostile -------------------------------------------------------------------------------
 
 
 @backends
@@ -258,20 +266,20 @@ def test_greedy_takes_the_lowest_id_of_equals(backend):
     x[1, 2999] = 5.0
     x[2, 0] = -1.0
     x[3] = torch.randn(3000)
-    drawn = BACKENDS[backend](x, how(4, greedy=range(4)))
-    assert drawn.tokens.tolist() == [17, 2999, 0, int(x[3].argmax())]
-    exact = torch.log_softmax(x.double(), -1).gather(1, drawn.tokens[:, None])[:, 0]
-    np.testing.assert_allclose(drawn.logp, exact, atol=1e-6)
+    sampled = BACKENDS[backend](x, how(4, greedy=range(4)))
+    assert sampled.tokens.tolist() == [17, 2999, 0, int(x[3].argmax())]
+    exact = torch.log_softmax(x.double(), -1).gather(1, sampled.tokens[:, None])[:, 0]
+    np.testing.assert_allclose(sampled.logp, exact, atol=1e-6)
 
 
 @backends
 def test_excluded_columns_are_never_drawn(backend):
     x = torch.full((400, 1000), -math.inf)
     x[:, 600:603] = torch.tensor([0.0, -1.0, -1e30])
-    drawn = BACKENDS[backend](x, how(400))
-    assert set(drawn.tokens.tolist()) == {600, 601}
+    sampled = BACKENDS[backend](x, how(400))
+    assert set(sampled.tokens.tolist()) == {600, 601}
     p = torch.softmax(torch.tensor([0.0, -1.0]).double(), -1)
-    np.testing.assert_allclose(drawn.entropy, float(-(p * p.log()).sum()), atol=1e-6)
+    np.testing.assert_allclose(sampled.entropy, float(-(p * p.log()).sum()), atol=1e-6)
 
 
 @backends
@@ -285,39 +293,39 @@ def test_rows_that_cannot_be_drawn_are_marked_alone(backend, bad, at, greedy):
     x[1, at] = bad if isinstance(bad, float) else 0.0
     if bad == "-inf":
         x[1] = -math.inf
-    drawn = BACKENDS[backend](x, settings)
-    assert drawn.tokens[1] == -1
+    sampled = BACKENDS[backend](x, settings)
+    assert sampled.tokens[1] == -1
     for i in (0, 2):
-        assert drawn.tokens[i] == want.tokens[i] and drawn.entropy[i] == want.entropy[i]
+        assert sampled.tokens[i] == want.tokens[i] and sampled.entropy[i] == want.entropy[i]
 
 
 def test_the_error_names_the_sequence():
-    sampler = Sampler(50, CPU)
+    sampler = TokenSampler(50, CPU)
     x = torch.randn(3, 50)
     x[1, 7] = math.nan
     params = [SamplingParams(1), SamplingParams(1, top_k=3), SamplingParams(1)]
     sampler.rows(params, seqs=[4, 19, 8])
     with pytest.raises(EngineError, match="sequence 19: its logits at position 101 hold NaN"):
-        sampler.sample(x, [0, 0, 0], [100, 101, 102])
+        sampler.sample_logits(x, [0, 0, 0], [100, 101, 102])
     sampler.rows(params)
     with pytest.raises(EngineError, match="row 1"):
-        sampler.sample(x, [0, 0, 0], [100, 101, 102])
+        sampler.sample_logits(x, [0, 0, 0], [100, 101, 102])
 
 
 @needs_native
 def test_the_native_draw_refuses_what_it_cannot_read():
     x, rows = torch.zeros(2, 5), how(2)
     with pytest.raises(ValueError, match="inv_temp"):
-        native_draw.draw(x, how(2, inv_temp=0.0))
+        native_sample.sample(x, how(2, inv_temp=0.0))
     with pytest.raises(ValueError, match="seeds has 3 items, expected 2"):
-        native_draw.draw(x, how(3))
+        native_sample.sample(x, how(3))
     with pytest.raises(ValueError, match="no columns"):
-        native_draw.draw(torch.zeros(2, 0), rows)
+        native_sample.sample(torch.zeros(2, 0), rows)
     with pytest.raises(ValueError, match="isa is 'sse'"):
-        native_draw.draw(x, rows, isa="sse")
+        native_sample.sample(x, rows, isa="sse")
 
 
-# -- the sampler behind a model ---------------------------------------------------------------------------------------
+# -- the sampler behind a model --------------------------------------------------------------------
 
 
 @needs_native
@@ -334,13 +342,13 @@ def test_both_runners_draw_the_same_tokens(name, tmp_path):
     for runner in ("native", "torch"):
         model = Model(read_config(tmp_path), torch.float32, CPU, 64, runner=runner)
         model.load(read_tensors(tmp_path))
-        sampler = Sampler(VOCAB, CPU, model)
+        sampler = TokenSampler(VOCAB, CPU, model)
         sampler.rows(params)
-        found.append(sampler.draw(hidden, seeds, range(13)))
+        found.append(sampler.sample(hidden, seeds, range(13)))
         logits = model.logits(hidden)
-        assert sampler.sample(logits, seeds, range(13)) == found[-1]
+        assert sampler.sample_logits(logits, seeds, range(13)) == found[-1]
         padded = torch.cat((hidden, hidden[:3]))  # deterministic mode pads rows
-        assert sampler.draw(padded, seeds, range(13))[0] == found[-1][0]
+        assert sampler.sample(padded, seeds, range(13))[0] == found[-1][0]
     assert found[0][0] == found[1][0]
     np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-4)
     np.testing.assert_allclose(found[0][2], found[1][2], atol=1e-4)

@@ -7,6 +7,7 @@ from support.tree_shadow import TREES, rows_read
 
 from appo._kernels.common import native
 from appo.errors import EngineError, StaleWeightsError
+from appo.rollout.native.tree.integrity import check_tree
 from appo.rollout.native.tree.layout import Layout
 from appo.rollout.native.tree.native_tree import NativeTree, make_tree
 from appo.rollout.native.tree.segment_tree import SegmentTree
@@ -18,7 +19,10 @@ def make(request):
 
 
 class Pool:
-    """What a slot holds: (position, token). `run` does what a forward pass does and checks what each row reads."""
+    """What a slot holds: (position, token).
+
+    `run` does what a forward pass does and checks what each row reads.
+    """
 
     def __init__(self, tree):
         self.tree = tree
@@ -35,7 +39,7 @@ class Pool:
                 self.held[slot] = position, token
         for node, (position, _, _), slots in zip(node_of, rows, rows_read(layout)):
             assert [self.held[slot] for slot in slots] == list(enumerate(of[node]))[: position + 1]
-        self.tree.check()
+        check_tree(self.tree)
         self.tree.commit(layout)
 
     def step(self, seqs, budget=10**6) -> Layout:
@@ -55,7 +59,7 @@ def rows(layout: Layout) -> list[tuple[int, int]]:
     return list(zip(layout.positions.tolist(), layout.ids.tolist()))
 
 
-# -- forks and what is read ---------------------------------------------------------------------------------------------
+# -- forks and what is read ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("at", range(1, 35))
@@ -100,7 +104,9 @@ def test_a_fork_within_what_the_parent_inherits_is_its_sibling(make):
 
 
 def test_the_tables_of_a_small_tree(make):
-    """A prompt of 18 tokens, a fork at 18 and one at 5, and a fork of the first: four rows, three segments read."""
+    """A prompt of 18 tokens, a fork at 18 and one at 5, and a fork of the first: four rows, three
+    segments read.
+    """
     tree = make()
     prompt = tree.add(range(18))
     a, b = tree.fork(prompt, 18), tree.fork(prompt, 5)
@@ -138,7 +144,7 @@ def test_rows_of_an_ancestor_stand_before_those_of_its_descendants_in_one_layout
     Pool(tree).run(layout, through(tree, (root, child, below, late, early)))
 
 
-# -- budget -------------------------------------------------------------------------------------------------------------
+# -- budget ----------------------------------------------------------------------------------------
 
 
 def test_missing_ancestors_are_run_once_by_whoever_asks_first_and_within_the_budget(make):
@@ -184,7 +190,7 @@ def test_planning_nothing_gives_an_empty_layout(make):
     assert tree.used == 0
 
 
-# -- blocks -------------------------------------------------------------------------------------------------------------
+# -- blocks ----------------------------------------------------------------------------------------
 
 
 def test_exhaustion_says_how_many_blocks_are_lacking_and_changes_nothing(make):
@@ -194,7 +200,7 @@ def test_exhaustion_says_how_many_blocks_are_lacking_and_changes_nothing(make):
     facts = [tree.kv(second), tree.used, tree.free, tree.peak, tree.span]
     assert tree.plan([second], 1000) == 3 and tree.layout([(1, 0, 17)]) == 1
     assert [tree.kv(second), tree.used, tree.free, tree.peak, tree.span] == facts
-    tree.check()
+    check_tree(tree)
     assert isinstance(tree.plan([second], 16), Layout)  # one block is left
 
 
@@ -204,11 +210,11 @@ def test_blocks_given_back_while_a_layout_is_open_are_free_when_it_is_closed(mak
     tree.commit(tree.plan([first], 1000))
     layout = tree.plan([second], 0)
     tree.release(first)
-    tree.check()
+    check_tree(tree)
     assert (tree.used, tree.free, tree.tokens_held) == (4, 0, 0)
     tree.commit(layout)
     assert (tree.used, tree.free, tree.tokens_held) == (1, 3, 1)
-    tree.check()
+    check_tree(tree)
 
 
 def test_rows_of_a_sequence_that_went_or_was_cut_meanwhile_do_not_count(make):
@@ -219,9 +225,9 @@ def test_rows_of_a_sequence_that_went_or_was_cut_meanwhile_do_not_count(make):
     tree.truncate(cut, 10)
     tree.extend(cut, [99] * 10)
     tree.evict(lost)
-    tree.check()
+    check_tree(tree)
     tree.commit(layout)
-    tree.check()
+    check_tree(tree)
     assert (tree.kv(cut), tree.kv(lost), tree.used, tree.tokens_held) == (9, 0, 1, 9)
 
 
@@ -230,7 +236,7 @@ def test_aborting_gives_back_what_was_taken(make):
     seq = tree.add(range(40))
     tree.abort(tree.plan([seq], 1000))
     assert (tree.used, tree.kv(seq), tree.peak, tree.span) == (0, 0, 3, 0)
-    tree.check()
+    check_tree(tree)
 
 
 def test_a_layout_is_closed_once_and_the_next_waits_for_it(make):
@@ -307,7 +313,7 @@ def test_the_lowest_free_block_is_taken_first(make):
     assert tree.free_blocks() == [0, 1] and tree.span == 6
 
 
-# -- what children keep -------------------------------------------------------------------------------------------------
+# -- what children keep ----------------------------------------------------------------------------
 
 
 def test_releasing_a_parent_trims_it_to_what_children_inherit(make):
@@ -322,7 +328,7 @@ def test_releasing_a_parent_trims_it_to_what_children_inherit(make):
     assert tree.tokens(near) == list(range(20)) and tree.kv(near) == 19
     tree.release(near)
     assert (tree.used, tree.live_nodes, tree.live_sequences) == (0, 0, 0)
-    tree.check()
+    check_tree(tree)
 
 
 def test_truncating_drops_tokens_and_the_kv_of_the_last_one_left(make):
@@ -335,7 +341,7 @@ def test_truncating_drops_tokens_and_the_kv_of_the_last_one_left(make):
     assert (tree.length(seq), tree.kv(seq), tree.used) == (17, 16, 1)
     tree.extend(seq, [77])
     assert rows(tree.plan([seq], 100)) == [(16, 16), (17, 77)]
-    tree.check()
+    check_tree(tree)
 
 
 def test_truncating_under_children_leaves_them_what_they_stand_on(make):
@@ -349,7 +355,7 @@ def test_truncating_under_children_leaves_them_what_they_stand_on(make):
     assert tree.path(seq)[0] == tree.path(child)[0][:1] + (9,) and tree.tokens_held == 29
     tree.truncate(child, 5)  # within what it inherits
     assert tree.tokens(child) == list(range(5)) and tree.kv(child) == 4
-    tree.check()
+    check_tree(tree)
 
 
 def test_evicting_frees_the_private_span_and_it_is_run_again(make):
@@ -362,7 +368,7 @@ def test_evicting_frees_the_private_span_and_it_is_run_again(make):
     layout = tree.plan([seq], 1000)
     assert layout.positions.tolist() == list(range(39, 100))
     tree.commit(layout)
-    tree.check()
+    check_tree(tree)
 
 
 def test_evicting_a_path_frees_ancestors_that_nobody_with_kv_needs(make):
@@ -374,12 +380,12 @@ def test_evicting_a_path_frees_ancestors_that_nobody_with_kv_needs(make):
     assert tree.evict(a, dict(tree.path(b))) == 1 + 2  # its own block, and the prompt's beyond 32
     assert (tree.kv(a), tree.kv(b), tree.used) == (32, 33, 3)
     assert tree.evict(b, {}) == 3 and tree.used == 0
-    tree.check()
+    check_tree(tree)
     layout = tree.plan([a, b], 1000)
     assert (layout.prefill_rows, layout.decode_rows) == (63, 2)
 
 
-# -- weights ------------------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 
 
 def test_new_weights_void_all_kv_until_it_is_scored(make):
@@ -401,7 +407,7 @@ def test_new_weights_void_all_kv_until_it_is_scored(make):
     tree.commit(tree.layout([(top, 0, inherited), (leaf, 0, own)]))
     assert not tree.stale(child) and tree.kv(child) == 20
     assert rows(tree.plan([tree.fork(child, 20)], 0)) == [(19, 19)]
-    tree.check()
+    check_tree(tree)
 
 
 def test_what_was_evicted_before_the_weights_changed_is_stale_as_well(make):
@@ -421,7 +427,7 @@ def test_a_node_that_was_run_again_in_part_is_stale_beyond(make):
     tree.new_version(1)
     node = tree.path(seq)[0][0]
     tree.commit(tree.layout([(node, 0, 9)]))
-    tree.check()
+    check_tree(tree)
     assert [tree.stale(s) for s in (seq, near, far)] == [True, False, True] and tree.kv(seq) == 9
     for refused in (lambda: tree.plan([seq], 99), lambda: tree.fork(seq, 11)):
         with pytest.raises(StaleWeightsError, match=r"call score\(\[0\]\) first"):
@@ -435,7 +441,7 @@ def test_a_node_that_was_run_again_in_part_is_stale_beyond(make):
     assert [tree.stale(s) for s in (seq, near, far)] == [True, False, False]
     tree.truncate(seq, 21)
     assert not tree.stale(seq)
-    tree.check()
+    check_tree(tree)
 
 
 def test_whether_the_last_token_of_a_sequence_had_kv_does_not_matter(make):
@@ -458,7 +464,7 @@ def test_rows_run_while_the_weights_changed_do_not_count(make):
     tree.new_version(1)
     tree.commit(layout)
     assert (tree.kv(seq), tree.used, tree.stale(seq)) == (0, 0, False)
-    tree.check()
+    check_tree(tree)
 
 
 def test_scoring_in_chunks_runs_every_row_and_keeps_the_kv_there_is(make):
@@ -478,7 +484,7 @@ def test_scoring_in_chunks_runs_every_row_and_keeps_the_kv_there_is(make):
     assert tree.kv(seq) == 49
 
 
-# -- errors -------------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -509,7 +515,7 @@ def test_wrong_calls_say_what_is_wrong_and_change_nothing(make, call, message):
     tree.fork(0, 5)
     with pytest.raises(EngineError, match=message):
         call(tree)
-    tree.check()
+    check_tree(tree)
     layout = tree.plan([0, 2], 100)  # nothing is open, nothing was noted down
     assert sorted(layout.seqs) == [0, 2] and tree.tokens(0) == list(range(10))
 
@@ -536,7 +542,7 @@ def test_what_is_no_whole_number_is_a_type_error(make, call):
     with pytest.raises(TypeError):
         call(tree)
     assert tree.tokens(0) == list(range(10)) and tree.live_nodes == 1
-    tree.check()
+    check_tree(tree)
 
 
 def test_handles_are_never_used_again(make):

@@ -1,4 +1,5 @@
-"""Faults planted in the segment tree: `check` sees them, and so do random operations that know nothing of its inside.
+"""Faults planted in the segment tree: `check_tree` sees them, and so do random operations that know
+nothing of its inside.
 
 Faults in the C++ are planted in its sources, by bench/evidence/seeded_faults.py.
 """
@@ -16,8 +17,9 @@ from support.tree_shadow import TREES
 
 from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.native.tree import native_tree, segment_tree
-from appo.rollout.native.tree.block_list import BlockList
-from appo.rollout.native.tree.layout import blocks_for, lay_out
+from appo.rollout.native.tree.block_list import BlockList, blocks_for
+from appo.rollout.native.tree.integrity import check_tree
+from appo.rollout.native.tree.layout import lay_out
 from appo.rollout.native.tree.native_tree import NativeTree
 from appo.rollout.native.tree.segment_tree import SegmentTree
 
@@ -34,22 +36,22 @@ def planted(tree=SegmentTree):
     prompt = tree.add(range(40))
     seqs = [prompt, tree.fork(prompt, 40), tree.fork(prompt, 20)]
     tree.commit(tree.plan(seqs, 1000))
-    tree.check()
+    check_tree(tree)
     return tree, seqs
 
 
-# -- what check() sees --------------------------------------------------------------------------------------------------
+# -- what check_tree sees --------------------------------------------------------------------------
 
 
 def test_check_sees_a_block_freed_early():
     tree, (prompt, *_) = planted()
     tree.blocks.give_back([1], 0, defer=False)
     with pytest.raises(EngineError, match="block 1 of node 0 is free: it was given back too early"):
-        tree.check()
+        check_tree(tree)
     layout = tree.plan([tree.add([5])], 10)  # and somebody else gets it
     assert layout.blocks.tolist() == [1]
     with pytest.raises(EngineError, match="block 1 of node 0 is of node 3"):
-        tree.check()
+        check_tree(tree)
 
 
 def test_a_block_freed_twice_raises():
@@ -66,7 +68,7 @@ def test_check_sees_a_block_with_two_writers():
     with pytest.raises(
         EngineError, match="block 1 of node 2 is of node 0|block 1 is held by nodes"
     ):
-        tree.check()
+        check_tree(tree)
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -74,10 +76,10 @@ def test_check_sees_a_slot_that_would_be_overwritten(tree):
     tree, (prompt, child, _) = planted(tree)
     tree.truncate(prompt, 40)
     layout = tree.layout([(0, 30, 10), (1, 0, 1)])  # all rows have KV
-    tree.check()
+    check_tree(tree)
     layout.slots[3] = 2 * 16 + 1
     with pytest.raises(EngineError, match="position 33 of node 0 has KV and would be overwritten"):
-        tree.check()
+        check_tree(tree)
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -86,23 +88,23 @@ def test_check_sees_a_row_that_writes_elsewhere_or_where_another_does(tree):
     tree.extend(child, [1])
     tree.extend(other, [1])
     layout = tree.plan([child, other], 0)
-    tree.check()
+    check_tree(tree)
     right = layout.slots.clone()
     layout.slots[0] = 0  # the prompt's
     with pytest.raises(EngineError, match="row 0 writes to slot 0, not its own"):
-        tree.check()
+        check_tree(tree)
     layout.slots[:] = right[0]
     with pytest.raises(EngineError, match="two rows of the open layout write to one slot"):
-        tree.check()
+        check_tree(tree)
     layout.slots[:] = right
-    tree.check()
+    check_tree(tree)
 
 
 def test_kv_of_old_weights_is_never_read():
     tree, (prompt, *_) = planted()
     tree.version += 1  # new weights, and nothing was dropped
     with pytest.raises(EngineError, match="block 0 of node 0 holds KV of version 0, not 1"):
-        tree.check()
+        check_tree(tree)
     with pytest.raises(StaleWeightsError, match="block 0 of node 0 holds KV of version 0, the wei"):
         tree.plan([prompt], 10)
 
@@ -117,7 +119,7 @@ def test_check_sees_counts_that_are_wrong():
         tree, _ = planted()
         setattr(tree.nodes[1], attribute, wrong)
         with pytest.raises(EngineError, match=message):
-            tree.check()
+            check_tree(tree)
     for attribute, wrong, message in (
         ("planned", 2, "node 1 is planned for 2 positions, the open layout runs others"),
         ("lost", 2, "node 1 has lost KV of positions it has not"),
@@ -128,11 +130,11 @@ def test_check_sees_counts_that_are_wrong():
         tree.nodes[1].tokens.pop() if attribute == "lost" else None
         setattr(tree.nodes[1], attribute, wrong)
         with pytest.raises(EngineError, match=message):
-            tree.check()
+            check_tree(tree)
     tree, _ = planted()
     tree.tokens_held += 1
     with pytest.raises(EngineError, match="tokens_held is 43, nodes hold 42"):
-        tree.check()
+        check_tree(tree)
 
 
 @pytest.mark.parametrize("list_of", ["blocks", "free_ids", "deferred"])
@@ -142,14 +144,14 @@ def test_check_sees_a_block_that_was_never_made(list_of):
         blocks = tree.nodes[1].blocks if list_of == "blocks" else getattr(tree.blocks, list_of)
         blocks[:] = [block]
         with pytest.raises(EngineError, match=f"there is no block {block}, only 5"):
-            tree.check()
+            check_tree(tree)
 
 
 def test_check_sees_more_blocks_than_there_may_be():
     tree, _ = planted()
     tree.blocks.limit = 4
     with pytest.raises(EngineError, match="more blocks are used than there may be"):
-        tree.check()
+        check_tree(tree)
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -158,13 +160,13 @@ def test_check_sees_a_row_that_writes_to_somebody_elses_block_when_its_own_went(
     tree.extend(child, [1])
     layout = tree.plan([child], 10)
     tree.release(child)
-    tree.check()
+    check_tree(tree)
     layout.slots[0] = 16  # the prompt's
     with pytest.raises(EngineError, match="row 0 of node 1 writes to block 1, which is of node 0"):
-        tree.check()
+        check_tree(tree)
     layout.slots[0] = 16 * 99
     with pytest.raises(EngineError, match="there is no block 99, only 5"):
-        tree.check()
+        check_tree(tree)
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -174,10 +176,10 @@ def test_check_sees_slots_that_are_not_one_for_each_row(tree):
     for slots in (layout.slots[:0], layout.slots[:39], layout.slots.repeat(2)):
         layout.slots = slots
         with pytest.raises(EngineError, match=f"has {len(slots)} slots for 40 rows"):
-            tree.check()
+            check_tree(tree)
 
 
-# -- what goes wrong from outside -----------------------------------------------------------------------------------------
+# -- what goes wrong from outside ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
@@ -193,7 +195,7 @@ def test_a_plan_whose_tables_are_not_finished_is_not_open(monkeypatch, tree, err
         patch.setattr(module, name, fail)
         with pytest.raises(error):
             tree.plan([prompt], 1000)
-    tree.check()
+    check_tree(tree)
     assert (tree.open, tree.used, tree.kv(prompt)) == (None, 5, 40)
     layout = tree.plan([prompt], 1000)
     with monkeypatch.context() as patch:  # refused, and the open one stays
@@ -203,7 +205,7 @@ def test_a_plan_whose_tables_are_not_finished_is_not_open(monkeypatch, tree, err
     assert tree.open is layout
     tree.commit(layout)
     assert tree.kv(prompt) == 90
-    tree.check()
+    check_tree(tree)
 
 
 @native_only
@@ -223,7 +225,7 @@ def test_a_layout_closed_as_ctrl_c_comes_is_closed(monkeypatch, how):
     assert tree.open is None
     with pytest.raises(EngineError, match=f"{how}: this layout is not open"):
         getattr(tree, how)(layout)
-    tree.check()
+    check_tree(tree)
     tree.abort(tree.plan([prompt], 10))
 
 
@@ -242,8 +244,8 @@ class Short:
     def __enter__(self):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         self.limits = resource.getrlimit(resource.RLIMIT_AS)
-        most = pages * resource.getpagesize() + self.more
-        resource.setrlimit(resource.RLIMIT_AS, (most, self.limits[1]))
+        limit = pages * resource.getpagesize() + self.more
+        resource.setrlimit(resource.RLIMIT_AS, (limit, self.limits[1]))
 
     def __exit__(self, *_):
         resource.setrlimit(resource.RLIMIT_AS, self.limits)
@@ -268,7 +270,7 @@ def test_an_operation_for_which_there_is_no_memory_is_not_done():
             except (RuntimeError, MemoryError):
                 failed += 1
             assert (tree.live_nodes, tree.live_sequences, tree.length(prompt)) == facts
-            tree.check()
+            check_tree(tree)
         assert 2 < failed < 31
 
 
@@ -284,27 +286,22 @@ def test_a_plan_for_whose_tables_there_is_no_memory_is_not_open():
     with Short(48 << 20), pytest.raises((RuntimeError, MemoryError)):
         tree._call.plan(tree._tree, array("q", [seq]).tobytes(), 10**6)  # without Python's help
     assert (tree._counts()[8], tree.used) == (0, used)
-    tree.check()
+    check_tree(tree)
     tree.commit(tree.plan([seq], 10**6))
-    tree.check()
+    check_tree(tree)
 
 
-# -- what random operations see, without check() -----------------------------------------------------------------------
+# -- what random operations see, without check_tree ------------------------------------------------
 
 
-class Unchecked(SegmentTree):
-    def check(self):
-        pass
-
-
-class FreesEarly(Unchecked):
+class FreesEarly(SegmentTree):
     """A node that only children need is trimmed to one position less than they inherit."""
 
     def _keep(self, node, count):
         return super()._keep(node, count - 1 if node.handle is None and count else count)
 
 
-class DoesNotDefer(Unchecked):
+class DoesNotDefer(SegmentTree):
     """Blocks are free while a forward pass may still read them."""
 
     def _keep(self, node, count):
@@ -313,7 +310,7 @@ class DoesNotDefer(Unchecked):
         return freed
 
 
-class Overwrites(Unchecked):
+class Overwrites(SegmentTree):
     """A fork takes over its parent's last block."""
 
     def fork(self, seq, at):
@@ -329,7 +326,7 @@ class Overwrites(Unchecked):
         return super()._keep(node, count)
 
 
-class KeepsOldKV(Unchecked):
+class KeepsOldKV(SegmentTree):
     """New weights, and the KV of the old ones is read on."""
 
     def new_version(self, version):
@@ -337,7 +334,7 @@ class KeepsOldKV(Unchecked):
         self.blocks.version = [version] * len(self.blocks.version)
 
 
-class TruncatesChildren(Unchecked):
+class TruncatesChildren(SegmentTree):
     """Truncation does not look at who stands on what it drops."""
 
     def truncate(self, seq, length):
@@ -348,21 +345,21 @@ class TruncatesChildren(Unchecked):
         self._keep(node, len(node.tokens) - 1)
 
 
-class LeaksAborted(Unchecked):
+class LeaksAborted(SegmentTree):
     """Blocks taken for rows that were not run stay taken."""
 
     def abort(self, layout):
-        for unit in self._closing(layout, "abort"):
-            unit.node.planned = 0
-            del unit.node.blocks[blocks_for(unit.node.kv) :]
+        for row_range in self._closing(layout, "abort"):
+            row_range.node.planned = 0
+            del row_range.node.blocks[blocks_for(row_range.node.kv) :]
         self.blocks.settle()
 
 
-class ReadsTooFar(Unchecked):
+class ReadsTooFar(SegmentTree):
     """Forks read one position more than they inherit."""
 
-    def _settle(self, units, decode_rows):
-        layout = super()._settle(units, decode_rows)
+    def _settle(self, ranges, decode_rows):
+        layout = super()._settle(ranges, decode_rows)
         if not isinstance(layout, int):
             for read in layout.reads.tolist():
                 segment, first, last, start = read
@@ -373,6 +370,7 @@ class ReadsTooFar(Unchecked):
 
 def caught(monkeypatch, tree, examples=300) -> bool:
     monkeypatch.setattr(tree_shadow, "TREES", [tree])
+    monkeypatch.setattr(tree_shadow, "check_tree", lambda tree: None)
     quick = settings(
         max_examples=examples, stateful_step_count=40, deadline=None, derandomize=True, database=None,
         phases=[Phase.generate], suppress_health_check=list(HealthCheck), print_blob=False,
@@ -401,21 +399,21 @@ def test_random_operations_see_the_fault(monkeypatch, fault):
 
 
 def test_random_operations_see_a_row_that_overwrites_kv(monkeypatch):
-    def faulty(units, decode_rows):
-        layout = lay_out(units, decode_rows)
-        for unit in units:
-            row, start, count = layout.rows_of[unit.node.id]
+    def faulty(ranges, decode_rows):
+        layout = lay_out(ranges, decode_rows)
+        for row_range in ranges:
+            row, start, count = layout.rows_of[row_range.node.id]
             layout.slots[row : row + count] = layout.slots.new_tensor(
-                [unit.node.slot(i) for i in range(start, start + count)]
+                [row_range.node.slot(i) for i in range(start, start + count)]
             )
         return layout
 
     monkeypatch.setattr(segment_tree, "lay_out", faulty)
-    assert caught(monkeypatch, Unchecked)
+    assert caught(monkeypatch, SegmentTree)
 
 
 def test_random_operations_find_nothing_wrong_without_a_fault(monkeypatch):
-    assert not caught(monkeypatch, Unchecked, examples=30)
+    assert not caught(monkeypatch, SegmentTree, examples=30)
 
 
 def test_the_free_list_takes_back_what_it_gave():

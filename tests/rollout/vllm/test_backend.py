@@ -1,4 +1,6 @@
-"""The vLLM backend against a fake vLLM that has the real one's traps: what is sent, what comes back, what is refused."""
+"""The vLLM backend against a fake vLLM that has the real one's traps: what is sent, what comes
+back, what is refused.
+"""
 
 import json
 import sys
@@ -15,7 +17,7 @@ from appo.config import load_config
 from appo.errors import ConfigError, EngineError, ModelError, StaleWeightsError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native.tree.segment_tree import SegmentTree
-from appo.rollout.vllm import VLLMEngine, head, reports, start, tap, weights
+from appo.rollout.vllm import VLLMEngine, head, reports, start, weights, worker_statistics
 from appo.rollout.vllm.sequences import Sequences
 from appo.run.plan import _check_engine
 
@@ -52,10 +54,12 @@ def clean(monkeypatch):
                  "VLLM_LOGGING_LEVEL", "VLLM_CPU_OMP_THREADS_BIND"):  # fmt: skip
         monkeypatch.setenv(name, "")  # restored afterwards
         monkeypatch.delenv(name)
-    tap._drawn.clear()
-    tap._scored.clear()
+    worker_statistics._sampled.clear()
+    worker_statistics._scored.clear()
     yield
-    assert tap._drawn == {} and tap._scored == {}  # nothing may be left in the worker
+    assert (
+        worker_statistics._sampled == {} and worker_statistics._scored == {}
+    )  # nothing may be left in the worker
 
 
 def make(folder, cpu=True, **more):
@@ -79,7 +83,7 @@ def sample(engine, ids=PROMPT, n=8, seed=1, **more):
     return run(engine)[seq]
 
 
-# -- what vLLM is told ------------------------------------------------------------------------------------------------
+# -- what vLLM is told -----------------------------------------------------------------------------
 
 
 def test_start_arguments(folder):
@@ -154,7 +158,7 @@ def test_folder_without_weights(folder):
         make(folder)
 
 
-# -- drawing ----------------------------------------------------------------------------------------------------------
+# -- drawing ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("statistics", ["exact", "full"])
@@ -296,7 +300,7 @@ def test_vllm_dies(folder):
     engine.release(seq)
 
 
-# -- stop callbacks -----------------------------------------------------------------------------------------------------
+# -- stop callbacks --------------------------------------------------------------------------------
 
 
 def three(engine, stop, n=(1, 4, 1)):
@@ -338,7 +342,9 @@ def test_a_callback_that_raises_loses_nothing(folder, statistics, error):
 @pytest.mark.parametrize("answer", [True, False])
 @pytest.mark.parametrize("n", [1, 4])
 def test_a_callback_may_cancel_and_release(folder, answer, n):
-    """Itself, one that stopped earlier in the step, one whose output is still to be taken; vLLM may be done with all."""
+    """Itself, one that stopped earlier in the step, one whose output is still to be taken; vLLM may
+    be done with all.
+    """
     engine = make(folder)
 
     def stop(token):
@@ -396,15 +402,15 @@ def test_a_sequence_that_vllm_ends_takes_no_other_with_it(folder):
 def test_entropies_that_the_worker_does_not_have(folder):
     engine = make(folder)
     seqs = three(engine, None)
-    take = FakeLLM.last.appo_take_drawn
+    take = FakeLLM.last.appo_take_sampled
     lost = FakeLLM.last.llm_engine.seen[0].key
-    FakeLLM.last.appo_take_drawn = lambda keys: {k: v for k, v in take(keys).items() if k != lost}
+    FakeLLM.last.appo_take_sampled = lambda keys: {k: v for k, v in take(keys).items() if k != lost}
     with pytest.raises(EngineError, match="no distribution for token 0 of sequence 0"):
         engine.step()
     assert sorted(run(engine)) == seqs[1:]
 
 
-# -- the tree ---------------------------------------------------------------------------------------------------------
+# -- the tree --------------------------------------------------------------------------------------
 
 
 def test_fork_reads_the_prefix_cache(folder):
@@ -473,7 +479,7 @@ def test_misuse_while_decoding(folder):
         engine.fork(engine.add_prompt(PROMPT), 71)
 
 
-# -- scores -----------------------------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("statistics", ["exact", "full"])
@@ -497,7 +503,9 @@ def test_score_with_a_split_prefill(folder):
 
 @pytest.mark.parametrize("common", [31, 32, 33, 63, 64, 65, 70])
 def test_score_runs_shared_rows_once(folder, common):
-    """Also where lines part exactly at the end of a block: the row before has another token to score."""
+    """Also where lines part exactly at the end of a block: the row before has another token to
+    score.
+    """
     engine = make(folder)
     lines = [
         engine.add_prompt(PROMPT[:common] + [i, *PROMPT[common + 1 :], i, i]) for i in range(3)
@@ -544,10 +552,10 @@ def test_score_needs_temperature_one_without_full_rows(folder):
 
 def test_unknown_model_runner_is_refused():
     with pytest.raises(EngineError, match="_get_prompt_logprobs_dict.*VLLM_USE_V2_MODEL_RUNNER=0"):
-        tap.attach(SimpleNamespace(requests={}))
+        worker_statistics.attach(SimpleNamespace(requests={}))
 
 
-# -- weights ----------------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("in_process", [True, False])
@@ -678,7 +686,7 @@ def test_a_prompt_whose_forks_ran_is_stale_with_them(folder):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_staleness_is_that_of_the_native_tree(seed):
-    """Random forks, turns, cancels, scores, releases and loads: both say the same of every live sequence."""
+    """Random forks, turns, cancels, scores and loads: both say the same of every live sequence."""
     rng = np.random.default_rng(seed)
     tree, ours = SegmentTree(), Sequences()
     live = []
@@ -693,22 +701,22 @@ def test_staleness_is_that_of_the_native_tree(seed):
 
     def score(seq):
         *path, (leaf, own) = tree.path(seq)
-        units = [(node, 0, count) for node, count in [*path, (leaf, own - 1)] if count]
-        if units:
-            tree.commit(tree.layout(units))
+        ranges = [(node, 0, count) for node, count in [*path, (leaf, own - 1)] if count]
+        if ranges:
+            tree.commit(tree.layout(ranges))
         ours.get(seq).computed(len(ours.get(seq).tokens) - 1)
 
     for _ in range(120):
-        what = rng.choice(["add", "fork", "append", "turn", "cancel", "score", "release", "load"],
-                          p=[0.1, 0.25, 0.1, 0.2, 0.1, 0.1, 0.07, 0.08])  # fmt: skip
-        if what == "add" or not live:
+        action = rng.choice(["add", "fork", "append", "turn", "cancel", "score", "release", "load"],
+                            p=[0.1, 0.25, 0.1, 0.2, 0.1, 0.1, 0.07, 0.08])  # fmt: skip
+        if action == "add" or not live:
             ids = [1] * int(rng.integers(1, 20))
             live.append(tree.add(ids))
             assert ours.add(None, 0, ids).handle == live[-1]
             continue
         seq = int(rng.choice(live))
         length = tree.length(seq)
-        if what == "fork":
+        if action == "fork":
             at = int(rng.integers(1, length + 1))
             try:
                 live.append(tree.fork(seq, at))
@@ -717,27 +725,27 @@ def test_staleness_is_that_of_the_native_tree(seed):
                     ours.fork(seq, at, tree.version)
             else:
                 assert ours.fork(seq, at, tree.version).handle == live[-1]
-        elif what == "append":
+        elif action == "append":
             tree.extend(seq, [1, 1])
             ours.get(seq).tokens += [1, 1]
-        elif what == "turn" and not tree.stale(seq):
+        elif action == "turn" and not tree.stale(seq):
             turn(seq)
-        elif what == "cancel" and not tree.stale(seq):
+        elif action == "cancel" and not tree.stale(seq):
             turn(seq)
             tree.truncate(seq, length)
             ours.truncate(seq, length)
-        elif what == "score":
+        elif action == "score":
             score(seq)
-        elif what == "release":
+        elif action == "release":
             live.remove(seq)
             tree.release(seq)
             ours.release(seq)
-        elif what == "load":
+        elif action == "load":
             tree.new_version(tree.version + 1)
             ours.new_weights()
         for seq in live:
             line = ours.get(seq)
-            assert line.stale(len(line.tokens)) == tree.stale(seq), (what, seq)
+            assert line.stale(len(line.tokens)) == tree.stale(seq), (action, seq)
             assert len(line.tokens) == tree.length(seq)
 
 
@@ -757,7 +765,7 @@ def test_vllm_without_weight_labels(folder, monkeypatch):
     assert len(sample(make(folder)).token_ids) == 8
 
 
-# -- parts ------------------------------------------------------------------------------------------------------------
+# -- parts -----------------------------------------------------------------------------------------
 
 Q, K, V = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkv")
 
@@ -849,16 +857,18 @@ def test_top_entropy_is_an_upper_bound_and_exact_when_all_is_seen():
 
 def test_entropy_with_excluded_tokens():
     logits = torch.tensor([[0.0, float("-inf"), 0.0], [1.0, 1.0, 1.0]])
-    got = tap.entropy(logits, torch.ones(2, 1))
+    got = worker_statistics.entropy(logits, torch.ones(2, 1))
     np.testing.assert_allclose(got, [np.log(2), np.log(3)], atol=1e-6)
 
 
 def test_rows_follow_the_batch():
-    rows = tap.DrawnEntropies()
-    p = SimpleNamespace(extra_args={tap.KEY: "a"}, temperature=2.0)
-    q = SimpleNamespace(extra_args={tap.KEY: "b"}, temperature=0.0)
+    rows = worker_statistics.SampledEntropies()
+    p = SimpleNamespace(extra_args={worker_statistics.KEY: "a"}, temperature=2.0)
+    q = SimpleNamespace(extra_args={worker_statistics.KEY: "b"}, temperature=0.0)
     other = SimpleNamespace(extra_args=None, temperature=1.0)
-    scored = SimpleNamespace(extra_args={tap.KEY: "c", tap.SCORE: 1.0}, temperature=0.0)
+    scored = SimpleNamespace(
+        extra_args={worker_statistics.KEY: "c", worker_statistics.SCORE: 1.0}, temperature=0.0
+    )
     rows.update([], [(0, p, [], []), (1, q, [], []), (2, other, [], []), (3, scored, [], [])], [])
     assert set(rows.rows) == {0, 1}
     rows.update([], [], [(0, 1, True)])
@@ -879,7 +889,7 @@ def test_environment(monkeypatch):
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
 
 
-# -- configuration ----------------------------------------------------------------------------------------------------
+# -- configuration ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

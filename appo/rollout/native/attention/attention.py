@@ -1,7 +1,10 @@
-"""Attention over lists of KV segments, the definition in PyTorch; also what runs where there is no native code.
+"""Attention over lists of KV segments, the definition in PyTorch.
 
-Softmax attention over the union of segments s is Σ_s exp(lse_s − lse)·o_s with lse = log Σ_s exp(lse_s), so a
-shared prefix is read once for all its descendants and added to what each row finds in its own segment.
+Also what runs where there is no native code.
+
+Softmax attention over the union of segments s is Σ_s exp(lse_s − lse)·o_s with lse = log Σ_s
+exp(lse_s), so a shared prefix is read once for all its descendants and added to what each row finds
+in its own segment.
 """
 
 from __future__ import annotations
@@ -13,15 +16,18 @@ from torch import Tensor
 
 from appo.rollout.native.attention.pool import KVPool
 from appo.rollout.native.attention.segments import Reads
-from appo.rollout.native.tree.layout import BLOCK
+from appo.rollout.native.tree.block_list import BLOCK
 
 NO_KEYS = -1.0e30  # lse of a row without keys: finite, so that merging never computes inf - inf
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of each row over the first limits[i] keys: (o[M,Hq,D], lse[M,Hq] natural logarithm), float32.
+    """Attention of each row over the first limits[i] keys.
 
-    q[M,Hq,D] · k, v[Hkv,N,D] · limits[M], 0 … N; a row that reads nothing has o = 0 and lse = NO_KEYS.
+    Returns (o[M,Hq,D], lse[M,Hq] natural logarithm), float32.
+
+    q[M,Hq,D] · k, v[Hkv,N,D] · limits[M], 0 … N; a row that reads nothing has o = 0 and lse =
+    NO_KEYS.
     """
     group = q.shape[1] // k.shape[0]
     k, v = (x.float().repeat_interleave(group, dim=0) for x in (k, v))  # [Hq, N, D]
@@ -35,9 +41,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, limits: Tensor) -> tuple[Tensor, Ten
 def attend_segments_torch(
     q: Tensor, k: Tensor, v: Tensor, layout: Reads, pool: KVPool, layer: int, out: Tensor
 ) -> None:
-    """`segments.attend_segments` on any device, for packed and plain pools, all dtypes; sums in float32.
+    """`segments.attend_segments` on any device, for packed and plain pools, all dtypes.
 
-    Here a NaN among the values of a segment reaches every row of a read, also those whose limit ends before it.
+    Sums in float32.
+
+    Here a NaN among the values of a segment reaches every row of a read, also those whose limit
+    ends before it.
     """
     pool.write(layer, k, v, layout.slots)
     total = torch.zeros(q.shape, dtype=torch.float32, device=q.device)

@@ -1,8 +1,11 @@
-"""The causal part of long chunks by flash-attn, where it is installed; the prefix stays with our kernels.
+"""The causal part of long chunks by flash-attn, where it is installed.
 
-A chunk's own keys and values are at hand, contiguous, in the order of its rows, so `flash_attn_varlen_func` takes them
-as they are and no block table is involved (its paged kernels want pages of 256 positions, ours have 16). What it returns,
-the output and its log-sum-exp, is one more partial result of these rows.
+The prefix stays with our kernels.
+
+A chunk's own keys and values are at hand, contiguous, in the order of its rows, so
+`flash_attn_varlen_func` takes them as they are and no block table is involved (its paged kernels
+want pages of 256 positions, ours have 16). What it returns, the output and its log-sum-exp, is one
+more partial result of these rows.
 """
 
 from __future__ import annotations
@@ -52,7 +55,10 @@ def find(
 
 @dataclass(frozen=True)
 class Chunks:
-    """Rows of a pass whose causal part flash-attn takes. rows[n], counted from the pass's first; cuts[c + 1]."""
+    """Rows of a pass whose causal part flash-attn takes. rows[n], counted from the pass's first.
+
+    cuts[c + 1].
+    """
 
     rows: Tensor
     cuts: Tensor

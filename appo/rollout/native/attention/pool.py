@@ -1,12 +1,15 @@
 """The memory behind the segment tree: keys and values in blocks of 16 positions.
 
-Who owns a block, and what it means, is the tree's business; here a block is a number. There are two layouts.
+Who owns a block, and what it means, is the tree's business; here a block is a number. There are two
+layouts.
 
-packed  For the native kernels on a CPU. A block holds its positions for all layers and heads, in the order in which
-        attention's products take them, so that nothing is packed when it is read: [L, 2, Hkv, 16 * D], where keys are
-        [D / pair, 16, pair] and values [16 / pair, D, pair], pair = 2 for bfloat16 and 1 for float32. Blocks lie in
-        arenas of about 64 MiB; more of them are added as the pool grows, so a block never moves.
-plain   For PyTorch and Triton, on any device: one tensor [L, 2, blocks, 16, Hkv, D], copied when it grows.
+packed  For the native kernels on a CPU. A block holds its positions for all layers and heads, in
+        the order in which attention's products take them, so that nothing is packed when it is
+        read: [L, 2, Hkv, 16 * D], where keys are [D / pair, 16, pair] and values [16 / pair, D,
+        pair], pair = 2 for bfloat16 and 1 for float32. Blocks lie in arenas of about 64 MiB; more
+        of them are added as the pool grows, so a block never moves.
+plain   For PyTorch and Triton, on any device: one tensor [L, 2, blocks, 16, Hkv, D], copied when it
+        grows.
 
 What a slot holds before it is written is anything, not a number included.
 """
@@ -20,14 +23,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from appo._kernels.common import native
 from appo.errors import EngineError
-from appo.rollout.native.attention.segments import available
-from appo.rollout.native.tree.layout import BLOCK
+from appo.rollout.native.tree.block_list import BLOCK
 
 ARENA = 64 << 20  # bytes
+MAX_HEAD_DIM = 256  # of native attention
 _HUGE = 2 << 20  # bytes of a huge page
-_SLACK = 64  # bytes behind an arena: where D is no multiple of 16, the last vector of values reads past its end
+# bytes behind an arena: where D is no multiple of 16, the last vector of values reads past its end
+_SLACK = 64
 _PACKED = (torch.float32, torch.bfloat16)
+
+
+def available(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
+    """Whether the native code is there and takes this cache.
+
+    float32, or bfloat16 with an even head dimension.
+    """
+    isa = native.function("linear_isa")
+    return (
+        isa is not None
+        and bool(isa())
+        and device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and head_dim <= MAX_HEAD_DIM
+        and (dtype == torch.float32 or head_dim % 2 == 0)
+    )
 
 
 class KVPool:
@@ -43,9 +64,12 @@ class KVPool:
         layout: str | None = None,
         limit: int | None = None,
     ):
-        """layout: "packed" | "plain"; by default packed where native attention takes it (see segments.py).
+        """layout: "packed" | "plain".
 
-        limit   blocks that will ever be asked for: no memory is taken ahead beyond them (None: not known)
+        By default packed where native attention takes it (see `available`).
+
+        limit   blocks that will ever be asked for: no memory is taken ahead beyond them (None: not
+                known)
         """
         self.limit = limit
         self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
@@ -120,7 +144,10 @@ class KVPool:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def trim(self, used: int) -> None:
-        """Give memory back: arenas that hold no block below `used`; a plain pool only when none is used."""
+        """Give memory back: arenas that hold no block below `used`.
+
+        A plain pool only when none is used.
+        """
         if self.layout == "plain":
             self.arena = self.arena if used else self._plain(0)
             return
@@ -130,7 +157,10 @@ class KVPool:
     # -- the definition of what is where --
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """k, v[M, Hkv, D] become the KV of slots[M] = block * 16 + position in it; -1: that row is not written."""
+        """k, v[M, Hkv, D] become the KV of slots[M] = block * 16 + position in it.
+
+        -1: that row is not written.
+        """
         written = (slots >= 0).nonzero()[:, 0]
         slots = slots[written]
         if len(slots) and int(slots.max()) >= self.blocks * BLOCK:
@@ -153,7 +183,9 @@ class KVPool:
             values[block, :, inside // self.pair, :, inside % self.pair] = v[written][here]
 
     def read(self, blocks: Sequence[int], count: int, layer: int | None = None) -> Tensor:
-        """The first `count` positions of a segment that lies in `blocks`: a copy [L, 2, Hkv, count, D].
+        """The first `count` positions of a segment that lies in `blocks`.
+
+        A copy [L, 2, Hkv, count, D].
 
         With a layer, that one: [2, Hkv, count, D].
         """
@@ -180,7 +212,7 @@ class KVPool:
             out = some.movedim(0, 3).flatten(3, 4)[:, :, :, :count]
         return out if layer is None else out[0]
 
-    def poison(self, blocks: Sequence[int]) -> None:
+    def fill_nan(self, blocks: Sequence[int]) -> None:
         """Fill blocks with NaN: for tests that nothing reads what was freed or never written."""
         for block in blocks:
             self._must_have(block)
@@ -197,7 +229,10 @@ class KVPool:
         return self.arenas[arena][at]
 
     def _words(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [..., Hkv, D / pair, 16, pair] and values [..., Hkv, 16 / pair, D, pair] of [..., 2, Hkv, 16 * D]."""
+        """Keys and values of packed blocks [..., 2, Hkv, 16 * D].
+
+        Keys [..., Hkv, D / pair, 16, pair] and values [..., Hkv, 16 / pair, D, pair].
+        """
         keys, values = part.unbind(-3)
         return (
             keys.unflatten(-1, (self.head_dim // self.pair, BLOCK, self.pair)),
@@ -206,7 +241,10 @@ class KVPool:
 
 
 def _memory(size: int) -> Tensor:
-    """uint8[size], not touched yet; in huge pages where the system has them, as blocks are read all over the arena."""
+    """uint8[size], not touched yet.
+
+    In huge pages where the system has them, as blocks are read all over the arena.
+    """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS

@@ -1,14 +1,17 @@
-"""Runs layouts on a GPU: PyTorch's layers, with attention and KV writes in Triton over a plain block pool.
+"""Runs layouts on a GPU.
+
+PyTorch's layers, with attention and KV writes in Triton over a plain block pool.
 
     tables → one pinned transfer → embedding, layers (kv_write, attend, merge each), final norm → hidden states
 
-What a decode step launches is captured in a CUDA graph, per bucket of rows and of table sizes: everything between the
-transfer of the tables and the hidden states. The output head and the draw are the sampler's, and chunks of prompts, whose
-shapes seldom return, run as they are.
+What a decode step launches is captured in a CUDA graph, per bucket of rows and of table sizes:
+everything between the transfer of the tables and the hidden states. The output head and the draw
+are the sampler's, and chunks of prompts, whose shapes seldom return, run as they are.
 
-No tail block is ever copied, and there is no kernel for it: a fork starts in a block of its own and reads the parent's
-last one up to a limit, since our kernels take (segment, limit) lists, and flash-attn gets the chunk itself. Only a kernel
-that wants one flat block table per sequence would need the copy.
+No tail block is ever copied, and there is no kernel for it: a fork starts in a block of its own and
+reads the parent's last one up to a limit, since our kernels take (segment, limit) lists, and
+flash-attn gets the chunk itself. Only a kernel that wants one flat block table per sequence would
+need the copy.
 """
 
 from __future__ import annotations
@@ -29,23 +32,31 @@ from appo._kernels.segment_attention.gpu.work import Cut, work
 from appo.errors import EngineError
 from appo.rollout.native.attention import flash as flash_attn
 from appo.rollout.native.attention.pool import KVPool
-from appo.rollout.native.device.device_tables import Inputs, Shape, Stage
+from appo.rollout.native.device.device_tables import Inputs, Stage, TableShape
 from appo.rollout.native.device.graphs import Graphs
 from appo.rollout.native.model.model import Model
 from appo.rollout.native.tree.layout import Layout
 
-# Deterministic mode: every pass has exactly so many rows, since a library may sum a product of another height in another
-# order. Rows beyond come in further passes; a row reads the KV of rows before it only.
+# Deterministic mode: every pass has exactly so many rows, since a library may sum a product of
+# another height in another order. Rows beyond come in further passes; a row reads the KV of rows
+# before it only.
 FIXED_ROWS = 64
-MOST_ROWS = 2048  # per pass otherwise: bounds the workspace of partial results
-BUCKETS = (1, 2, 4, *range(8, 65, 8), *range(96, 257, 32))  # decode rows of a graph
+MAX_ROWS = 2048  # per pass otherwise: bounds the workspace of partial results
+BUCKETS: tuple[int, ...] = (
+    1,
+    2,
+    4,
+    *range(8, 65, 8),
+    *range(96, 257, 32),
+)  # decode rows of a graph
 
 
 class DeviceRunner:
     """See `runner.Runner`. Also runs on a CPU in Triton's interpreter, without graphs: for tests.
 
-    flash    True: causal parts of long chunks by flash-attn, EngineError where it cannot; None: where it can; False: never.
-             Deterministic mode never takes it: where a chunk ends would show in the bits
+    flash    True: causal parts of long chunks by flash-attn, EngineError where it cannot; None:
+             where it can; False: never. Deterministic mode never takes it: where a chunk ends would
+             show in the bits
     graphs   capture decode steps
     """
 
@@ -90,13 +101,15 @@ class DeviceRunner:
         self.pool.trim(0)
 
     def forward(self, layout: Layout, rows: Tensor | None) -> Tensor:
-        """Hidden states of `rows` (ascending; None: all), on the device; deterministic: zeros up to a multiple of 64.
+        """Hidden states of `rows` (ascending; None: all), on the device.
+
+        Deterministic: zeros up to a multiple of 64.
 
         Valid until the next call.
         """
         total = len(layout.ids)
         wanted = torch.arange(total) if rows is None else rows
-        step = FIXED_ROWS if self.deterministic else MOST_ROWS
+        step = FIXED_ROWS if self.deterministic else MAX_ROWS
         parts = []
         for first in range(0, total, step):
             last = min(first + step, total)
@@ -113,7 +126,7 @@ class DeviceRunner:
         """Rows first … last-1; → hidden states of the rows `out` (counted from first), [n, d]."""
         rows = self._rows(layout, last - first)
         chunks = None if self.flash is None else flash_attn.chunks(layout, first, last)
-        what = work(
+        pass_work = work(
             layout.segments,
             layout.reads,
             layout.limits if chunks is None else chunks.limits,
@@ -122,9 +135,10 @@ class DeviceRunner:
             None if chunks is None else chunks.rows,
         )
         captured = rows is not None and self.graphs.why_not is None
-        shape = Shape.fitting(rows or last - first, what, len(layout.blocks))
-        given = self.stage.put(shape, layout, first, last, what, out, trim=not captured)
-        # Sizes too: grown memory may lie where smaller memory did before, and its parts lie elsewhere in it.
+        shape = TableShape.fitting(rows or last - first, pass_work, len(layout.blocks))
+        given = self.stage.put(shape, layout, first, last, pass_work, out, trim=not captured)
+        # Sizes too: grown memory may lie where smaller memory did before, and its parts lie
+        # elsewhere in it.
         arena, buffer = self.pool.arena, self.stage.buffer
         self.graphs.keep(arena.data_ptr(), self.pool.blocks, buffer.data_ptr(), len(buffer))
         if not captured:
@@ -132,7 +146,10 @@ class DeviceRunner:
         return self.graphs.run(shape, lambda: self._run(given, None))[: len(out)]
 
     def _rows(self, layout: Layout, rows: int) -> int | None:
-        """How many rows a pass is padded to so that its shape comes again; None: it is run as it is."""
+        """How many rows a pass is padded to so that its shape comes again.
+
+        None: it is run as it is.
+        """
         if self.deterministic:
             return FIXED_ROWS
         if layout.prefill_rows or rows > BUCKETS[-1]:
@@ -148,6 +165,7 @@ class DeviceRunner:
             keys, values = self.pool.arena[layer]
             kv_write(k, v, given.slots, keys, values)
             if causal is not None:
+                assert self.flash is not None, "only flash-attn takes causal parts"
                 causal.attend(self.flash, q, k, v, o, lse)
             attend_segments(q, keys, values, given.tables, o, lse, out)
             return out.view(rows, -1)

@@ -1,8 +1,8 @@
 """The tables of one pass on the device: one transfer from pinned memory into one buffer.
 
-Sizes are rounded up to few shapes and a table's place follows from the shape, so a pass of the same shape finds every
-table where the last one had it: what a captured CUDA graph needs. Padding does nothing: rows without reads that are
-written nowhere, items without rows.
+Sizes are rounded up to few shapes and a table's place follows from the shape, so a pass of the same
+shape finds every table where the last one had it: what a captured CUDA graph needs. Padding does
+nothing: rows without reads that are written nowhere, items without rows.
 """
 
 from __future__ import annotations
@@ -22,19 +22,27 @@ ROWS = ("ids", "positions", "slots", "starts")  # have an entry for every row, p
 
 
 @dataclass(frozen=True)
-class Shape:
-    """rows: padded ones · size: entries of each table that grows with what the rows read, rows · a power of two"""
+class TableShape:
+    """Sizes of the tables of a pass.
+
+    rows   padded ones
+    size   entries of each table that grows with what the rows read: rows · a power of two
+    """
 
     rows: int
     size: int
 
     @classmethod
-    def fitting(cls, rows: int, what: Work, blocks: int) -> Shape:
-        most = max(
-            len(what.tall), len(what.low), len(what.limits), what.partials, -(-blocks // BLOCKS)
+    def fitting(cls, rows: int, pass_work: Work, blocks: int) -> TableShape:
+        longest = max(
+            len(pass_work.tall),
+            len(pass_work.low),
+            len(pass_work.limits),
+            pass_work.partials,
+            -(-blocks // BLOCKS),
         )
         size = rows
-        while size < most:
+        while size < longest:
             size *= 2
         return cls(rows, size)
 
@@ -48,7 +56,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a pass over `rows` rows is given, int64 on the device. out: the rows whose hidden states are wanted."""
+    """What a pass over `rows` rows is given, int64 on the device.
+
+    out: the rows whose hidden states are wanted.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -72,7 +83,7 @@ class Stage:
         self.buffer = torch.zeros_like(self.host, device=self.device) if pinned else self.host
 
     def put(
-        self, shape: Shape, layout: Layout, first: int, last: int, what: Work, out: Tensor, trim: bool
+        self, shape: TableShape, layout: Layout, first: int, last: int, pass_work: Work, out: Tensor, trim: bool
     ) -> Inputs:  # fmt: skip
         """Rows first … last-1 of a layout. out: rows wanted, counted from `first`.
 
@@ -89,27 +100,32 @@ class Stage:
             "positions": layout.positions[rows],
             "slots": layout.slots[rows],
             "out": out,
-            "starts": what.starts,
-            "tall": what.tall.view(-1),
-            "low": what.low.view(-1),
-            "limits": what.limits,
-            "entries": what.entries,
+            "starts": pass_work.starts,
+            "tall": pass_work.tall.view(-1),
+            "low": pass_work.low.view(-1),
+            "limits": pass_work.limits,
+            "entries": pass_work.entries,
             "blocks": layout.blocks,
         }
-        padding = {"slots": -1, "starts": int(what.starts[-1])}
+        padding = {"slots": -1, "starts": int(pass_work.starts[-1])}
         at, views = 0, {}
-        for name, room in sections.items():
+        for name, size in sections.items():
             have = len(given[name])
             self.host[at : at + have] = given[name]
-            self.host[at + have : at + room] = padding.get(name, 0)
-            show = have if trim and name not in ROWS else room
+            self.host[at + have : at + size] = padding.get(name, 0)
+            show = have if trim and name not in ROWS else size
             views[name] = self.buffer[at : at + show]
-            at += room
+            at += size
         if self._copied is not None:
             self.buffer[:at].copy_(self.host[:at], non_blocking=True)
             self._copied.record()
-        items = (views[name].view(-1, len(COLUMNS)) for name in ("tall", "low"))
+        tall, low = (views[name].view(-1, len(COLUMNS)) for name in ("tall", "low"))
         lists = (views[name] for name in ("blocks", "limits", "starts", "entries"))
-        rows_ = (views[name] for name in ("ids", "positions", "slots", "out"))
-        partials = what.partials if trim else shape.size
-        return Inputs(*rows_, Tables(*items, *lists), partials)
+        return Inputs(
+            ids=views["ids"],
+            positions=views["positions"],
+            slots=views["slots"],
+            out=views["out"],
+            tables=Tables(tall, low, *lists),
+            partials=pass_work.partials if trim else shape.size,
+        )

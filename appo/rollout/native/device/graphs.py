@@ -1,8 +1,8 @@
 """CUDA graphs of passes that come again in the same shape.
 
-The first pass of a shape runs as it is: that compiles the kernels and warms the libraries up. The second is captured,
-and from then on it is replayed: one launch instead of some twenty per layer. A graph keeps the addresses it saw, so it is
-dropped when the weights, the pool or the tables move.
+The first pass of a shape runs as it is: that compiles the kernels and warms the libraries up. The
+second is captured, and from then on it is replayed: one launch instead of some twenty per layer. A
+graph keeps the addresses it saw, so it is dropped when the weights, the pool or the tables move.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 
 
 class Graphs:
-    """`run(key, body)`: body() once, captured or replayed. Its result is overwritten by the next run with that key.
+    """`run(key, body)`: body() once, captured or replayed.
+
+    Its result is overwritten by the next run with that key.
 
     why_not   why nothing is captured; None where graphs are in use
     """
@@ -30,7 +32,10 @@ class Graphs:
         self._memory: tuple[int, ...] = ()
 
     def keep(self, *memory: int) -> None:
-        """Drop all graphs if `memory`, addresses and sizes of what they read, is not that of the last call."""
+        """Drop all graphs if `memory` is not that of the last call.
+
+        memory: addresses and sizes of what the graphs read
+        """
         if memory != self._memory:
             self.clear()
             self._memory = memory
@@ -62,7 +67,10 @@ class Graphs:
         return out
 
     def _capture(self, body: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """In the memory of the graphs before it: they never run at the same time, and their results stay allocated."""
+        """In the memory of the graphs before it.
+
+        They never run at the same time, and their results stay allocated.
+        """
         graph = torch.cuda.CUDAGraph()
         shared = next((known[0].pool() for known in self._seen.values() if known), None)
         with torch.cuda.graph(graph, pool=shared, capture_error_mode="thread_local"):

@@ -1,28 +1,28 @@
 """Low-rank adapters in the engine: applied beside the weights, fused as the weights are.
 
-q, k, v (and gate, up) are one linear, so their adapters become one: the down projections stacked, the up projections
-block-diagonal. A push of adapters alone neither touches nor repacks a weight.
+q, k, v (and gate, up) are one linear, so their adapters become one: the down projections stacked,
+the up projections block-diagonal. A push of adapters alone neither touches nor repacks a weight.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from appo.errors import ModelError
-
-if TYPE_CHECKING:
-    from appo.rollout.native.model.model import Linear, Model, Slice
+from appo.rollout.native.model.linear import Linear, Slice, Target
 
 DOWN, UP = ".lora_A", ".lora_B"
 
 
 class Adapters:
-    """Collects `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r] of one push, then installs them."""
+    """Collects the adapters of one push, then installs them.
+
+    They are `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r].
+    """
 
     def __init__(self) -> None:
         self.parts: dict[str, Tensor] = {}
@@ -35,14 +35,19 @@ class Adapters:
         self.parts[name] = tensor.detach().clone()
         return True
 
-    def check(self, model: Model) -> Callable[[], None]:
-        """Check all of them; → what installs them. Nothing is changed before. Raises ModelError."""
+    def check(self, slices: Mapping[str, Slice], dtype: torch.dtype) -> Callable[[], None]:
+        """Check all of them against the model's linears, by module name.
+
+        → what installs them, in `dtype`.
+
+        Nothing is changed before that is called. Raises ModelError.
+        """
         by_linear: dict[int, list[tuple[Slice, Tensor, Tensor]]] = defaultdict(list)
         names: dict[int, set[str]] = defaultdict(set)
         for name in self.parts:
             module = name.removesuffix(DOWN).removesuffix(UP)
             if name.endswith(DOWN):
-                s, down, up = self._pair(model, module)
+                s, down, up = self._pair(slices, module)
                 by_linear[id(s.linear)].append((s, down, up))
                 names[id(s.linear)].add(module)
             elif module + DOWN not in self.parts:
@@ -57,13 +62,13 @@ class Adapters:
         def install() -> None:
             for key, group in by_linear.items():
                 linear = group[0][0].linear
-                linear.adapter = _fuse(linear, group, model.dtype)
+                linear.adapter = _fuse(linear, group, dtype)
                 linear.adapted = frozenset(names[key])
 
         return install
 
-    def _pair(self, model: Model, module: str) -> tuple[Slice, Tensor, Tensor]:
-        s = model.slices.get(module)
+    def _pair(self, slices: Mapping[str, Slice], module: str) -> tuple[Slice, Tensor, Tensor]:
+        s = slices.get(module)
         if s is None:
             raise ModelError(
                 f"adapter {module + DOWN!r}: the model has no linear of that name; use Hugging Face names"
@@ -83,9 +88,10 @@ class Adapters:
 def _fuse(
     linear: Linear, group: list[tuple[Slice, Tensor, Tensor]], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Stacked down [Σr, in] and block-diagonal up [out, Σr], up's rows in the order of the fused weight."""
-    from appo.rollout.native.model.model import Target
+    """Stacked down [Σr, in] and block-diagonal up [out, Σr].
 
+    Rows of up are in the order of the fused weight.
+    """
     total = sum(down.shape[0] for _, down, _ in group)
     fused = linear.weight.new_zeros(linear.weight.shape[0], total, dtype=dtype)
     at = 0

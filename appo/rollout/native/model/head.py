@@ -1,7 +1,9 @@
-"""The output head in C++ (csrc/decoder/head.cpp): its weight packed once, logits or drawn tokens from it.
+"""The output head in C++ (csrc/decoder/head.cpp).
 
-Needs what the C++ layers need (layers.unavailable). A row's bits depend on that row, its draw and the weights: not on
-the batch it stands in, not on the number of threads.
+Its weight packed once, logits or sampled tokens from it.
+
+Needs what the C++ layers need (layers.unavailable). A row's bits depend on that row, its draw and
+the weights: not on the batch it stands in, not on the number of threads.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor
 
 from appo._kernels.common import native
-from appo.rollout.native.sampling.definition import Drawn, Rows
+from appo.rollout.native.sampling.definition import Sampled, SamplingRows
 
 
 class NativeHead:
-    """A packed copy of a weight [vocab, hidden] of `dtype`, float32 or bfloat16; `packed_bytes` of memory.
+    """A packed copy of a weight [vocab, hidden] of `dtype`, float32 or bfloat16.
+
+    `packed_bytes` of memory.
 
     isa      "avx512_bf16", "avx512", "avx2"; "" is the best for the dtype
     threads  upper bound; None: torch's
@@ -40,14 +44,20 @@ class NativeHead:
         _function("layer_head_pack")(self._head, weight, self.thread_count())
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, V] float32 of hidden[R, d], which may be float32 beside bfloat16 weights: nothing is rounded then."""
+        """[R, V] float32 of hidden[R, d], which may be float32 beside bfloat16 weights.
+
+        Nothing is rounded then.
+        """
         out = torch.empty(len(hidden), self.vocab)
         self._logits(self._head, hidden, out, self.thread_count())
         return out
 
-    def draw(self, hidden: Tensor, rows: Rows) -> Drawn:
-        """One token per row of hidden[R, d], from `logits(hidden)` of which only ever a tile is in memory."""
-        out = Drawn.empty(len(hidden))
+    def sample(self, hidden: Tensor, rows: SamplingRows) -> Sampled:
+        """One token per row of hidden[R, d].
+
+        Of `logits(hidden)` only ever a tile is in memory.
+        """
+        out = Sampled.empty(len(hidden))
         self._sample(
             self._head, hidden.contiguous(),
             rows.seeds, rows.positions, rows.inv_temp, rows.greedy,
@@ -60,4 +70,4 @@ class NativeHead:
 
 
 def _function(name: str) -> Any:
-    return native.function(name, "cpu")
+    return native.require(name)

@@ -2,17 +2,18 @@
 
     ids[M] → embedding → all layers, attention over the block pool included → norm of the chosen rows → hidden[R, d]
 
-The PyTorch code of `Model` is the definition: rounding happens where it rounds, only sums are taken in another order.
-A row's bits depend on that row, the weights and the KV it reads: not on the batch it stands in, not on the number of
-threads, not on how a prompt was cut into chunks. So deterministic mode has nothing to add here (in PyTorch it pads).
-Threads sleep between calls. float32 needs AVX2, bfloat16 AVX512-BF16; elsewhere `unavailable` says why not.
+The PyTorch code of `Model` is the definition: rounding happens where it rounds, only sums are taken
+in another order. A row's bits depend on that row, the weights and the KV it reads: not on the batch
+it stands in, not on the number of threads, not on how a prompt was cut into chunks. So
+deterministic mode has nothing to add here (in PyTorch it pads). Threads sleep between calls.
+float32 needs AVX2, bfloat16 AVX512-BF16; elsewhere `unavailable` says why not.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +22,10 @@ from appo._kernels.common import native
 from appo._kernels.linear_logprob import backend_cpu as linear_cpu
 from appo.errors import EngineError
 from appo.models.shape import ModelShape
-from appo.rollout.native.attention import segments
+from appo.rollout.native.attention.pool import MAX_HEAD_DIM, KVPool, available
 from appo.rollout.native.model.head import NativeHead
-
-if TYPE_CHECKING:
-    from appo.rollout.native.attention.pool import KVPool
-    from appo.rollout.native.model.model import Layer, Linear, Model
-    from appo.rollout.native.tree.layout import Layout
+from appo.rollout.native.model.linear import Layer, Linear, Weights
+from appo.rollout.native.tree.layout import Layout
 
 RUNNERS = ("auto", "torch", "native")
 PARTS = ("qkv", "o", "gate_up", "down")
@@ -36,7 +34,10 @@ PARTS = ("qkv", "o", "gate_up", "down")
 def choose(
     runner: str, config: ModelShape, dtype: torch.dtype, device: torch.device
 ) -> NativeLayers | None:
-    """What runs the layers: None is PyTorch. "auto" takes C++ where it can run; "native" raises EngineError if not."""
+    """What runs the layers: None is PyTorch. "auto" takes C++ where it can run.
+
+    "native" raises EngineError if not.
+    """
     if runner not in RUNNERS:
         raise EngineError(f"runner={runner!r}: use one of {', '.join(RUNNERS)}")
     if runner == "torch":
@@ -62,8 +63,8 @@ def unavailable(config: ModelShape, dtype: torch.dtype, device: torch.device) ->
         return f"bfloat16 layers need AVX512-BF16, this processor has {isa}"
     if config.hidden % 2 or config.ff % 2 or config.head_dim % 2:
         return "hidden_size, intermediate_size and head_dim must be even"
-    if not segments.available(dtype, config.head_dim, device):
-        return f"native attention takes head_dim up to {segments.MOST_DIM}, not {config.head_dim}"
+    if not available(dtype, config.head_dim, device):
+        return f"native attention takes head_dim up to {MAX_HEAD_DIM}, not {config.head_dim}"
     return None
 
 
@@ -92,8 +93,10 @@ class NativeLayers:
         self.pack_seconds = 0.0
         self._packed = False
 
-    def pack(self, model: Model, changed: Iterable[str]) -> None:
-        """Copy the layers, and the head, that have a tensor among `changed` (names as in `Model.targets`).
+    def pack(self, model: Weights, changed: Iterable[str]) -> None:
+        """Copy the layers, and the head, that have a tensor among `changed`.
+
+        Names as in its `targets`.
 
         To be called after every change of weights; the first call copies everything.
         """
@@ -119,7 +122,7 @@ class NativeLayers:
                 self._stack, index, part, linear.weight, bias, self._threads()
             )
 
-    def adapt(self, model: Model) -> None:
+    def adapt(self, model: Weights) -> None:
         """Take over the adapters that changed since the last call."""
         for i, layer in enumerate(model.layers):
             for part in PARTS:
@@ -129,9 +132,11 @@ class NativeLayers:
                     self._adapters[i, part] = adapter
 
     def forward(
-        self, model: Model, layout: Layout, pool: KVPool, rows: Tensor | None = None
+        self, model: Weights, layout: Layout, pool: KVPool, rows: Tensor | None = None
     ) -> Tensor:
-        """Run a layout; → final hidden states, normed, of `rows` (int64, any order; None: all), [R, d] as the head
+        """Run a layout.
+
+        → final hidden states, normed, of `rows` (int64, any order; None: all), [R, d] as the head
         wants them. KV goes into the pool, which must have the layout's blocks.
 
         Raises EngineError for a pool of another shape, ValueError for tables that do not fit.
@@ -153,7 +158,10 @@ class NativeLayers:
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, V] float32 of hidden[R, d], which may be float32 beside bfloat16 weights: nothing is rounded then."""
+        """[R, V] float32 of hidden[R, d], which may be float32 beside bfloat16 weights.
+
+        Nothing is rounded then.
+        """
         return self.head.logits(hidden)
 
     def _threads(self) -> int:
@@ -161,4 +169,4 @@ class NativeLayers:
 
 
 def _function(name: str) -> Any:
-    return native.function(name, "cpu")
+    return native.require(name)

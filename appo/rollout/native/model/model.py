@@ -1,17 +1,18 @@
-"""The model runner: Llama, Qwen2 and Qwen3 as one straight loop over layers, attention supplied by the caller.
+"""The model runner: Llama, Qwen2 and Qwen3 as one straight loop over layers.
 
-This is the definition, and what runs where the C++ runner (layers.py) cannot. Both work on the same weights: `native` is
-the C++ runner of a model that has one.
+The caller supplies attention.
 
-q, k, v are one linear and gate, up another. The residual stream and the norms are float32; the rotary embedding is one
-complex product in float32 because the pairs it turns are made neighbours when weights are loaded (a permutation inside
-each head of q and k leaves q·k unchanged).
+This is the definition, and what runs where the C++ runner (layers.py) cannot. Both work on the same
+weights: `native` is the C++ runner of a model that has one.
+
+q, k, v are one linear and gate, up another. The residual stream and the norms are float32; the
+rotary embedding is one complex product in float32 because the pairs it turns are made neighbours
+when weights are loaded (a permutation inside each head of q and k leaves q·k unchanged).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,72 +22,23 @@ from appo.errors import ModelError
 from appo.models.shape import ModelShape
 from appo.rollout.native.model import layers as native_layers
 from appo.rollout.native.model.adapters import Adapters
+from appo.rollout.native.model.linear import Layer, Linear, Slice, Target
 from appo.rollout.native.model.weights import inverse_frequencies
+from appo.rollout.native.sampling.definition import Sampled, SamplingRows
 
 # attention(layer, q[M,Hq,D], k[M,Hkv,D], v[M,Hkv,D]) -> [M, Hq*D]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-class Linear:
-    """y = x Wᵀ + b, computed in `compute`, from a copy packed once for oneDNN where that exists (1.1-2x at 1-32 rows).
-
-    `weight` is the tensor that is loaded into; `pack` must follow every change of it. `adapter` = (down [Σr, in], up
-    [out, Σr]) adds x downᵀ upᵀ: low-rank updates are applied, not merged, because a bfloat16 weight rounds most of a
-    small update away (SmolLM2-135M after the first optimiser step: 79 % of it, by norm).
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, compute: torch.dtype):
-        self.weight, self.bias, self.compute = weight, bias, compute
-        self.ready, self.packed = weight, False
-        self.adapter: tuple[Tensor, Tensor] | None = None
-        self.adapted: frozenset[str] = frozenset()  # modules in `adapter`
-
-    def pack(self) -> None:
-        self.packed = can_pack(self.weight, self.compute)
-        self.ready = self.weight.to(self.compute)
-        if self.packed:
-            self.ready = torch.ops.mkldnn._reorder_linear_weight(self.ready, 32)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.packed:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.ready, self.bias, "none", [], "")
-        else:
-            y = F.linear(x, self.ready, self.bias)
-        if self.adapter is None:
-            return y
-        down, up = self.adapter
-        return torch.addmm(y, x @ down.T, up.T)
-
-
-def can_pack(weight: Tensor, compute: torch.dtype) -> bool:
-    """Whether this build of torch, on this CPU, has oneDNN's packed linear for such a weight."""
-    ops = torch.ops.mkldnn
-    have = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
-    if not (have and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()):
-        return False
-    # In bfloat16 oneDNN refuses CPUs without AVX-512 or AVX-NE-CONVERT, with an exception.
-    return compute != torch.bfloat16 or bool(ops._is_mkldnn_bf16_supported())
-
-
-@dataclass
-class Layer:
-    norm1: Tensor  # [d] float32
-    qkv: Linear  # [(Hq + 2 Hkv) D, d]
-    qk_norm: Tensor | None  # [Hq + Hkv, D] float32, Qwen3 only
-    o: Linear
-    norm2: Tensor
-    gate_up: Linear  # [2 ff, d]
-    down: Linear
-
-
 class Model:
     """Weights in `dtype` and the forward pass. `load` fills them; until then they are zero.
 
-    fp32_logits: take the output layer of a bfloat16 model in float32. Products of bfloat16 numbers are exact there, so
-    this only avoids rounding: of each logit to 8 bits, which is half of all error in a bfloat16 logprob (SmolLM2-135M:
-    mean 0.030 with, 0.014 without; Hugging Face 0.037), and of the hidden state, which is little of it (0.018 with,
-    0.018 without, on another text). In PyTorch it costs a float32 copy. In C++ logits are float32 in any case; the
-    hidden state in float32 doubles the head's multiplications, an eighth of a decode step at 16 rows.
+    fp32_logits: take the output layer of a bfloat16 model in float32. Products of bfloat16 numbers
+    are exact there, so this only avoids rounding: of each logit to 8 bits, which is half of all
+    error in a bfloat16 logprob (SmolLM2-135M: mean 0.030 with, 0.014 without; Hugging Face 0.037),
+    and of the hidden state, which is little of it (0.018 with, 0.018 without, on another text). In
+    PyTorch it costs a float32 copy. In C++ logits are float32 in any case; the hidden state in
+    float32 doubles the head's multiplications, an eighth of a decode step at 16 rows.
     runner: "torch", "native" (C++) or "auto", which is C++ where it can run.
     """
 
@@ -135,10 +87,13 @@ class Model:
         self.targets = _targets(self)
 
     def load(self, named_tensors: Iterable[tuple[str, object]]) -> set[str]:
-        """Copy tensors with Hugging Face names into place; check all of them before the first is written.
+        """Copy tensors with Hugging Face names into place.
 
-        `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r] (scaling folded in) replace that module's adapter.
-        Returns the names written. Raises ModelError for an unknown name or a wrong shape.
+        Check all of them before the first is written.
+
+        `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r] (scaling folded in) replace that
+        module's adapter. Returns the names written. Raises ModelError for an unknown name or a
+        wrong shape.
         """
         pairs: list[tuple[str, Tensor]] = []
         adapters = Adapters()
@@ -147,7 +102,8 @@ class Model:
             if adapters.take(name, value):
                 continue
             if name == lm_head and self.config.tied:
-                name = embed  # a tied model's state_dict names the same tensor twice
+                # a tied model's state_dict names the same tensor twice
+                name = embed
             if name.endswith("rotary_emb.inv_freq"):
                 continue
             tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
@@ -164,7 +120,7 @@ class Model:
         if not pairs and not adapters.parts:
             raise ModelError("no weights given: named_tensors is empty")
         with torch.no_grad():
-            install = adapters.check(self)
+            install = adapters.check(self.slices, self.dtype)
             for name, _ in pairs:  # a new (merged) weight replaces what was applied to the old one
                 if (place := self.slices.get(name.removesuffix(".weight"))) is not None:
                     place.linear.adapter, place.linear.adapted = None, frozenset()
@@ -189,7 +145,9 @@ class Model:
     def forward(
         self, ids: Tensor, positions: Tensor, attention: Attention, out_rows: Tensor | None
     ) -> Tensor:
-        """Final hidden states, normed, as the output layer wants them: [R, d], rows `out_rows` (None: all) of ids[M].
+        """Final hidden states, normed, as the output layer wants them.
+
+        [R, d], rows `out_rows` (None: all) of ids[M].
 
         Always in PyTorch; `native.forward` is the same over a block pool.
         """
@@ -221,33 +179,15 @@ class Model:
         """[R, V], float32 if fp32_logits or from the C++ head, else in the weights' dtype."""
         return self.head(hidden) if self.native is None else self.native.logits(hidden)
 
+    def sample(self, hidden: Tensor, rows: SamplingRows) -> Sampled | None:
+        """One token per row by the C++ head, from a tile of logits at a time.
+
+        None where PyTorch is the runner.
+        """
+        return None if self.native is None else self.native.head.sample(hidden, rows)
+
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.eps).to(self.dtype)
-
-
-@dataclass
-class Slice:
-    """Output rows a … b-1 of a fused linear belong to one module of the checkpoint; `heads` as in Target."""
-
-    linear: Linear
-    a: int
-    b: int
-    heads: int
-
-
-@dataclass
-class Target:
-    """Where one checkpoint tensor lives inside a fused one. `heads` > 0: make rotary pairs neighbours on the way in."""
-
-    into: Tensor
-    shape: tuple[int, ...]
-    heads: int = 0
-
-    def write(self, tensor: Tensor) -> None:
-        if self.heads:
-            pairs = tensor.reshape(self.heads, 2, -1, *tensor.shape[1:])  # [H, 2, D/2, …]
-            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
-        self.into.copy_(tensor.expand_as(self.into))
 
 
 def _targets(m: Model) -> dict[str, Target]:

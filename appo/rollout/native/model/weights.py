@@ -17,7 +17,10 @@ ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def read_config(model_dir: Path, family: ModelFamily | None = None) -> ModelShape:
-    """The shape of a model that the runner can compute. Raises ModelError for a family or feature it lacks."""
+    """The shape of a model that the runner can compute.
+
+    Raises ModelError for a family or feature that it lacks.
+    """
     path, shape = Path(model_dir) / "config.json", read_shape(model_dir, family)
     if shape.activation != "silu":
         raise ModelError(
@@ -35,7 +38,10 @@ def read_config(model_dir: Path, family: ModelFamily | None = None) -> ModelShap
 
 
 def inverse_frequencies(config: ModelShape) -> Tensor:
-    """Rotary inverse frequencies [head_dim / 2], float32; llama3 scaling as in the Llama 3.1 report's release."""
+    """Rotary inverse frequencies [head_dim / 2], float32.
+
+    llama3 scaling as in the Llama 3.1 report's release.
+    """
     rope, dim = config.rope, config.head_dim
     inv = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     if rope["rope_type"] == "linear":

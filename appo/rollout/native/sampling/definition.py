@@ -1,16 +1,18 @@
-"""Draw tokens from logits by an exponential race, in PyTorch: the definition, and what runs where C++ and Triton cannot.
+"""Sample tokens from logits by an exponential race, in PyTorch.
+
+The definition, and what runs where C++ and Triton cannot.
 
     z_i = x_i / τ        token = argmin_i E_i / e^(z_i) = argmin_i (log E_i - z_i)
 
-with exponential noise E_i from (seed, position, i) alone; that is argmax_i (z_i + Gumbel noise), a draw from softmax(z).
-Races are decided in float64 on the exact product of float32 numbers, so that every implementation picks the same token
-unless two of them are within a few units of 1e-16.
+with exponential noise E_i from (seed, position, i) alone; that is argmax_i (z_i + Gumbel noise), a
+draw from softmax(z). Races are decided in float64 on the exact product of float32 numbers, so that
+every implementation picks the same token unless two of them are within a few units of 1e-16.
 
-Since E ≥ u, a token whose u alone loses against a race already run needs no logarithm: all but a handful of a
-vocabulary are ruled out by one product and one comparison in float32.
+Since E ≥ u, a token whose u alone loses against a race already run needs no logarithm: all but a
+handful of a vocabulary are ruled out by one product and one comparison in float32.
 
-Statistics: z - max z is centred before it is scaled; S = Σ eᶻ, U = Σ z eᶻ give logp = z_y - log S ≤ 0 and
-entropy = log S - U/S ≥ 0 (a sum of two non-negative terms: nothing cancels).
+Statistics: z - max z is centred before it is scaled; S = Σ eᶻ, U = Σ z eᶻ give logp = z_y - log S ≤
+0 and entropy = log S - U/S ≥ 0 (a sum of two non-negative terms: nothing cancels).
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ MARGIN = 1.0001  # of the bound on u: e^z in float32 is off by less than 3e-5
 
 
 @dataclass(frozen=True)
-class Rows:
+class SamplingRows:
     """How each row of a batch is drawn: CPU tensors [R].
 
-    seeds, positions int64 (position: the absolute one of the token that is drawn) · inv_temp float32 above 0, greedy
+    seeds, positions int64 (position: the absolute one of the token that is drawn) · inv_temp
+    float32 above 0, greedy
     uint8: rows that take the largest logit, of equals the lowest id, and no noise
     """
 
@@ -42,16 +45,20 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """tokens[R] int64, -1 where there is nothing to draw from (NaN, +inf, all -inf) · logp[R], entropy[R] float32, nats."""
+class Sampled:
+    """One token per row, and its statistics.
+
+    tokens          [R] int64, -1 where there is nothing to draw from (NaN, +inf, all -inf)
+    logp, entropy   [R] float32, nats
+    """
 
     tokens: Tensor
     logp: Tensor
     entropy: Tensor
 
     @staticmethod
-    def empty(rows: int) -> Drawn:
-        return Drawn(torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows))
+    def empty(rows: int) -> Sampled:
+        return Sampled(torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows))
 
 
 def race(words: noise.Key, ids: Tensor, x: Tensor, inv_temp: float) -> Tensor:
@@ -59,20 +66,20 @@ def race(words: noise.Key, ids: Tensor, x: Tensor, inv_temp: float) -> Tensor:
     return torch.log(-torch.log1p(-noise.uniforms(words, ids))) - x.double() * inv_temp
 
 
-def draw(logits: Tensor, rows: Rows) -> Drawn:
+def sample(logits: Tensor, rows: SamplingRows) -> Sampled:
     """One token per row of logits[R, V], any float dtype, on any device."""
-    out = Drawn.empty(len(logits))
+    out = Sampled.empty(len(logits))
     ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
     for i, x in enumerate(logits):  # one by one: what a row needs stays in the cache
         words = noise.key(int(rows.seeds[i]), int(rows.positions[i]))
-        token, logp, entropy = _draw_row(
+        token, logp, entropy = _sample_row(
             x.float(), ids, None if rows.greedy[i] else words, float(rows.inv_temp[i])
         )
         out.tokens[i], out.logp[i], out.entropy[i] = token, logp, entropy
     return out
 
 
-def _draw_row(
+def _sample_row(
     x: Tensor, ids: Tensor, words: noise.Key | None, inv_temp: float
 ) -> tuple[int, float, float]:
     """(token, logp, entropy) of x[V] float32; words: the key, None: greedy."""
@@ -92,7 +99,10 @@ def _draw_row(
 
 
 def _could_win(words: noise.Key, ids: Tensor, e: Tensor) -> Tensor:
-    """The few ids whose noise may win the race, int64; e[V] are their weights relative to the largest."""
+    """The few ids whose noise may win the race, int64.
+
+    e[V] are their weights relative to the largest.
+    """
     upper = (
         (noise.mixed(*words[:2], ids) >> 8).bitwise_and_(0xFFFFFF).float()
     )  # u < (upper + 1) / 2^24
@@ -103,7 +113,9 @@ def _could_win(words: noise.Key, ids: Tensor, e: Tensor) -> Tensor:
 
 
 def kept(x: Tensor, inv_temp: float, top_k: int, top_p: float) -> Tensor:
-    """ids int64, ascending, that top-k (0: off) and then top-p leave of the logits x[V]; of equals the lowest ids.
+    """ids int64, ascending, that top-k (0: off) and then top-p leave of the logits x[V].
+
+    Of equals the lowest ids.
 
     Top-p keeps the smallest set whose share of what top-k left reaches p.
     """
@@ -131,7 +143,7 @@ def _weights(x: Tensor, top: Tensor, inv_temp: float) -> Tensor:
     return ((x.double() - top.double()) * inv_temp).exp()
 
 
-def draw_kept(
+def sample_kept(
     x: Tensor, ids: Tensor, seed: int, position: int, inv_temp: float
 ) -> tuple[int, float]:
     """(token, logp) of a draw from softmax(z) renormalised over ids[n] int64."""

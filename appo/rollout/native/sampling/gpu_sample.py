@@ -1,4 +1,7 @@
-"""`draw` over logits on a GPU in Triton (kernels/sampling/gpu/sample.py): same noise and tokens as the definition in draw.py."""
+"""`sample` over logits on a GPU in Triton (kernels/sampling/gpu/sample.py).
+
+Same noise and tokens as definition.py.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,17 @@ import torch
 from torch import Tensor
 
 from appo._kernels.common import backends
-from appo.rollout.native.sampling.definition import Drawn, Rows
+from appo.rollout.native.sampling.definition import Sampled, SamplingRows
 
 
 def available(device: torch.device) -> bool:
     return device.type == "cuda" and backends.triton_runs(device)
 
 
-def draw(logits: Tensor, rows: Rows) -> Drawn:
+def sample(logits: Tensor, rows: SamplingRows) -> Sampled:
     """One token per row of logits[R, V]; waits for the device once, for the results."""
-    from appo._kernels.sampling.gpu.sample import sample  # needs Triton
+    from appo._kernels.sampling.gpu.sample import sample as launch  # needs Triton
 
     columns = (rows.seeds, rows.positions, rows.inv_temp, rows.greedy)
-    found = sample(logits, *(x.to(logits.device, non_blocking=True) for x in columns)).cpu()
-    return Drawn(found[0].long(), found[1].float(), found[2].float())
+    found = launch(logits, *(x.to(logits.device, non_blocking=True) for x in columns)).cpu()
+    return Sampled(found[0].long(), found[1].float(), found[2].float())

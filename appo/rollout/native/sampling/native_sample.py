@@ -1,7 +1,9 @@
-"""`draw` over logits in memory in C++ (csrc/sampling/), and its noise. Behind the output head: head.py.
+"""`sample` over logits in memory in C++ (csrc/sampling/), and its noise.
 
-Same tokens as the definition in draw.py; logp and entropy within float32 rounding. A row's bits depend on its logits
-and its draw alone: not on the rows beside it, not on the number of threads.
+Behind the output head: head.py.
+
+Same tokens as definition.py; logp and entropy within float32 rounding. A row's bits depend on its
+logits and its draw alone: not on the rows beside it, not on the number of threads.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from appo._kernels.common import native
 from appo._kernels.linear_logprob import backend_cpu as linear_cpu
-from appo.rollout.native.sampling.definition import Drawn, Rows
+from appo.rollout.native.sampling.definition import Sampled, SamplingRows
 
 
 def available() -> bool:
@@ -21,9 +23,14 @@ def available() -> bool:
     return linear_cpu.isa() is not None
 
 
-def draw(logits: Tensor, rows: Rows, threads: int | None = None, isa: str = "") -> Drawn:
-    """One token per row of logits[R, V] on the CPU. isa: "avx512", "avx2"; "" is the best. threads: None: torch's."""
-    out = Drawn.empty(len(logits))
+def sample(
+    logits: Tensor, rows: SamplingRows, threads: int | None = None, isa: str = ""
+) -> Sampled:
+    """One token per row of logits[R, V] on the CPU. isa: "avx512", "avx2".
+
+    "" is the best. threads: None: torch's.
+    """
+    out = Sampled.empty(len(logits))
     _function("sample_logits")(
         logits.float().contiguous(),
         rows.seeds, rows.positions, rows.inv_temp, rows.greedy,
@@ -41,4 +48,4 @@ def noise_bits(seed: int, position: int, count: int, isa: str = "") -> Tensor:
 
 
 def _function(name: str) -> Any:
-    return native.function(name, "cpu")
+    return native.require(name)

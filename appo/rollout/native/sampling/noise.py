@@ -1,8 +1,11 @@
-"""The noise of a draw: a counter-based generator, so that it depends on (seed, position, token id) and nothing else.
+"""The noise of a draw.
 
-Not on the batch, not on how the vocabulary is cut, not on the device: C++ (csrc/sampling/) and Triton (kernels/sampling/gpu/sample.py)
-compute the same 64 bits. Two words of splitmix64 from (seed, position) are the key of a 32-bit mixer of the id: the
-upper 32 bits, which are all that most tokens need, cost three multiplications, and the lower 32 take the same again.
+A counter-based generator, so that it depends on (seed, position, token id) and nothing else.
+
+Not on the batch, not on how the vocabulary is cut, not on the device: C++ (csrc/sampling/) and Triton
+(kernels/sampling/gpu/sample.py) compute the same 64 bits. Two words of splitmix64 from (seed,
+position) are the key of a 32-bit mixer of the id: the upper 32 bits, which are all that most tokens
+need, cost three multiplications, and the lower 32 take the same again.
 
     u = upper / 2³² + (lower + ½) / 2⁶⁴, in (0, 1)        E = -log(1 - u), exponential with mean 1
 """
@@ -38,7 +41,8 @@ def key(seed: int, position: int) -> Key:
 def mixed(first: int, second: int, ids: Tensor) -> Tensor:
     """32 bits for each of ids int32, as int32: a Weyl sequence through C. Wellons' triple32 mixer.
 
-    The second word enters on the way: otherwise streams with close first words would be shifted copies of each other.
+    The second word enters on the way: otherwise streams with close first words would be shifted
+    copies of each other.
     """
     x = (ids * _signed(0x9E3779B9)).add_(_signed(first))
     _flip(x, 17).mul_(_signed(0xED5AD4BB)).add_(_signed(second))
@@ -64,7 +68,10 @@ def halves(words: Key, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def uniforms(words: Key, ids: Tensor) -> Tensor:
-    """u of ids under a key, float64: 64 bits rounded once, so 53 significant ones however small u is."""
+    """u of ids under a key, float64.
+
+    64 bits rounded once, so 53 significant ones however small u is.
+    """
     upper, lower = halves(words, ids)
     return (upper.double() * 2.0**-32 + (lower.double() + 0.5) * 2.0**-64).clamp_(max=BELOW_ONE)
 

@@ -1,6 +1,9 @@
-"""Which blocks of the pool are taken, by whom, under which weights. The memory itself is elsewhere (pool.py).
+"""Which blocks of the pool are taken, by whom, under which weights.
 
-The lowest free id is taken first: blocks in use stay close together and the pool can give back its end.
+The memory itself is elsewhere (pool.py).
+
+The lowest free id is taken first: blocks in use stay close together and the pool can give back its
+end.
 """
 
 from __future__ import annotations
@@ -9,15 +12,22 @@ import heapq
 
 from appo.errors import EngineError
 
+BLOCK = 16  # positions per block
 FREE = -1  # owner of a block nobody has
 DEFERRED = -2  # … of one given back that may still be read
+
+
+def blocks_for(positions: int) -> int:
+    """Blocks that so many positions of a node take."""
+    return -(-positions // BLOCK)
 
 
 class BlockList:
     """Block ids 0, 1, …, each free or owned by one node, the only one that may write it.
 
     owner, version   per block: node id (FREE: nobody) and weights version of what is in it
-    deferred         blocks given back while a forward pass may still read them: neither owned nor free
+    deferred         blocks given back while a forward pass may still read them: neither owned nor
+                     free
     """
 
     def __init__(self, limit: int | None):

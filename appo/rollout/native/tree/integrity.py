@@ -6,21 +6,26 @@ Tests call it after every step; an engine may, at the cost of a walk over all no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from appo.errors import EngineError
-from appo.rollout.native.tree.block_list import DEFERRED, FREE
-from appo.rollout.native.tree.layout import BLOCK, Layout, Unit, blocks_for
+from appo.rollout.native.tree.block_list import BLOCK, DEFERRED, FREE, blocks_for
+from appo.rollout.native.tree.layout import Layout, RowRange
+from appo.rollout.native.tree.native_tree import NativeTree, Tree
+from appo.rollout.native.tree.node import SegmentNode
+from appo.rollout.native.tree.segment_tree import SegmentTree
 
-if TYPE_CHECKING:
-    from appo.rollout.native.tree.node import Node
-    from appo.rollout.native.tree.segment_tree import SegmentTree
 
+def check_tree(tree: Tree) -> None:
+    """Recompute every invariant of a tree in Python or in C++, its open layout included.
 
-def check_tree(tree: SegmentTree, layout: Layout | None, units: Sequence[Unit]) -> None:
-    """Raises EngineError with the first thing that is wrong; `layout` is the open one, of `units`."""
+    Raises EngineError with the first thing that is wrong.
+    """
+    if isinstance(tree, NativeTree):
+        tree.check()
+        return
+    layout, ranges = tree._open, tree._open_ranges
     holder: dict[int, int] = {}  # block → node
-    ends = {u.node.id: u.start + u.count for u in units} if layout is not None else {}
+    ends = {u.node.id: u.start + u.count for u in ranges} if layout is not None else {}
     for node in tree.nodes.values():
         _check_node(node, tree)
         _must(
@@ -45,10 +50,10 @@ def check_tree(tree: SegmentTree, layout: Layout | None, units: Sequence[Unit]) 
     _must(tree.tokens_held == held, f"tokens_held is {tree.tokens_held}, nodes hold {held}")
     _check_blocks(tree, holder, layout is not None)
     if layout is not None:
-        _check_slots(tree, layout, units)
+        _check_slots(tree, layout, ranges)
 
 
-def _check_node(node: Node, tree: SegmentTree) -> None:
+def _check_node(node: SegmentNode, tree: SegmentTree) -> None:
     name, parent = f"node {node.id}", node.parent
     refs = len(node.children) + (node.handle is not None)
     _must(node.refs == refs > 0, f"{name} counts {node.refs} references, {refs} are there")
@@ -112,15 +117,15 @@ def _check_blocks(tree: SegmentTree, holder: dict[int, int], is_open: bool) -> N
     _must(tree.used <= tree.peak, "the peak is below what is in use")
 
 
-def _check_slots(tree: SegmentTree, layout: Layout, units: Sequence[Unit]) -> None:
+def _check_slots(tree: SegmentTree, layout: Layout, ranges: Sequence[RowRange]) -> None:
     """Each row writes where its own node may, once, and never where KV is that somebody may read."""
     slots = layout.slots.tolist()
-    expected = sum(unit.count for unit in units)
+    expected = sum(row_range.count for row_range in ranges)
     _must(len(slots) == expected, f"the open layout has {len(slots)} slots for {expected} rows")
     written = [slot for slot in slots if slot >= 0]
     _must(len(set(written)) == len(written), "two rows of the open layout write to one slot")
-    for unit in units:
-        node = unit.node
+    for row_range in ranges:
+        node = row_range.node
         live = tree.nodes.get(node.id) is node  # it may have gone meanwhile
         first, start, count = layout.rows_of[node.id]
         for i in range(start, start + count):

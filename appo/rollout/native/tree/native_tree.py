@@ -1,7 +1,9 @@
-"""The segment tree in C++ (csrc/kv_tree/): the interface, answers and messages of `SegmentTree`, its definition.
+"""The segment tree in C++ (csrc/kv_tree/).
 
-Handles, tokens and positions are whole numbers, as there; what is none is a TypeError here, whatever it is there. An
-operation is done or not done, also when memory is short or Ctrl-C comes.
+The interface, answers and messages of `SegmentTree`, its definition.
+
+Handles, tokens and positions are whole numbers, as there; what is none is a TypeError here,
+whatever it is there. An operation is done or not done, also when memory is short or Ctrl-C comes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch
 
 from appo._kernels.common import native
 from appo.errors import EngineError, StaleWeightsError
-from appo.rollout.native.tree.layout import BLOCK, Layout
+from appo.rollout.native.tree.block_list import BLOCK
+from appo.rollout.native.tree.layout import Layout
 from appo.rollout.native.tree.segment_tree import SegmentTree
 
 _FUNCTIONS = (
@@ -25,23 +28,25 @@ _FUNCTIONS = (
 )  # fmt: skip
 
 
-def make_tree(max_blocks: int | None = None) -> SegmentTree | NativeTree:
-    """A tree of at most so many blocks of 16 positions (None: no limit), in C++ where the native library is there."""
+def make_tree(max_blocks: int | None = None) -> Tree:
+    """A tree of at most so many blocks of 16 positions (None: no limit).
+
+    In C++ where the native library is there.
+    """
     return SegmentTree(max_blocks) if native.load()[0] is None else NativeTree(max_blocks)
 
 
 @functools.cache
 def _library() -> SimpleNamespace:
     """The functions tree_* of the native library, which raise EngineError and StaleWeightsError."""
-    functions = {name: native.function(f"tree_{name}", "cpu") for name in _FUNCTIONS}
+    functions = {name: native.require(f"tree_{name}") for name in _FUNCTIONS}
     from tvm_ffi import register_error
 
     register_error("EngineError", EngineError)
     register_error("StaleWeightsError", StaleWeightsError)
     for function in functions.values():
-        function.release_gil = (
-            False  # one at a time, like the definition: C++ has no lock of its own
-        )
+        # One at a time, like the definition: C++ has no lock of its own.
+        function.release_gil = False
     return SimpleNamespace(**functions)
 
 
@@ -63,10 +68,11 @@ class NativeTree:
             raise EngineError(f"max_blocks={max_blocks}: must be at least 1")
         self._call = _library()
         self._tree = self._call.new(-1 if max_blocks is None else max_blocks)
-        # Number and tables of the layout opened last. Whether it is still open only C++ knows: so it cannot be mistaken.
+        # Number and tables of the layout opened last. Whether it is still open only C++ knows: so
+        # it cannot be mistaken.
         self._last: tuple[int, Layout | None] = (0, None)
 
-    # -- facts ------------------------------------------------------------------------------------------------------
+    # -- facts -------------------------------------------------------------------------------------
 
     @property
     def version(self) -> int:
@@ -142,7 +148,7 @@ class NativeTree:
     def free_blocks(self) -> list[int]:
         return _numbers(self._call.free_blocks(self._tree))
 
-    # -- sequences --------------------------------------------------------------------------------------------------
+    # -- sequences ---------------------------------------------------------------------------------
 
     def add(self, ids: Sequence[int]) -> int:
         return self._call.add(self._tree, _packed(ids))
@@ -168,13 +174,13 @@ class NativeTree:
     def new_version(self, version: int) -> None:
         self._call.new_version(self._tree, version)
 
-    # -- planning ---------------------------------------------------------------------------------------------------
+    # -- planning ----------------------------------------------------------------------------------
 
     def plan(self, seqs: Sequence[int], budget: int) -> Layout | int:
         return self._opened(self._call.plan, _packed(seqs), budget)
 
-    def layout(self, units: Sequence[tuple[int, int, int]]) -> Layout | int:
-        flat = _packed(number for unit in units for number in unit)
+    def layout(self, ranges: Sequence[tuple[int, int, int]]) -> Layout | int:
+        flat = _packed(number for row_range in ranges for number in row_range)
         return self._opened(self._call.layout, flat)
 
     def commit(self, layout: Layout) -> None:
@@ -191,17 +197,20 @@ class NativeTree:
         return self._call.need(self._tree, _packed(seqs), _packed(ends))
 
     def check(self) -> None:
-        """Recompute every invariant; raises EngineError that says what is wrong."""
+        """Recompute every invariant: see `integrity.check_tree`."""
         slots = b"" if self.open is None else _packed(self.open.slots.tolist())
         self._call.check(self._tree, slots)
 
-    # -- inside -----------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _counts(self) -> list[int]:
         return _numbers(self._call.counts(self._tree))
 
     def _opened(self, call: Callable[..., bytes], *args: object) -> Layout | int:
-        """What `plan` or `layout` answers. If its tables do not get here (no memory, Ctrl-C) it is not open either."""
+        """What `plan` or `layout` answers.
+
+        If its tables do not get here (no memory, Ctrl-C) it is not open either.
+        """
         before = self._last[0]
         try:
             lacking, *rest = _numbers(call(self._tree, *args))
@@ -243,3 +252,6 @@ class NativeTree:
         """The number of a layout that may be open; 0, which none has, of any other."""
         number, last = self._last
         return number if layout is last else 0
+
+
+Tree = SegmentTree | NativeTree  # the same contract

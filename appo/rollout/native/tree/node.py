@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from appo.rollout.native.tree.layout import BLOCK
+from appo.rollout.native.tree.block_list import BLOCK
 
 
-class Node:
+class SegmentNode:
     """One segment. Own position i is absolute position base + i.
 
     refs     children + handle; the node goes when nobody refers to it
     blocks   own positions 16·j … 16·j + 15 are in blocks[j]
-    kv       how many own positions have KV · planned: how many will have it when the open layout is committed (0: none)
+    kv       how many own positions have KV · planned: how many will have it when the open layout is
+             committed (0: none)
     seen     how many had KV under these weights, evicted ones included
     lost     how many had KV under older weights; those from `seen` on have not been run since
     """
@@ -21,12 +22,12 @@ class Node:
         "id", "parent", "base", "tokens", "children", "handle", "refs", "blocks", "kv", "planned", "seen", "lost",
     )  # fmt: skip
 
-    def __init__(self, id: int, parent: Node | None, base: int, tokens: list[int]):
+    def __init__(self, id: int, parent: SegmentNode | None, base: int, tokens: list[int]):
         self.id = id
         self.parent = parent
         self.base = base
         self.tokens = tokens
-        self.children: dict[int, Node] = {}
+        self.children: dict[int, SegmentNode] = {}
         self.handle: int | None = None
         self.refs = 0
         self.blocks: list[int] = []
@@ -41,23 +42,26 @@ class Node:
         """Own positions that some child reads."""
         return max((child.base - self.base for child in self.children.values()), default=0)
 
-    def chain(self) -> Iterator[tuple[Node, int]]:
+    def chain(self) -> Iterator[tuple[SegmentNode, int]]:
         """(ancestor, how many of its own positions are on the path), nearest first."""
         node = self
         while node.parent is not None:
             yield node.parent, node.base - node.parent.base
             node = node.parent
 
-    def path(self) -> list[tuple[Node, int]]:
+    def path(self) -> list[tuple[SegmentNode, int]]:
         """(node, how many of its own positions are on the path), root first."""
         return [*self.chain()][::-1] + [(self, len(self.tokens))]
 
     def outdated(self, count: int) -> bool:
-        """Whether one of the first `count` own positions had KV under older weights and has not been run since."""
+        """Whether new weights voided KV of one of the first `count` own positions.
+
+        Such a position had KV under older weights and has not been run since.
+        """
         return min(self.lost, count) > self.seen
 
     def stale(self, end: int) -> bool:
-        """Whether that is so of a position of the path before `end`."""
+        """Whether a position of the path before `end` is outdated."""
         return self.outdated(end - self.base) or any(
             node.outdated(min(count, end - node.base)) for node, count in self.chain()
         )

@@ -1,4 +1,6 @@
-"""The segment tree: who inherits which tokens from whom, and who owns which blocks of KV. The plain definition.
+"""The segment tree: who inherits which tokens from whom, and who owns which blocks of KV.
+
+The plain definition.
 
     tree = SegmentTree(max_blocks=1024)
     prompt = tree.add(ids)
@@ -7,15 +9,17 @@
     tree.commit(layout)                        # their KV is there
     tree.extend(roots[0], [token])
 
-A node owns the tokens and the KV it adds, from its `base` on; everything before belongs to ancestors. A fork at token
-`at` starts a child at base = at - 1: the child inherits the KV of positions < at - 1 and runs token at - 1 as its own
-first row, so there is no special path for "the last token of a prefix". A node only appends, hence a fork takes no
-block and copies nothing, and a parent may go on decoding. Blocks are taken one by one, when rows are planned that
-fill them. native_tree.py is the same in C++.
+A node owns the tokens and the KV it adds, from its `base` on; everything before belongs to
+ancestors. A fork at token `at` starts a child at base = at - 1: the child inherits the KV of
+positions < at - 1 and runs token at - 1 as its own first row, so there is no special path for "the
+last token of a prefix". A node only appends, hence a fork takes no block and copies nothing, and a
+parent may go on decoding. Blocks are taken one by one, when rows are planned that fill them.
+native_tree.py is the same in C++.
 
-New weights void all KV. A sequence is stale while some position that others or its next rows read had KV under older
-weights and has not been run under these. So running a part of a node (`layout`) lets forks that stand within that part
-go on, and nobody else. A sequence's last token is run again in any case: whether it had KV does not matter.
+New weights void all KV. A sequence is stale while some position that others or its next rows read
+had KV under older weights and has not been run under these. So running a part of a node (`layout`)
+lets forks that stand within that part go on, and nobody else. A sequence's last token is run again
+in any case: whether it had KV does not matter.
 """
 
 from __future__ import annotations
@@ -24,114 +28,22 @@ from collections.abc import Mapping, Sequence
 from operator import index
 
 from appo.errors import EngineError, StaleWeightsError
-from appo.rollout.native.tree.block_list import BlockList
-from appo.rollout.native.tree.integrity import check_tree
-from appo.rollout.native.tree.layout import BLOCK, Layout, Unit, blocks_for, lay_out
-from appo.rollout.native.tree.node import Node
-from appo.rollout.native.tree.plan import given_units, planned_units
+from appo.rollout.native.tree.block_list import blocks_for
+from appo.rollout.native.tree.layout import Layout, RowRange, lay_out
+from appo.rollout.native.tree.node import SegmentNode
+from appo.rollout.native.tree.plan import given_ranges, planned_ranges
+from appo.rollout.native.tree.tree_facts import TreeFacts
 
 
-class SegmentTree:
-    """Sequences are handles (ints, never reused), nodes have ids of their own. Errors: EngineError, StaleWeightsError.
+class SegmentTree(TreeFacts):
+    """Sequences are handles (ints, never reused), nodes have ids of their own.
+
+    Errors: EngineError, StaleWeightsError.
 
     max_blocks   blocks of 16 positions there may be; None: no limit
     """
 
-    BLOCK = BLOCK
-
-    def __init__(self, max_blocks: int | None = None):
-        if max_blocks is not None and max_blocks < 1:
-            raise EngineError(f"max_blocks={max_blocks}: must be at least 1")
-        self.version = 0
-        self.tokens_held = 0
-        self.nodes: dict[int, Node] = {}
-        self.blocks = BlockList(max_blocks)
-        self._seqs: dict[int, Node] = {}
-        self._next_node = self._next_seq = 0
-        self._open: Layout | None = None
-        self._open_units: list[Unit] = []
-
-    # -- facts ------------------------------------------------------------------------------------------------------
-
-    @property
-    def capacity(self) -> int:
-        """Blocks there may be; without a limit, as many as were in use at once."""
-        return self.blocks.capacity
-
-    @property
-    def used(self) -> int:
-        """Blocks that cannot be taken: owned, or given back while a layout is open."""
-        return self.blocks.used
-
-    @property
-    def free(self) -> int:
-        return self.blocks.free
-
-    @property
-    def peak(self) -> int:
-        """The most blocks that were in use at once."""
-        return self.blocks.peak
-
-    @property
-    def span(self) -> int:
-        """1 + the highest block in use: the pool needs room for so many."""
-        return self.blocks.span
-
-    @property
-    def live_sequences(self) -> int:
-        return len(self._seqs)
-
-    @property
-    def live_nodes(self) -> int:
-        return len(self.nodes)
-
-    def length(self, seq: int) -> int:
-        """Tokens of the sequence, inherited ones included."""
-        return self._get(seq).length
-
-    def base(self, seq: int) -> int:
-        """First position of its own."""
-        return self._get(seq).base
-
-    def tokens(self, seq: int) -> list[int]:
-        """All token ids of the sequence."""
-        return [t for node, count in self._get(seq).path() for t in node.tokens[:count]]
-
-    def kv(self, seq: int) -> int:
-        """Positions of the whole path that have KV, from the root without a gap."""
-        total = 0
-        for node, count in self._get(seq).path():
-            total += min(node.kv, count)
-            if node.kv < count:
-                break
-        return total
-
-    @property
-    def open(self) -> Layout | None:
-        """The layout that waits for commit or abort."""
-        return self._open
-
-    def stale(self, seq: int) -> bool:
-        """Whether KV on its path was lost to new weights and not computed again since."""
-        node = self._get(seq)
-        return node.stale(node.length)
-
-    def path(self, seq: int) -> list[tuple[int, int]]:
-        """(node id, how many of its own positions are on the path), root first; of the last one all are."""
-        return [(node.id, count) for node, count in self._get(seq).path()]
-
-    def blocks_of(self, node_id: int) -> list[int]:
-        """The blocks of a node: own positions 16·j … 16·j + 15 are in the j-th."""
-        node = self.nodes.get(node_id)
-        if node is None:
-            raise EngineError(f"blocks_of: node {node_id} is unknown; take ids from path()")
-        return list(node.blocks)
-
-    def free_blocks(self) -> list[int]:
-        """The blocks below `span` that nobody has and no open layout reads, ascending."""
-        return sorted(block for block in self.blocks.free_ids if block < self.span)
-
-    # -- sequences --------------------------------------------------------------------------------------------------
+    # -- sequences ---------------------------------------------------------------------------------
 
     def add(self, ids: Sequence[int]) -> int:
         """A new root with these tokens."""
@@ -154,7 +66,9 @@ class SegmentTree:
         self._get(seq).tokens.extend([index(t) for t in ids])
 
     def truncate(self, seq: int, length: int) -> None:
-        """Drop tokens from absolute position `length` on, and the KV from the last token left on: it runs again.
+        """Drop tokens from absolute position `length` on, and the KV from the last token left on.
+
+        It runs again.
 
         If children stand on what is dropped they keep it: a fork of the node takes the handle.
         """
@@ -182,13 +96,16 @@ class SegmentTree:
         self._drop(node)
 
     def evict(self, seq: int, keep: Mapping[int, int] | None = None) -> int:
-        """Free KV; tokens stay and are run again when planned. Returns the number of blocks given back.
+        """Free KV; tokens stay and are run again when planned.
 
-        keep   None: the KV of the own positions that no child inherits. Otherwise node → own positions that must stay
-               (the union of the paths of those that go on): what neither these nor descendants with KV need is freed on
-               the whole path, so that prompts whose descendants are all evicted can be evicted too.
+        Returns the number of blocks given back.
+
+        keep   None: the KV of the own positions that no child inherits. Otherwise node → own
+               positions that must stay (the union of the paths of those that go on): what neither
+               these nor descendants with KV need is freed on the whole path, so that prompts whose
+               descendants are all evicted can be evicted too.
         """
-        node: Node | None = self._get(seq)
+        node: SegmentNode | None = self._get(seq)
         assert node is not None
         if keep is None:
             return self._keep(node, node.inherited)
@@ -207,10 +124,12 @@ class SegmentTree:
             read = len(node.tokens) - (node.handle is not None)  # the last one is run again
             node.lost, node.seen = max(node.lost, min(node.seen, read)), 0
 
-    # -- planning ---------------------------------------------------------------------------------------------------
+    # -- planning ----------------------------------------------------------------------------------
 
     def plan(self, seqs: Sequence[int], budget: int) -> Layout | int:
-        """Rows for sequences, in this order: what each path lacks, missing ancestors once, whoever asks first.
+        """Rows for sequences, in this order: what each path lacks.
+
+        Missing ancestors are run once, for whoever asks first.
 
         budget   the most rows of prefill; a sequence that lacks just its last row is always in
         Returns the open layout, or how many blocks there are too few (nothing has changed then).
@@ -224,20 +143,26 @@ class SegmentTree:
                 raise EngineError(f"plan: sequence {seq} is named twice; name it once")
             named.add(seq)
             self._check_fresh(leaves[-1], leaves[-1].length, "plan")
-        return self._settle(*planned_units(leaves, budget))
+        return self._settle(*planned_ranges(leaves, budget))
 
-    def layout(self, units: Sequence[tuple[int, int, int]]) -> Layout | int:
-        """Rows given as (node id, first own position, count), each node at most once, ancestors covered or among them.
+    def layout(self, ranges: Sequence[tuple[int, int, int]]) -> Layout | int:
+        """Rows given as (node id, first own position, count), each node at most once.
 
-        Rows that have KV already are run again and write nothing. Nothing is sampled. Returns as `plan` does.
+        Ancestors are covered or among them.
+
+        Rows that have KV already are run again and write nothing. Nothing is sampled. Returns as
+        `plan` does.
         """
         self._check_closed("layout")
-        return self._settle(given_units(self.nodes, units, self.version), 0)
+        return self._settle(given_ranges(self.nodes, ranges, self.version), 0)
 
     def commit(self, layout: Layout) -> None:
-        """The rows have been run: their KV counts from now on. Blocks given back meanwhile are free."""
-        for unit in self._closing(layout, "commit"):
-            node = unit.node
+        """The rows have been run: their KV counts from now on.
+
+        Blocks given back meanwhile are free.
+        """
+        for row_range in self._closing(layout, "commit"):
+            node = row_range.node
             if node.planned:
                 self.tokens_held += node.planned - node.kv
                 node.kv, node.planned = node.planned, 0
@@ -249,49 +174,39 @@ class SegmentTree:
         self._cancel(self._closing(layout, "abort"))
 
     def need(self, seqs: Sequence[int], ends: Sequence[int]) -> int:
-        """Blocks still to be taken if every sequence grew to its end (its last token is not run), shared ones once."""
+        """Blocks still to be taken if every sequence grew to its end, shared ones once.
+
+        The last token of a sequence is not run.
+        """
         if len(seqs) != len(ends):
             raise EngineError(
                 f"need: {len(seqs)} sequences and {len(ends)} ends; give one for each"
             )
-        want: dict[int, tuple[Node, int]] = {}
+        want: dict[int, tuple[SegmentNode, int]] = {}
         for seq, end in zip(seqs, ends):
             leaf = self._get(seq)
             for node, count in (*leaf.chain(), (leaf, end - 1 - leaf.base)):
-                most = want.get(node.id, (node, 0))[1]
-                want[node.id] = node, max(most, count)
+                known = want.get(node.id, (node, 0))[1]
+                want[node.id] = node, max(known, count)
         return sum(max(0, blocks_for(count) - len(node.blocks)) for node, count in want.values())
 
-    def check(self) -> None:
-        """Recompute every invariant; raises EngineError that says what is wrong."""
-        check_tree(self, self._open, self._open_units)
+    # -- inside ------------------------------------------------------------------------------------
 
-    # -- inside -----------------------------------------------------------------------------------------------------
-
-    def _get(self, seq: int) -> Node:
-        node = self._seqs.get(index(seq))
-        if node is None:
-            known = 0 <= seq < self._next_seq
-            raise EngineError(
-                f"sequence {seq} {'was released' if known else 'is unknown'}; use a live handle"
-            )
-        return node
-
-    def _check_fresh(self, node: Node, end: int, what: str) -> None:
+    def _check_fresh(self, node: SegmentNode, end: int, operation: str) -> None:
         if node.stale(end):
             raise StaleWeightsError(
-                f"{what}(seq={node.handle}): its KV was computed before version {self.version}; "
+                f"{operation}(seq={node.handle}): its KV was computed before version {self.version}; "
                 f"call score([{node.handle}]) first, or start again from the prompt"
             )
 
-    def _check_closed(self, what: str) -> None:
+    def _check_closed(self, operation: str) -> None:
         if self._open is not None:
-            raise EngineError(f"{what}: a layout is open; commit or abort it first")
+            raise EngineError(f"{operation}: a layout is open; commit or abort it first")
 
-    def _grow(self, parent: Node | None, base: int, tokens: list[int]) -> Node:
+    def _grow(self, parent: SegmentNode | None, base: int, tokens: list[int]) -> SegmentNode:
         while parent is not None and base <= parent.base:
             parent = parent.parent  # nothing of this one is inherited
-        node = Node(self._next_node, parent, base, tokens)
+        node = SegmentNode(self._next_node, parent, base, tokens)
         self._next_node += 1
         self.nodes[node.id] = node
         if parent is not None:
@@ -299,15 +214,18 @@ class SegmentTree:
             parent.refs += 1
         return node
 
-    def _name(self, node: Node) -> int:
+    def _name(self, node: SegmentNode) -> int:
         seq = node.handle = self._next_seq
         self._next_seq += 1
         node.refs += 1
         self._seqs[seq] = node
         return seq
 
-    def _drop(self, node: Node | None) -> None:
-        """One reference less; what nobody refers to goes, what only children need is trimmed to what they inherit."""
+    def _drop(self, node: SegmentNode | None) -> None:
+        """One reference less.
+
+        What nobody refers to goes, what only children need is trimmed to what they inherit.
+        """
         while node is not None:
             node.refs -= 1
             if node.refs:
@@ -321,14 +239,17 @@ class SegmentTree:
                 del node.parent.children[node.id]
             node = node.parent
 
-    def _cut(self, node: Node, size: int, count: int) -> None:
+    def _cut(self, node: SegmentNode, size: int, count: int) -> None:
         """Drop own tokens from `size` on, and from `count` on all that is known of their KV."""
         del node.tokens[size:]
         self._keep(node, count)
         node.seen, node.lost = min(node.seen, count), min(node.lost, count)
 
-    def _keep(self, node: Node, count: int) -> int:
-        """Forget the KV of own positions from `count` on; returns the number of blocks that gives back."""
+    def _keep(self, node: SegmentNode, count: int) -> int:
+        """Forget the KV of own positions from `count` on.
+
+        Returns the number of blocks that gives back.
+        """
         self.tokens_held -= max(0, node.kv - count)
         node.kv = min(node.kv, count)
         planned = min(node.planned, count)
@@ -339,33 +260,33 @@ class SegmentTree:
             self.blocks.give_back(spare, node.id, defer=self._open is not None)
         return len(spare)
 
-    def _settle(self, units: list[Unit], decode_rows: int) -> Layout | int:
-        """Take the blocks that the units fill and open their layout, or tell how many are lacking."""
-        ends = [u.start + u.count for u in units]
-        more = [max(0, blocks_for(end) - len(u.node.blocks)) for u, end in zip(units, ends)]
+    def _settle(self, ranges: list[RowRange], decode_rows: int) -> Layout | int:
+        """Take the blocks that the ranges fill and open their layout, or tell how many are lacking."""
+        ends = [u.start + u.count for u in ranges]
+        more = [max(0, blocks_for(end) - len(u.node.blocks)) for u, end in zip(ranges, ends)]
         lacking = self.blocks.lacking(sum(more))
         if lacking:
             return lacking
-        self._check_versions(units)
+        self._check_versions(ranges)
         try:
-            for unit, end, count in zip(units, ends, more):
-                unit.node.blocks += self.blocks.take(count, unit.node.id, self.version)
-                unit.node.planned = end if end > unit.node.kv else 0
-            self._open, self._open_units = lay_out(units, decode_rows), units
+            for row_range, end, count in zip(ranges, ends, more):
+                row_range.node.blocks += self.blocks.take(count, row_range.node.id, self.version)
+                row_range.node.planned = end if end > row_range.node.kv else 0
+            self._open, self._open_ranges = lay_out(ranges, decode_rows), ranges
         except BaseException:
-            self._cancel(units)
+            self._cancel(ranges)
             raise
         return self._open
 
-    def _cancel(self, units: Sequence[Unit]) -> None:
+    def _cancel(self, ranges: Sequence[RowRange]) -> None:
         """The rows are not run: give back what was taken for them."""
-        for unit in units:
-            unit.node.planned = 0
-            self._keep(unit.node, unit.node.kv)
+        for row_range in ranges:
+            row_range.node.planned = 0
+            self._keep(row_range.node, row_range.node.kv)
         self.blocks.settle()
 
-    def _check_versions(self, units: list[Unit]) -> None:
-        nodes = {node.id: node for unit in units for node, _ in unit.node.path()}
+    def _check_versions(self, ranges: list[RowRange]) -> None:
+        nodes = {node.id: node for row_range in ranges for node, _ in row_range.node.path()}
         for node in nodes.values():
             for block in node.blocks:
                 if self.blocks.version[block] != self.version:
@@ -374,10 +295,10 @@ class SegmentTree:
                         f"the weights are version {self.version}; it must not be read"
                     )
 
-    def _closing(self, layout: Layout, what: str) -> list[Unit]:
+    def _closing(self, layout: Layout, operation: str) -> list[RowRange]:
         if layout is None or layout is not self._open:
             raise EngineError(
-                f"{what}: this layout is not open; each one is committed or aborted once"
+                f"{operation}: this layout is not open; each one is committed or aborted once"
             )
-        units, self._open, self._open_units = self._open_units, None, []
-        return [u for u in units if u.node.id in self.nodes]
+        ranges, self._open, self._open_ranges = self._open_ranges, None, []
+        return [u for u in ranges if u.node.id in self.nodes]

@@ -1,4 +1,7 @@
-"""What is derived from the ends of a stream is derived once: all layers of a model ask with the same tensor, one by one."""
+"""What is derived from the ends of a stream is derived once.
+
+All layers of a model ask with the same tensor, one by one.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Recent(Generic[T]):
-    """`make(subtree_end, *more)`, kept for the last tensor asked about as long as nobody writes to it. Holds on to that tensor."""
+class LastCall(Generic[T]):
+    """`make(subtree_end, *more)`, remembered for the last tensor asked about.
+
+    A write to the tensor makes the result stale; it is then made again. Holds on to that tensor.
+    """
 
     def __init__(self, make: Callable[..., T]):
         self._make = make

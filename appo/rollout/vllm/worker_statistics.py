@@ -1,9 +1,13 @@
-"""Exact statistics out of vLLM's worker: what each token was drawn from, and what given tokens would have cost.
+"""Exact statistics out of vLLM's worker.
 
-vLLM reports the log-prob of a token, not the entropy of its distribution, and scores prompts at temperature 1 only.
-Both are one pass over logits that its worker has in hand. Nothing here imports vLLM: `worker` plugs it in.
+What each token was drawn from, and what given tokens would have cost.
 
-A request takes part if its SamplingParams carry extra_args={"appo": key} (and "appo_score": temperature to be scored).
+vLLM reports the log-prob of a token, not the entropy of its distribution, and scores prompts at
+temperature 1 only. Both are one pass over logits that its worker has in hand. Nothing here imports
+vLLM: `worker` plugs it in.
+
+A request takes part if its SamplingParams carry extra_args={"appo": key} (and "appo_score":
+temperature to be scored).
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ ROWS = 32  # rows of logits at a time: two float32 copies of a 150k vocabulary a
 
 Piece = tuple[int, list[float], list[float]]  # first row, log-probs, entropies
 
-# By key; in the worker's process. A request that is cancelled is taken too, so nothing stays behind.
-_drawn: dict[str, dict[int, float]] = {}
+# By key; in the worker's process. A request that is cancelled is taken too, so nothing stays
+# behind.
+_sampled: dict[str, dict[int, float]] = {}
 _scored: dict[str, list[Piece]] = {}
 
 
@@ -33,11 +38,14 @@ def entropy(logits: Tensor, inv_temp: Tensor) -> Tensor:
     return -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)
 
 
-class DrawnEntropies:
-    """The batch as a logits processor sees it: which row is which request, and at which temperature it draws.
+class SampledEntropies:
+    """The batch as a logits processor sees it.
 
-    Entropies are filed under the number of tokens already drawn. A prefill in several parts, or one that is done again
-    after a preemption, shows rows whose draw is thrown away; the row that counts comes last and overwrites them.
+    Which row is which request, and at which temperature it draws.
+
+    Entropies are filed under the number of tokens already drawn. A prefill in several parts, or one
+    that is done again after a preemption, shows rows whose draw is thrown away; the row that counts
+    comes last and overwrites them.
     """
 
     def __init__(self) -> None:
@@ -46,14 +54,19 @@ class DrawnEntropies:
     def update(
         self, removed: Iterable[int], added: Iterable[Any], moved: Iterable[tuple[int, int, bool]]
     ) -> None:
-        """removed: rows · added: (row, SamplingParams, prompt ids, live list of drawn ids) · moved: (a, b, swap)."""
+        """Follow the rows of the batch.
+
+        removed   rows
+        added     (row, SamplingParams, prompt ids, live list of sampled ids)
+        moved     (a, b, swap)
+        """
         for row in removed:
             self.rows.pop(row, None)
-        for row, params, _, drawn in added:
+        for row, params, _, sampled in added:
             self.rows.pop(row, None)
             key = (params.extra_args or {}).get(KEY)
             if key is not None and SCORE not in params.extra_args:
-                self.rows[row] = (key, params.temperature or 1.0, drawn)
+                self.rows[row] = (key, params.temperature or 1.0, sampled)
         for a, b, swap in moved:
             first, second = self.rows.pop(a, None), self.rows.pop(b, None)
             if first is not None:
@@ -69,14 +82,15 @@ class DrawnEntropies:
             temp = torch.tensor([[self.rows[r][1]] for r in part], dtype=torch.float32)
             values = entropy(logits[part], (1.0 / temp).to(logits.device)).tolist()
             for row, value in zip(part, values):
-                key, _, drawn = self.rows[row]
-                _drawn.setdefault(key, {})[len(drawn)] = value
+                key, _, sampled = self.rows[row]
+                _sampled.setdefault(key, {})[len(sampled)] = value
 
 
 def see_prompts(runner: Any, hidden: Tensor, scheduled: dict[str, int]) -> None:
     """File statistics of the prompt rows that this forward has run, of requests to be scored.
 
-    runner: vLLM's model runner · hidden[rows, H]: the last hidden states of the whole batch · scheduled: rows by request.
+    runner: vLLM's model runner · hidden[rows, H]: the last hidden states of the whole batch ·
+    scheduled: rows by request.
     """
     for req_id, count in scheduled.items():
         request = runner.requests[req_id]
@@ -97,9 +111,9 @@ def see_prompts(runner: Any, hidden: Tensor, scheduled: dict[str, int]) -> None:
             _scored.setdefault(extra[KEY], []).append(piece)
 
 
-def take_drawn(keys: Iterable[str]) -> dict[str, dict[int, float]]:
+def take_sampled(keys: Iterable[str]) -> dict[str, dict[int, float]]:
     """Entropies by number of tokens drawn before, of these requests; they are forgotten here."""
-    return {key: _drawn.pop(key) for key in keys if key in _drawn}
+    return {key: _sampled.pop(key) for key in keys if key in _sampled}
 
 
 def take_scored(keys: Iterable[str]) -> dict[str, list[Piece]]:
@@ -108,7 +122,10 @@ def take_scored(keys: Iterable[str]) -> dict[str, list[Piece]]:
 
 
 def attach(runner: Any) -> None:
-    """Have `see_prompts` called with the hidden states of every forward. Raises EngineError on an unknown runner."""
+    """Have `see_prompts` called with the hidden states of every forward.
+
+    Raises EngineError on an unknown runner.
+    """
     hook = "_get_prompt_logprobs_dict"
     lacks = [
         name
@@ -122,8 +139,8 @@ def attach(runner: Any) -> None:
         )
     original = getattr(runner, hook)
 
-    def with_tap(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+    def with_statistics(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
         see_prompts(runner, hidden_states, num_scheduled_tokens)
         return original(hidden_states, num_scheduled_tokens)
 
-    setattr(runner, hook, with_tap)
+    setattr(runner, hook, with_statistics)

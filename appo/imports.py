@@ -1,8 +1,8 @@
 """Import strings: `module:attribute` names a user's own part where a built-in name may stand.
 
-A recipe may name code that Python can import, and nothing else: no file, no pickle. The current folder is looked in
-last, behind everything that is installed, so that `my_tool.py` beside the recipe is found by `my_tool:search`, and a
-file of the user never stands in for a library.
+A recipe may name code that Python can import, and nothing else: no file, no pickle. The current
+folder is looked in last, behind everything that is installed, so that `my_tool.py` beside the
+recipe is found by `my_tool:search`, and a file of the user never stands in for a library.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from appo.errors import ConfigError
@@ -38,12 +39,15 @@ def is_import(text: str, builtin: Iterable[str] = ()) -> bool:
     return bool(colon) and head not in builtin
 
 
-def resolve(text: str, where: str, expected: str, check: Check | None = None) -> Any:
+def resolve(
+    text: str, where: str, expected: str, check: Check | None = None, *, here: bool = True
+) -> Any:
     """The object that `text` names. It is imported, and neither called nor changed.
 
     where     the key that holds the text, such as "tools.enabled"; every error begins with it
     expected  what must stand there, as the user would write it: "search(query: str) -> str"
     check     says what is wrong with the object, or "" (see `call_problem`)
+    here      look in the current folder too
 
     Raises ConfigError that names key, module, attribute and what is expected.
 
@@ -51,15 +55,16 @@ def resolve(text: str, where: str, expected: str, check: Check | None = None) ->
     3.0
     """
     module_name, path = split(text, where, expected)
+    if here:
+        use_current_folder()
     module = _import(module_name, text, where, expected)
     found: Any = module
     for i, name in enumerate(path.split(".")):
         if not hasattr(found, name):
             owner = ".".join([module_name, *path.split(".")[:i]])
-            near = difflib.get_close_matches(name, [n for n in dir(found) if n[:2] != "__"], n=3)
-            hint = f" (near: {', '.join(near)})" if near else ""
+            public = [n for n in dir(found) if n[:2] != "__"]
             raise ConfigError(
-                f"{where} is {text!r}: {owner} ({_place(module)}) has no attribute {name!r}{hint}; "
+                f"{where} is {text!r}: {owner} ({_place(module)}) has no attribute {name!r}{near(name, public)}; "
                 f"expected: {expected}"
             )
         found = getattr(found, name)
@@ -106,6 +111,12 @@ def call_problem(function: Any, *args: Any, **kwargs: Any) -> str:
     return ""
 
 
+def near(name: str, known: Iterable[str]) -> str:
+    """The most alike of the known names as ", did you mean …?", or nothing."""
+    found = difflib.get_close_matches(name, list(known), 3, 0.5)
+    return f", did you mean {' or '.join(map(repr, found))}?" if found else ""
+
+
 def use_current_folder() -> None:
     """Let modules of the current folder be imported, behind all that is installed. Done where a string is resolved."""
     folder = os.getcwd()
@@ -115,7 +126,6 @@ def use_current_folder() -> None:
 
 
 def _import(name: str, text: str, where: str, expected: str) -> Any:
-    use_current_folder()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -137,7 +147,7 @@ def _import(name: str, text: str, where: str, expected: str) -> Any:
 def _line_in(error: BaseException, name: str) -> str:
     """Where in the module the error was raised, as ", file:line"."""
     spec = importlib.util.find_spec(name.partition(".")[0])
-    folder = os.path.dirname(spec.origin) if spec and spec.origin else ""
+    folder = str(Path(spec.origin).parent) if spec and spec.origin else ""
     at, trace = "", error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename

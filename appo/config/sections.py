@@ -21,13 +21,16 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # Never ask the hub or the package index.
     offline: Free[bool] = False
+    # "my_module:MY_FAMILY"; null: a family that is built in.
+    family: str | None = None
 
 
 @dataclass
 class DataConfig:
     """The tasks, and how they are put to the model."""
 
-    # A name in appo.data.tasks.TASKS, "reasoning_gym:<dataset>", or "records".
+    # A name in appo.data.tasks.TASKS, "reasoning_gym:<dataset>", "records", or
+    # "my_module:my_task".
     task: str = "arithmetic"
     # Passed to the task.
     params: dict[str, Any] = field(default_factory=dict)
@@ -177,7 +180,7 @@ class PythonToolConfig:
 class ToolsConfig:
     """Which tools the model may call, and the pool that runs them."""
 
-    # Tools that the model may call.
+    # Tools that the model may call: names in appo.tools.table.TOOLS, or "my_module:my_tool".
     enabled: list[str] = field(default_factory=lambda: ["python"])
     # Calls that run at once.
     workers: Free[int] = 4
@@ -200,6 +203,8 @@ def check_tools(c: ToolsConfig) -> None:
 class RewardSettings:
     """What an answer is worth, and the processes that grade."""
 
+    # Of all tasks: a name, or "my_module:my_grader"; null: as the tasks say.
+    grader: str | None = None
     # A right answer.
     correct: float = 1.0
     # Added when the answer is right and a tool call succeeded.

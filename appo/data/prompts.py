@@ -2,52 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from appo.errors import ConfigError
+from appo.tools.base import ToolSpec
 from appo.types import Task
 
 SYSTEM = "You answer questions.{tools} Write the final answer between <answer> and </answer>."
-TOOL_LINE = {
-    "python": (
-        " You may run Python code: write it between <python> and </python>, and what it prints comes back between "
-        "<result> and </result>."
-    ),
-}
-EXAMPLE = {
-    "python": [
-        {"role": "user", "content": "What is 17*24-9?"},
-        {
-            "role": "assistant",
-            "content": (
-                "Let me compute that.\n<python>print(17*24-9)</python>\n<result>399</result>\n<answer>399</answer>"
-            ),
-        },
-    ],
-}
 
 
 @dataclass(frozen=True)
 class PromptBuilder:
     """Renders tasks with the model's chat template.
 
-    system: None for the protocol's own text, "" for no system prompt at all. example: show one worked call per tool.
+    system   None for the protocol's own text, "" for no system prompt at all
+    example  show one worked call of each tool that has one
+    tools    by name; what a task may call is described in its system prompt in the tool's own words
     """
 
     tokenizer: Any
     system: str | None = None
     example: bool = True
     max_prompt_tokens: int | None = None
+    tools: Mapping[str, ToolSpec] = field(default_factory=dict)
 
     def messages(self, task: Task) -> list[dict[str, str]]:
         """The task's own messages behind the protocol's system prompt, unless the task brings a system prompt."""
         if any(m["role"] == "system" for m in task.messages):
             return task.messages
-        tools = "".join(TOOL_LINE.get(t, "") for t in task.tools)
-        system = self.system if self.system is not None else SYSTEM.format(tools=tools)
-        shots = [m for t in task.tools for m in EXAMPLE.get(t, [])] if self.example else []
+        tools = [self.tools[name] for name in task.tools if name in self.tools]
+        system = self.system
+        if system is None:
+            system = SYSTEM.format(tools="".join(f" {tool.description}" for tool in tools))
+        shots = [dict(m) for tool in tools for m in tool.example] if self.example else []
         head = [{"role": "system", "content": system}] if system else []
         return [*head, *shots, *task.messages]
 

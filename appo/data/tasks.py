@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from appo.data import own
 from appo.data.rl_records import question_text, read_rl_records
 from appo.data.sources import (
     Arithmetic,
@@ -24,6 +25,7 @@ from appo.data.sources import (
     stable_hash,
 )
 from appo.errors import DataError
+from appo.imports import is_import, resolve
 from appo.types import Task
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "split_of",
 ]
 
+# A task is made with (seed=…, tools=…, **data.params); one of the user's own: appo.data.own.
 TASKS: dict[str, Callable[..., TaskSource]] = {
     "arithmetic": Arithmetic,
     "reasoning_gym": ReasoningGym,
@@ -175,7 +178,7 @@ def build_tasks(
     params: dict[str, Any] | None = None,
     tools: tuple[str, ...] = (),
 ) -> TaskStream:
-    """The stream of tasks called `name`: a key of TASKS, or `reasoning_gym:<dataset>`.
+    """The stream of tasks called `name`: a key of TASKS, `reasoning_gym:<dataset>`, or a user's `module:function`.
 
     size    use at most so many distinct tasks; None: all (procedural: endless)
     params  passed to the task; for files {"train": path, "eval": path, "repair": bool, "grader": name}
@@ -185,16 +188,22 @@ def build_tasks(
         raise DataError(f"split={split!r}: must be 'train' or 'eval'")
     if size is not None and size < 1:
         raise DataError(f"data.size={size}: must be at least 1, or unset for all tasks")
+    arguments = dict(params or {})
+    if is_import(name, TASKS):
+        function = resolve(
+            name, "data.task", own.EXPECTED, lambda found: own.problem(found, arguments)
+        )
+        source = own.OwnTasks(function, name, seed=seed, tools=tuple(tools), **arguments)
+        return TaskStream(name, source, split, seed, size)
     base, _, detail = name.partition(":")
     if base not in TASKS or (detail and base != "reasoning_gym"):
         raise DataError(
             f"data.task={name!r} is unknown{nearest(name, [*TASKS, 'reasoning_gym:<dataset>'])}"
         )
-    arguments = dict(params or {})
     if base == "reasoning_gym":
         arguments["dataset"] = detail
     try:
-        source = TASKS[base](seed=seed, tools=tuple(tools), **arguments)
+        built_in = TASKS[base](seed=seed, tools=tuple(tools), **arguments)
     except TypeError as error:
         raise DataError(f"data.params={params!r} do not fit data.task={name!r}: {error}") from error
-    return TaskStream(name, source, split, seed, size)
+    return TaskStream(name, built_in, split, seed, size)

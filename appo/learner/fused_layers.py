@@ -47,13 +47,17 @@ def _kind(module: nn.Module) -> Callable[[HFModule], Forward] | None:
     name = type(module).__name__
     if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         return _norm
-    if name.endswith("MLP") and isinstance(
-        getattr(module, "act_fn", None), nn.SiLU | SiLUActivation
-    ):
-        return _mlp
-    if name.endswith("Attention") and hasattr(module, "o_proj"):
+    if name.endswith("MLP") and _has(module, "gate_proj", "up_proj", "down_proj"):
+        silu = isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
+        return _mlp if silu else None
+    if name.endswith("Attention") and _has(module, "q_proj", "k_proj", "v_proj", "o_proj"):
         return _attention
     return None
+
+
+def _has(module: nn.Module, *names: str) -> bool:
+    """Whether the parts are called as in Llama: in a model family of the user's own they may not be."""
+    return all(hasattr(module, name) for name in names)
 
 
 def _norm(original: HFModule) -> Forward:

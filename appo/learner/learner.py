@@ -36,6 +36,7 @@ from appo.learner.guards import (
 from appo.learner.lora import CastRetention, adapter_tensors, add_lora, merged_tensors
 from appo.learner.policy import Policy, load_model
 from appo.learner.shards import load_shards, save_shard
+from appo.models.shape import ModelFamily
 from appo.packing.pack import PackedBatch, pack_sequences
 from appo.types import Counts
 
@@ -57,6 +58,7 @@ class Learner:
         seed: int,
         ranks: Ranks | None = None,
         context: RunContext | None = None,
+        family: ModelFamily | None = None,
     ):
         """Load the model of a folder. Raises ConfigError for settings that cannot work, ModelError for the folder."""
         context = context or RunContext()
@@ -71,7 +73,7 @@ class Learner:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)  # decides the adapters
-        lm = load_model(model_dir, getattr(torch, context.dtype))
+        lm = load_model(model_dir, getattr(torch, context.dtype), family)
         self._base = _fingerprint(lm)
         self._peft = None
         if cfg.mode == "lora":

@@ -39,18 +39,15 @@ def add_lora(
     `lm` is changed in place; the PeftModel is only needed to save the adapter. Raises ConfigError for a target that
     the model does not have and for a number of layers it does not have.
     """
-    depth = lm.config.num_hidden_layers
+    name, stack = next((n, m) for n, m in lm.named_modules() if isinstance(m, nn.ModuleList))
+    depth = len(stack)
     if layers is not None and not 1 <= layers <= depth:
         raise ConfigError(
             f"lora.layers is {layers}, but the model has {depth} layers; use 1 … {depth} or null"
         )
     if r < 1:
         raise ConfigError(f"lora.r is {r}; use a rank of 1 or more, or learner.mode: full")
-    block = {
-        n.rpartition(".")[2]
-        for n, m in lm.model.layers[0].named_modules()
-        if isinstance(m, nn.Linear)
-    }
+    block = {n.rpartition(".")[2] for n, m in stack[0].named_modules() if isinstance(m, nn.Linear)}
     unknown = sorted(set(targets) - block)
     if unknown or not targets:
         raise ConfigError(
@@ -64,6 +61,7 @@ def add_lora(
         task_type="CAUSAL_LM",
         target_modules=list(targets),
         layers_to_transform=None if layers is None else list(range(depth - layers, depth)),
+        layers_pattern=None if layers is None else name.rpartition(".")[2],
     )
     with warnings.catch_warnings():
         warnings.simplefilter(

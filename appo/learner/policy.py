@@ -19,9 +19,9 @@ from transformers.utils import logging
 from appo.errors import ModelError
 from appo.kernels import LogProbEntropy, linear_logprob_entropy, tree_attention
 from appo.learner.fused_layers import fuse
+from appo.models.shape import ModelFamily, read_shape
 from appo.packing.pack import PackedBatch
 
-FAMILIES = ("llama", "qwen2", "qwen3")
 ATTENTION = "appo_tree"
 
 
@@ -45,15 +45,14 @@ def packed_attention(
 AttentionInterface.register(ATTENTION, packed_attention)
 
 
-def load_model(model_dir: Path | str, dtype: torch.dtype) -> nn.Module:
-    """A causal LM of the Llama, Qwen2 or Qwen3 family from a local folder, with tree attention and without dropout.
+def load_model(
+    model_dir: Path | str, dtype: torch.dtype, family: ModelFamily | None = None
+) -> nn.Module:
+    """A causal LM of a known family (or the user's own) from a local folder, with tree attention, without dropout.
 
     Raises ModelError when the folder cannot be loaded or the model has parts that the learner does not compute.
     """
-    if not (Path(model_dir) / "config.json").is_file():
-        raise ModelError(
-            f"cannot load a model from {str(model_dir)!r}: there is no config.json in it"
-        )
+    read_shape(model_dir, family)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -66,15 +65,11 @@ def load_model(model_dir: Path | str, dtype: torch.dtype) -> nn.Module:
         if bars:
             logging.enable_progress_bar()
     config = lm.config
-    if config.model_type not in FAMILIES:
-        raise ModelError(
-            f"{model_dir}: model_type is {config.model_type!r}; the learner trains {', '.join(FAMILIES)}"
-        )
     if "sliding_attention" in (getattr(config, "layer_types", None) or []):
         raise ModelError(
             f"{model_dir}: sliding-window attention is not supported; choose a model without it"
         )
-    if lm.lm_head.bias is not None:
+    if lm.get_output_embeddings().bias is not None:
         raise ModelError(f"{model_dir}: lm_head has a bias, which the fused head does not compute")
     config.attention_dropout = 0.0  # a ratio of log-probs needs the same function twice
     for module in lm.modules():
@@ -101,7 +96,7 @@ class Policy(nn.Module):
 
     def forward(self, batch: PackedBatch, inv_temp: float = 1.0) -> LogProbEntropy:
         """logp, entropy, lse: float32[E], at temperature 1/inv_temp; 0 (and no gradient) where mask is False."""
-        hidden = self.lm.model(
+        hidden = self.lm.base_model(
             input_ids=batch.token_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
@@ -110,7 +105,7 @@ class Policy(nn.Module):
         edges = batch.mask.nonzero().squeeze(1)
         stats = linear_logprob_entropy(
             hidden,
-            self.lm.lm_head.weight,
+            self.lm.get_output_embeddings().weight,
             batch.target[edges],
             rows=batch.source[edges],
             inv_temp=inv_temp,

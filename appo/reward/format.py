@@ -1,12 +1,15 @@
 """What the policy wrote, as blocks: the format gate and the answer.
 
-Everything here looks at *sampled* text only. A trajectory arrives as spans `(text, sampled)`; a tag inside a tool
-result is text, and a tag cannot begin in one sampled run and end behind a tool result. The block rule is the one of
-the live parser: while a `<python>`, `<search>` or `<answer>` block is open, only its own closing tag counts.
+Everything here looks at *sampled* text only. A trajectory arrives as spans `(text, sampled)`; a tag
+inside a tool result is text, and a tag cannot begin in one sampled run and end behind a tool
+result. The block rule is the one of the live parser: while a block is open, only its own closing
+tag counts. Blocks are `<answer>` and the tags of tools: `<python>`, `<search>`, and those given as
+`tools`.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +19,6 @@ Spans = Sequence[tuple[str, bool]]
 Strictness = Literal["none", "answer", "full"]
 
 BLOCKS = ("python", "search", "answer")
-_TAG = re.compile(r"<(/?)(think|python|search|result|answer)>")
 _END = re.compile(r"(?:\s|<\|[^|<>]*\|>|</s>|<eos>)*\Z")  # blanks and end-of-sequence tokens
 
 
@@ -49,11 +51,18 @@ def sampled_runs(spans: Spans) -> list[tuple[str, bool]]:
     return runs
 
 
-def blocks(runs: Spans) -> Iterator[Block]:
+@functools.cache
+def _tag(tools: tuple[str, ...]) -> re.Pattern[str]:
+    """A tag of the protocol: (slash, name)."""
+    names = "|".join(dict.fromkeys(("think", "result", *BLOCKS, *tools)))
+    return re.compile(f"<(/?)({names})>")
+
+
+def blocks(runs: Spans, tools: tuple[str, ...] = ()) -> Iterator[Block]:
     """All blocks of the sampled runs, in order."""
     for number, (text, sampled) in enumerate(runs):
         at = 0
-        while sampled and (found := _next_open(text, at)):
+        while sampled and (found := _next_open(text, at, tools)):
             tag, start = found
             stop = text.find(f"</{tag}>", start)
             yield Block(tag, number, start, stop if stop >= 0 else None)
@@ -62,15 +71,17 @@ def blocks(runs: Spans) -> Iterator[Block]:
             at = stop + len(tag) + 3
 
 
-def _next_open(text: str, at: int) -> tuple[str, int] | None:
-    for match in _TAG.finditer(text, at):
-        if not match[1] and match[2] in BLOCKS:
+def _next_open(text: str, at: int, tools: tuple[str, ...]) -> tuple[str, int] | None:
+    for match in _tag(tools).finditer(text, at):
+        if not match[1] and match[2] not in ("think", "result"):
             return match[2], match.end()
     return None
 
 
-def format_ok(spans: Spans, strictness: Strictness = "answer") -> FormatCheck:
-    """Does the trajectory keep the protocol?
+def format_ok(
+    spans: Spans, strictness: Strictness = "answer", tools: tuple[str, ...] = ()
+) -> FormatCheck:
+    """Does the trajectory keep the protocol? tools: names of those it may call.
 
     none     always
     answer   exactly one `<answer>` block, sampled, closed, with something in it, and nothing behind it
@@ -80,7 +91,7 @@ def format_ok(spans: Spans, strictness: Strictness = "answer") -> FormatCheck:
     if strictness == "none":
         return FormatCheck(True)
     runs = sampled_runs(spans)
-    found = list(blocks(runs))
+    found = list(blocks(runs, tools))
     answers = [b for b in found if b.tag == "answer"]
     if len(answers) != 1:
         return FormatCheck(False, f"{len(answers)} answer blocks, expected 1")
@@ -92,10 +103,10 @@ def format_ok(spans: Spans, strictness: Strictness = "answer") -> FormatCheck:
         return FormatCheck(False, "answer block is empty")
     if not _END.match(text, answer.stop + len("</answer>")) or answer.run != len(runs) - 1:
         return FormatCheck(False, "text after the answer")
-    return _balanced(runs, found) if strictness == "full" else FormatCheck(True)
+    return _balanced(runs, found, _tag(tools)) if strictness == "full" else FormatCheck(True)
 
 
-def _balanced(runs: Spans, found: list[Block]) -> FormatCheck:
+def _balanced(runs: Spans, found: list[Block], tag_of: re.Pattern[str]) -> FormatCheck:
     """Walk over the tags outside blocks; only `<think>` pairs may be left."""
     thinking = False
     for number, (text, sampled) in enumerate(runs):
@@ -104,7 +115,7 @@ def _balanced(runs: Spans, found: list[Block]) -> FormatCheck:
         inside = [(b.start, b.stop) for b in found if b.run == number]
         if any(stop is None for _, stop in inside):
             return FormatCheck(False, "a block is not closed")
-        for match in _TAG.finditer(text):
+        for match in tag_of.finditer(text):
             if any(start <= match.start() < (stop or 0) for start, stop in inside):
                 continue  # what is in a block is code, a query or the answer
             closing, tag = bool(match[1]), match[2]
@@ -121,13 +132,16 @@ def _balanced(runs: Spans, found: list[Block]) -> FormatCheck:
     return FormatCheck(not thinking, "<think> is not closed" if thinking else "")
 
 
-def extract_answer(spans: Spans, *, anywhere: bool = False) -> str | None:
+def extract_answer(
+    spans: Spans, *, anywhere: bool = False, tools: tuple[str, ...] = ()
+) -> str | None:
     r"""Text of the last closed, sampled `<answer>` block, with an inner `\boxed{…}` unwrapped; None when there is none.
 
-    anywhere: without such a block, take the last `\boxed{…}` of the last sampled run (strictness "none").
+    anywhere: without such a block, take the last `\boxed{…}` of the last sampled run (strictness
+    "none").
     """
     runs = sampled_runs(spans)
-    closed = [b for b in blocks(runs) if b.tag == "answer" and b.stop is not None]
+    closed = [b for b in blocks(runs, tools) if b.tag == "answer" and b.stop is not None]
     if closed:
         last = closed[-1]
         inner = runs[last.run][0][last.start : last.stop]

@@ -24,8 +24,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from appo.errors import ConfigError, GraderError
+from appo.imports import is_import, split
 from appo.reward import GRADERS
 from appo.reward.maths import quick_maths
+from appo.reward.own import EXPECTED
 
 STACK_S = 0.5  # patience for answers to SIGUSR1
 LOAD_S = 60.0  # patience for a new worker to import its libraries
@@ -167,12 +169,15 @@ class GraderPool:
         out[index] = Grade(None, reason, wall)
 
 
-def check_grader(name: str) -> None:
+def check_grader(name: str, where: str = "grader") -> None:
     """ConfigError unless `name` is in GRADERS or has the form `module:function`."""
-    if name not in GRADERS and not all(name.partition(":")):
+    if name in GRADERS:
+        return
+    if not is_import(name):
         raise ConfigError(
-            f"grader {name!r} is unknown; use one of {', '.join(GRADERS)} or 'module:function'"
+            f"{where} {name!r} is unknown; use one of {', '.join(GRADERS)} or 'module:function'"
         )
+    split(name, where, EXPECTED)
 
 
 def _in_process(item: GradeItem) -> Grade | None:

@@ -20,87 +20,24 @@ moments and gradients to the host and adds buffers there: `staging`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from appo.algo.algorithm import Algorithm
 from appo.config import Config
+from appo.models.shape import LINEARS, ModelShape
 
 if TYPE_CHECKING:
     from appo.run.plan import Plan
 
 WIDTH = {"bfloat16": 2, "float32": 4}
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # DeepSpeed's settings, in elements: the largest buffer that gradients are summed in and the largest parameter that ZeRO-3
 # does not divide (both as appo.learner.zero has them), and what ZeRO-3 gathers at a time (its own choice).
 BUCKET = 50_000_000
 KEPT_WHOLE = 100_000
 LIVE = 1_000_000_000
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model of the Llama, Qwen2 or Qwen3 family, as its config.json says."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-    bias: tuple[str, ...] = ()  # linear layers that have one
-    head_norms: bool = False  # RMSNorm of each head's query and key (Qwen3)
-
-    @classmethod
-    def read(cls, source: Path | str | Mapping[str, Any]) -> Shape:
-        """From a model folder or the content of its config.json."""
-        c = source if isinstance(source, Mapping) else _config(Path(source))
-        family = c["model_type"]
-        bias = LINEARS[:3] if family == "qwen2" else LINEARS[:4] if c.get("attention_bias") else ()
-        return cls(
-            layers=c["num_hidden_layers"], hidden=c["hidden_size"], intermediate=c["intermediate_size"],
-            heads=c["num_attention_heads"], kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-            head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"], vocab=c["vocab_size"],
-            tied=c.get("tie_word_embeddings", False), bias=(*bias, *(LINEARS[4:] if c.get("mlp_bias") else ())),
-            head_norms=family == "qwen3",
-        )  # fmt: skip
-
-    @property
-    def query(self) -> int:
-        """Elements of one token's queries in one layer."""
-        return self.heads * self.head_dim
-
-    @property
-    def key(self) -> int:
-        """Elements of one token's keys (or values) in one layer."""
-        return self.kv_heads * self.head_dim
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Linear layers of one transformer layer: name → (inputs, outputs)."""
-        h, i, q, k = self.hidden, self.intermediate, self.query, self.key
-        return dict(zip(LINEARS, [(h, q), (h, k), (h, k), (q, h), (h, i), (h, i), (i, h)]))
-
-    def tensors(self) -> list[int]:
-        """Elements of every parameter; a tied head once."""
-        matrices = [a * b for a, b in self.linears().values()]
-        biases = [b for name, (_, b) in self.linears().items() if name in self.bias]
-        norms = [self.hidden] * 2 + [self.head_dim] * (2 * self.head_norms)
-        ends = [self.vocab * self.hidden] * (1 if self.tied else 2) + [self.hidden]
-        return (matrices + biases + norms) * self.layers + ends
-
-    @property
-    def parameters(self) -> int:
-        return sum(self.tensors())
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -145,14 +82,14 @@ class State:
         )
 
 
-def adapters(shape: Shape, t: Training) -> list[int]:
+def adapters(shape: ModelShape, t: Training) -> list[int]:
     """Elements of every LoRA tensor: A [r, inputs] and B [outputs, r] of each target."""
     targets = [s for name, s in shape.linears().items() if name in t.lora_targets]
     layers = shape.layers if t.lora_layers is None else min(t.lora_layers, shape.layers)
     return [t.lora_r * side for _ in range(layers) for pair in targets for side in pair]
 
 
-def state(shape: Shape, t: Training) -> State:
+def state(shape: ModelShape, t: Training) -> State:
     """Weights, gradients and optimiser of one rank; the table in the docstring of the module."""
     added = adapters(shape, t) if t.lora_r else []
     everything = [*shape.tensors(), *added]
@@ -186,14 +123,14 @@ def state(shape: Shape, t: Training) -> State:
 # -- one micro-batch -----------------------------------------------------------------------------------------------
 
 
-def layer_token(shape: Shape, t: Training) -> int:
+def layer_token(shape: ModelShape, t: Training) -> int:
     """Bytes that one transformer layer saves for its backward, per token.
 
     A norm keeps its input, 1/rms and (in the modules of transformers, for the gradient of its weight) the normalised row,
     the linear layers their input; attention q, k, v, its output and a log-sum-exp per head; the MLP its two inner rows
     (in transformers: three) and their product. Frozen weights need no inputs: with LoRA only what adapters read is kept.
     """
-    w, q, k, i = t.width, shape.query, shape.key, shape.intermediate
+    w, q, k, i = t.width, shape.query, shape.key, shape.ff
 
     def reads(*names: str) -> bool:
         return not t.lora_r or any(n in t.lora_targets for n in names)
@@ -202,7 +139,7 @@ def layer_token(shape: Shape, t: Training) -> int:
     total += (
         w * shape.hidden * (reads("q_proj", "k_proj", "v_proj") + reads("gate_proj", "up_proj"))
     )
-    if shape.head_norms:
+    if shape.qk_norm:
         total += _norm(t, q, shape.heads) + _norm(t, k, shape.kv_heads)
     total += w * (2 * q + 2 * k) + 4 * shape.heads
     total += w * i * ((2 if t.fused else 3) + reads("down_proj"))
@@ -216,7 +153,7 @@ def _norm(t: Training, size: int, rows: int) -> int:
     return 4 * size + 4 * rows + (0 if t.lora_r else t.width * size)
 
 
-def saved(shape: Shape, t: Training, tokens: int, edges: int | None = None) -> float:
+def saved(shape: ModelShape, t: Training, tokens: int, edges: int | None = None) -> float:
     """Bytes alive between forward and backward of a packed stream of `tokens` with `edges` targets (default: as many).
 
     With gradient checkpointing a layer keeps its input alone. No [tokens, vocabulary] tensor is part of it; what the
@@ -231,14 +168,14 @@ def saved(shape: Shape, t: Training, tokens: int, edges: int | None = None) -> f
     return float(tokens * (layers * each + ends + turns + 12) + edges * 36)
 
 
-def recomputed(shape: Shape, t: Training, tokens: int) -> float:
+def recomputed(shape: ModelShape, t: Training, tokens: int) -> float:
     """Bytes beyond `saved` while the backward of one layer runs: its saved rows again where it was checkpointed, and
     the gradients of a row of the MLP and of a hidden state; the others take the place of saved rows that are done."""
     again = layer_token(shape, t) if t.checkpointing else 0
-    return float(tokens * (again + t.width * (shape.intermediate + shape.hidden)))
+    return float(tokens * (again + t.width * (shape.ff + shape.hidden)))
 
 
-def head_kept(shape: Shape, t: Training, edges: int, room: int = 128 << 20) -> float:
+def head_kept(shape: ModelShape, t: Training, edges: int, room: int = 128 << 20) -> float:
     """Bytes the fused head keeps on a CPU in bfloat16, within `room` (`appo._kernels.linear_logprob.op`); none elsewhere."""
     if t.dtype != "bfloat16":
         return 0.0
@@ -246,14 +183,14 @@ def head_kept(shape: Shape, t: Training, edges: int, room: int = 128 << 20) -> f
     return float(min(whole, room)) if whole <= 2 * room else 0.0
 
 
-def bucket(shape: Shape, t: Training) -> float:
+def bucket(shape: ModelShape, t: Training) -> float:
     """Bytes of the float32 buffer that gradients are summed in, which DeepSpeed also makes for one rank."""
     if t.zero_stage == 0 or (t.zero_stage == 1 and t.dtype == "bfloat16" and t.offload == "none"):
         return 0.0
     return 4.0 * min(BUCKET, sum(adapters(shape, t) if t.lora_r else shape.tensors()))
 
 
-def exchanged(shape: Shape, t: Training) -> float:
+def exchanged(shape: ModelShape, t: Training) -> float:
     """Bytes for talking to other ranks: `bucket`, and from two ranks on the largest gradient before it is divided and,
     under ZeRO-3, the weights that are whole at a time."""
     buffer = bucket(shape, t)
@@ -267,13 +204,13 @@ def exchanged(shape: Shape, t: Training) -> float:
 # -- the engine ----------------------------------------------------------------------------------------------------
 
 
-def packed(shape: Shape, dtype: str) -> int:
+def packed(shape: ModelShape, dtype: str) -> int:
     """Bytes of the native engine's second copy, laid out for the CPU: linear layers and head, without padding."""
     layer = sum(a * b for a, b in shape.linears().values())
     return WIDTH[dtype] * (layer * shape.layers + shape.vocab * shape.hidden)
 
 
-def kv_token(shape: Shape, dtype: str) -> int:
+def kv_token(shape: ModelShape, dtype: str) -> int:
     """Bytes of keys and values of one token."""
     return 2 * shape.layers * shape.key * WIDTH[dtype]
 
@@ -298,7 +235,13 @@ def training_of(cfg: Config, world: int, gpu: bool) -> Training:
 
 
 def estimate(
-    shape: Shape, cfg: Config, algo: Algorithm, world: int = 1, *, context: int, gpu: bool = False
+    shape: ModelShape,
+    cfg: Config,
+    algo: Algorithm,
+    world: int = 1,
+    *,
+    context: int,
+    gpu: bool = False,
 ) -> list[Row]:
     """The large tensors of one rank when everything is in use at once, largest possible batch and longest rollouts.
 
@@ -338,7 +281,7 @@ def card_row(p: Plan) -> tuple[str, str]:
     import torch
 
     gpu = torch.cuda.is_available()
-    shape = Shape.read(p.source.path)
+    shape = p.shape
     rows = estimate(shape, p.cfg, p.algo, p.ranks, context=p.model.context, gpu=gpu)
     total = sum(r.bytes for r in rows if not (gpu and r.host)) / 2**30
     each = " a rank" if p.ranks > 1 else ""

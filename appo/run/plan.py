@@ -18,8 +18,12 @@ from appo.dist.failures import agree_or_raise
 from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError, ConfigError
 from appo.models.resolve import ModelInfo, ModelSource, check_model_folder, resolve_model
+from appo.models.shape import ModelFamily, ModelShape, own_family, read_shape
 from appo.observability.progress import Console
+from appo.run.user_code import check_graders, describe, import_strings
 from appo.tools.sandbox import choose_level
+from appo.tools.table import tool_specs
+from appo.types import Task
 
 NO_OUTPUT = Path()  # of a plan that writes nothing
 
@@ -38,6 +42,13 @@ class Plan:
     resume: bool
     ranks: int = 1
     machine_ranks: int = 1  # of these on this machine
+    imports: tuple[tuple[str, str], ...] = ()  # (import string, key) of the user's own code
+    family: ModelFamily | None = None  # of the user's own
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes of the model."""
+        return read_shape(self.source.path, self.family)
 
 
 def plan(
@@ -66,7 +77,13 @@ def _plan(
     cfg: Config, console: Console, need_output: bool, ranks: Ranks, folder: Path | None
 ) -> Plan:
     """This rank's plan; `folder` is the one that rank 0 has chosen."""
+    imports = import_strings(cfg)
+    if imports and ranks.main:  # told before anything of it runs
+        console.note(f"imports: {describe(imports)}")
     algo = resolve(cfg.algo)
+    family = own_family(cfg.model.family)
+    tool_specs(cfg.tools)
+    imports += check_graders(cfg, _probe_tasks(cfg))
     threads = cfg.threads or max(1, usable_cores() // ranks.local_world)
     output = NO_OUTPUT
     if need_output:
@@ -74,10 +91,11 @@ def _plan(
     level = "none"
     if "python" in cfg.tools.enabled:
         level = choose_level(cfg.tools.python.level, cfg.tools.python.allow_unsafe).level
-    _probe_tasks(cfg)
     cached = ranks.local_rank > 0
-    source = resolve_model(cfg.model.name, offline=cfg.model.offline or cached, log=console.note)
-    info = check_model_folder(source.path)
+    source = resolve_model(
+        cfg.model.name, offline=cfg.model.offline or cached, log=console.note, family=family
+    )
+    info = check_model_folder(source.path, family)
     lora = cfg.learner.lora.layers
     if cfg.learner.mode == "lora" and lora is not None and not 1 <= lora <= info.layers:
         raise ConfigError(
@@ -85,7 +103,8 @@ def _plan(
         )
     _check_engine(cfg, algo)
     return Plan(
-        cfg, algo, source, info, level, threads, output, cfg.resume is not None, ranks.world, ranks.local_world
+        cfg, algo, source, info, level, threads, output, cfg.resume is not None, ranks.world, ranks.local_world,
+        tuple(imports), family,
     )  # fmt: skip
 
 
@@ -93,6 +112,11 @@ def _check_engine(cfg: Config, algo: Algorithm) -> None:
     """vLLM is there if it is asked for, and says enough for what the algorithm does with it."""
     if cfg.rollout.engine != "vllm":
         return
+    if cfg.model.family is not None:
+        raise ConfigError(
+            f"model.family is {cfg.model.family} and rollout.engine is vllm, which runs the families it knows itself; "
+            "use rollout.engine=native"
+        )
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "rollout.engine is vllm, which is not installed: pip install 'appo[vllm]' (on a CPU see docs/vllm.md), or use "
@@ -148,10 +172,9 @@ def _shared_folder(folder: Path, ranks: Ranks) -> Path:
     return folder
 
 
-def _probe_tasks(cfg: Config) -> None:
+def _probe_tasks(cfg: Config) -> list[Task]:
     """Draw one task of each split: unknown names, empty or unreadable files show here."""
-    for split in ("train", "eval"):
-        tasks_of(cfg, split)[0]
+    return [tasks_of(cfg, "train")[0], tasks_of(cfg, "eval")[0]]
 
 
 def tasks_of(cfg: Config, split: Literal["train", "eval"]) -> TaskStream:
@@ -166,5 +189,5 @@ def tasks_of(cfg: Config, split: Literal["train", "eval"]) -> TaskStream:
         seed=cfg.seed,
         size=size,
         params=params,
-        tools=tuple(cfg.tools.enabled),
+        tools=tuple(tool_specs(cfg.tools)),
     )

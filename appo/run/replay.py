@@ -23,6 +23,7 @@ from appo.dist.failures import agree_or_raise, fail_together
 from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError, ConfigError, DataError
 from appo.models.resolve import check_model_folder, resolve_model
+from appo.models.shape import own_family
 from appo.observability.metrics import read_metrics
 from appo.observability.progress import Console
 from appo.rollout.store import TREES, read_step
@@ -231,11 +232,14 @@ def _same_trees(
 
 def _plan(cfg: Config, ranks: Ranks, console: Console) -> Plan:
     """A plan of learning alone: data, tools and engine need not be there, and nothing is written into the run."""
-    source = resolve_model(cfg.model.name, offline=cfg.model.offline, log=console.note)
+    family = own_family(cfg.model.family)
+    source = resolve_model(
+        cfg.model.name, offline=cfg.model.offline, log=console.note, family=family
+    )
     return Plan(
-        cfg, resolve(cfg.algo), source, check_model_folder(source.path), tool_level="none",
+        cfg, resolve(cfg.algo), source, check_model_folder(source.path, family), tool_level="none",
         threads=cfg.threads or max(1, usable_cores() // ranks.local_world), output=Path(tempfile.gettempdir()),
-        resume=False, ranks=ranks.world, machine_ranks=ranks.local_world,
+        resume=False, ranks=ranks.world, machine_ranks=ranks.local_world, family=family,
     )  # fmt: skip
 
 

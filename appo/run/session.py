@@ -6,9 +6,10 @@ need; `make_learner` and `make_trainer` add what learning needs, which `appo.run
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 from appo.config import Config, run_context
 from appo.data.prompts import PromptBuilder, encode_plain, result_text
@@ -17,6 +18,8 @@ from appo.errors import ConfigError
 from appo.models.resolve import load_tokenizer
 from appo.observability.progress import Console
 from appo.run.plan import Plan, tasks_of
+from appo.tools.base import ToolSpec
+from appo.tools.table import TOOLS, tool_specs
 from appo.types import RolloutTree, Task
 
 
@@ -40,7 +43,11 @@ def make_engine(p: Plan) -> Any:
     from appo.rollout.native import NativeEngine
 
     return NativeEngine(
-        p.source.path, deterministic=p.cfg.deterministic, kv_tokens=r.kv_tokens, **common
+        p.source.path,
+        deterministic=p.cfg.deterministic,
+        kv_tokens=r.kv_tokens,
+        family=p.family,
+        **common,
     )
 
 
@@ -50,7 +57,12 @@ def make_learner(p: Plan, ranks: Ranks | None = None) -> Any:
 
     context = run_context(p.cfg, p.threads, str(p.output))
     return Learner(
-        p.source.path, p.cfg.learner, seed=p.cfg.seed, ranks=ranks or Ranks(), context=context
+        p.source.path,
+        p.cfg.learner,
+        seed=p.cfg.seed,
+        ranks=ranks or Ranks(),
+        context=context,
+        family=p.family,
     )
 
 
@@ -121,10 +133,16 @@ class Session:
                 f"rollout.max_new_tokens={cfg.rollout.max_new_tokens} leaves no room for a prompt in a context of "
                 f"{self.engine.max_context} tokens; lower it"
             )
+        specs = _tool_specs(p)
         self.builder = PromptBuilder(
-            self.tokenizer, cfg.data.system, cfg.data.example, max_prompt_tokens=room
+            self.tokenizer,
+            cfg.data.system,
+            cfg.data.example,
+            max_prompt_tokens=room,
+            tools=specs,
         )
-        self.pool = ToolPool(_tools(p), workers=cfg.tools.workers, timeout_s=cfg.tools.timeout_s)
+        tools = {name: spec.make() for name, spec in specs.items()}
+        self.pool = ToolPool(tools, workers=cfg.tools.workers, timeout_s=cfg.tools.timeout_s)
         self._stack.callback(self.pool.close)
         self.graders = GraderPool(workers=cfg.reward.workers, timeout_s=cfg.reward.timeout_s)
         self._stack.callback(self.graders.close)
@@ -140,7 +158,7 @@ class Session:
             max_new_tokens=cfg.rollout.max_new_tokens,
             max_tool_calls=cfg.rollout.max_tool_calls,
             temperature=temperature,
-            tools=tuple(cfg.tools.enabled),
+            tools=tuple(tool_specs(cfg.tools)),
         )
         return Rollouts(
             self.engine,
@@ -224,7 +242,9 @@ def check_pool(cfg: Config, prompt: int, frame: int, context: int) -> None:
     limit, r = cfg.rollout.kv_tokens, cfg.rollout
     if limit is None:
         return
-    results = r.max_tool_calls * (cfg.tools.python.max_chars + frame) if cfg.tools.enabled else 0
+    outputs = {name: spec.max_chars for name, spec in tool_specs(cfg.tools).items()}
+    longest = max(outputs, key=lambda name: outputs[name], default="")
+    results = r.max_tool_calls * (outputs[longest] + frame) if outputs else 0
     need = min(prompt + r.max_new_tokens + results, context)
     blocks = -(-need // BLOCK) + 3
     if limit // BLOCK < blocks:
@@ -232,19 +252,18 @@ def check_pool(cfg: Config, prompt: int, frame: int, context: int) -> None:
             f"rollout.kv_tokens is {limit}, but one rollout may need {blocks * BLOCK}: {need} for the longest prompt "
             f"({prompt}), rollout.max_new_tokens={r.max_new_tokens} and rollout.max_tool_calls={r.max_tool_calls} results "
             f"({results}) in a context of {context}, and blocks of {BLOCK} that are not full; use "
-            f"rollout.kv_tokens={blocks * BLOCK} or more, or lower tools.python.max_chars or rollout.max_new_tokens"
+            f"rollout.kv_tokens={blocks * BLOCK} or more, or lower {_max_chars_of(longest)} or rollout.max_new_tokens"
         )
 
 
-def _tools(p: Plan) -> dict[str, Any]:
-    from appo.tools.python import PythonTool
-    from appo.tools.sandbox import SandboxLimits
+def _max_chars_of(tool: str) -> str:
+    """Where the user sets how long the output of a tool is."""
+    return f"tools.{tool}.max_chars" if tool in TOOLS else f"max_chars of the tool {tool}"
 
-    out: dict[str, Any] = {}
-    t = p.cfg.tools.python
-    for name in p.cfg.tools.enabled:
-        if name != "python":
-            raise ConfigError(f"tools.enabled: {name!r} is not available; this version has: python")
-        limits = SandboxLimits(wall_s=t.wall_s, cpu_s=t.cpu_s, memory_mb=t.memory_mb)
-        out[name] = PythonTool(p.tool_level, t.allow_unsafe, limits=limits, max_chars=t.max_chars)
-    return out
+
+def _tool_specs(p: Plan) -> dict[str, ToolSpec]:
+    """The enabled tools, with the sandbox level that the plan has found to work."""
+    cfg, python = p.cfg.tools, p.cfg.tools.python
+    if "python" in cfg.enabled:
+        python = dataclasses.replace(python, level=cast(Any, p.tool_level))
+    return tool_specs(dataclasses.replace(cfg, python=python))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from appo.run.memory import card_row
 from appo.run.plan import NO_OUTPUT, Plan
+from appo.run.user_code import describe
+from appo.tools.table import tool_specs
 
 
 def card_rows(p: Plan) -> list[tuple[str, str]]:
@@ -30,7 +32,8 @@ def card_rows(p: Plan) -> list[tuple[str, str]]:
         ("limits", f"{cfg.rollout.max_new_tokens} sampled tokens and {cfg.rollout.max_tool_calls} tool calls a rollout"),
         ("learner", f"{learner}, lr {cfg.learner.lr:g}, ZeRO stage {cfg.learner.zero_stage}"),
         card_row(p),
-        ("tools", f"{', '.join(cfg.tools.enabled) or 'none'}; sandbox level: {p.tool_level}"),
+        ("tools", f"{', '.join(tool_specs(cfg.tools)) or 'none'}; sandbox level: {p.tool_level}"),
+        *([("imports", describe(list(p.imports)))] if p.imports else []),
         *_rank_rows(p, size),
         ("threads", f"{p.threads}{' per rank' if p.ranks > 1 else ''}{' · deterministic mode' if cfg.deterministic else ''}"),
         *([("output", str(p.output))] if p.output != NO_OUTPUT else []),

@@ -11,14 +11,15 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from appo.errors import ConfigError, ToolError
 from appo.tools.base import Tool, ToolResult
-from appo.tools.escape import escape_tags
+from appo.tools.escape import escape_tags, shorten
 
 Key = Any  # hashable; sortable for wait_all
+ERROR_CHARS = 512  # of what the model reads of an exception
 
 
 @dataclass(eq=False)
@@ -218,19 +219,25 @@ class ToolPool:
                 call.started, call.thread = time.monotonic(), me
                 self._queued_s += call.started - call.submitted
                 self._changed.notify_all()  # a waiting caller has a new deadline to look at
-            result = _guarded(self.tools[call.tool], call.argument)
+            result = _guarded(self.tools[call.tool], call.argument, tuple(self.tools))
             with self._changed:
                 self._finish(call, result)
 
 
-def _guarded(tool: Tool, argument: str) -> ToolResult:
-    """The result of one call; a tool that raises has failed with kind "crash", or with the kind of its ToolError."""
+def _guarded(tool: Tool, argument: str, tags: tuple[str, ...]) -> ToolResult:
+    """The result of one call, with the tags of all tools escaped.
+
+    A tool that raises has failed with kind "crash", or with the kind of its ToolError.
+    """
     started = time.monotonic()
     try:
-        return tool(argument)
+        result = tool(argument)
+        return replace(result, output=escape_tags(result.output, tags))
     except (
-        Exception
-    ) as error:  # a tool of the user may raise anything, and one call must not end the run
+        Exception,
+        SystemExit,
+    ) as error:  # a tool of the user may raise anything: one call fails
         kind = error.kind if isinstance(error, ToolError) else "crash"
         text = f"the {tool.name} tool failed: {type(error).__name__}: {error}"
-        return ToolResult(escape_tags(text), False, time.monotonic() - started, kind)
+        text, cut = shorten(escape_tags(text, tags), ERROR_CHARS)
+        return ToolResult(text, False, time.monotonic() - started, kind, cut)

@@ -10,16 +10,16 @@ import re
 import textwrap
 import time
 
+from appo.config import ToolsConfig
 from appo.errors import ToolError
-from appo.tools.base import ToolResult
-from appo.tools.escape import escape_tags
+from appo.tools.base import ToolResult, ToolSpec
+from appo.tools.escape import escape_tags, shorten
 from appo.tools.sandbox import SandboxLimits, SandboxResult, choose_level, run_python
 from appo.tools.sandbox.remote import run_remote
 
 _FENCE = re.compile(
     r"^\s*```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*$", re.DOTALL | re.IGNORECASE
 )
-CUT = " … [{n} characters cut] … "
 
 WHY = {  # what the model reads when a limit ended its program
     "wall": "TimeoutError: stopped after {wall_s:g} s",
@@ -42,7 +42,19 @@ class PythonTool:
     """
 
     name = "python"
-    description = "Run Python code (standard library only, no network) and read what it prints."
+    description = (
+        "You may run Python code: write it between <python> and </python>, and what it prints comes back between "
+        "<result> and </result>."
+    )
+    example = (
+        {"role": "user", "content": "What is 17*24-9?"},
+        {
+            "role": "assistant",
+            "content": (
+                "Let me compute that.\n<python>print(17*24-9)</python>\n<result>399</result>\n<answer>399</answer>"
+            ),
+        },
+    )
 
     def __init__(
         self,
@@ -91,6 +103,17 @@ class PythonTool:
         """Nothing is kept open between calls."""
 
 
+def python_spec(cfg: ToolsConfig) -> ToolSpec:
+    """The python tool as `tools.python.*` has it; the sandbox is chosen when the tool is made."""
+    c = cfg.python
+
+    def make() -> PythonTool:
+        limits = SandboxLimits(wall_s=c.wall_s, cpu_s=c.cpu_s, memory_mb=c.memory_mb)
+        return PythonTool(c.level, c.allow_unsafe, limits=limits, max_chars=c.max_chars)
+
+    return ToolSpec(PythonTool.name, PythonTool.description, c.max_chars, make, PythonTool.example)
+
+
 def clean(argument: str) -> str:
     """The program in what the model wrote: without Markdown fence and common indentation.
 
@@ -114,13 +137,3 @@ def last_error(result: SandboxResult) -> str:
     if result.exit < 0:
         return f"the program was killed by signal {-result.exit}"
     return lines[-1] or f"the program ended with exit status {result.exit}"
-
-
-def shorten(text: str, most: int) -> tuple[str, bool]:
-    """`text` within `most` characters, the middle cut out with a marker that counts; and whether it was cut."""
-    if len(text) <= most:
-        return text, False
-    marker = CUT.format(n=len(text) - most)
-    room = max(0, most - len(marker))
-    head, tail = (room + 1) // 2, room // 2
-    return text[:head] + marker[: most - room] + text[len(text) - tail :], True

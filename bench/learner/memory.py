@@ -33,10 +33,11 @@ from appo.config import LearnerConfig, LoraConfig, RunContext
 from appo.learner import Learner
 from appo.learner import policy as forward
 from appo.learner.policy import Policy, load_model
+from appo.models.shape import read_shape
 from appo.packing.pack import PackedBatch, pack_sequences
 from appo.rollout.native import NativeEngine
 from appo.run import memory
-from appo.run.memory import Shape, Training
+from appo.run.memory import Training
 from appo.types import Counts
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the checkout, for `bench`
@@ -163,7 +164,7 @@ def state_checks(folder: Path, family: str, dtype: str, settings: LearnerConfig)
     everything = sum(n for address, n in found[0].items() if address not in before)
     lora = settings.lora.r if settings.mode == "lora" else 0
     t = Training(dtype, settings.zero_stage, world, settings.offload, lora_r=lora)
-    shape = Shape.read(folder)
+    shape = read_shape(folder)
     want, buffer = memory.state(shape, t), memory.bucket(shape, t)
     if settings.zero_stage == 2 and settings.offload == "none":
         buffer = 0.0  # given back after each micro-batch
@@ -255,7 +256,7 @@ def activation_checks(
     folder: Path, family: str, dtype: str, checkpointing: bool, tokens: int, fused: bool
 ) -> list[Check]:
     t = Training(dtype, checkpointing=checkpointing, fused=fused)
-    shape, batch = Shape.read(folder), stream(tokens)
+    shape, batch = read_shape(folder), stream(tokens)
     with contextlib.ExitStack() as stack:
         if not fused:  # as on a GPU
             stack.enter_context(mock.patch.object(forward, "fuse", lambda lm: lm))
@@ -281,7 +282,7 @@ def activation_checks(
 
 def kv_checks(folder: Path, family: str, dtype: str) -> list[Check]:
     engine = NativeEngine(folder, dtype=dtype)
-    stats, shape = engine.stats(), Shape.read(folder)
+    stats, shape = engine.stats(), read_shape(folder)
     tokens = 16  # of a block of the pool
     measured = float(stats["block_bytes"])
     found = [
@@ -313,7 +314,7 @@ def small_checks(scratch: Path, quick: bool) -> list[Check]:
         out.append(
             Check(
                 f"{family}: parameters",
-                Shape.read(folder).parameters,
+                read_shape(folder).parameters,
                 sum(p.numel() for p in tensors),
                 0.0,
             )
@@ -338,7 +339,7 @@ def table() -> dict[str, dict[str, memory.Row]]:
     for name, config in MODELS.items():
         cfg = appo.load_config(name)
         rows = memory.estimate(
-            Shape.read(config),
+            read_shape(config),
             cfg,
             resolve(cfg.algo),
             WORLD,
@@ -356,7 +357,7 @@ def show(recipes: dict[str, dict[str, memory.Row]], checks: list[Check]) -> None
     sheet = Table(title=f"GB on each of {WORLD} GPUs (computed; h: in host memory)")
     for column in ("", *recipes):
         sheet.add_column(column, justify="left" if not column else "right")
-    parameters = [f"{Shape.read(MODELS[n]).parameters / 1e9:.2f} billion" for n in recipes]
+    parameters = [f"{read_shape(MODELS[n]).parameters / 1e9:.2f} billion" for n in recipes]
     sheet.add_row("parameters", *parameters)
     for name in dict.fromkeys(name for rows in recipes.values() for name in rows):
         found = [rows.get(name) for rows in recipes.values()]
@@ -385,7 +386,7 @@ def show(recipes: dict[str, dict[str, memory.Row]], checks: list[Check]) -> None
 
 def at_start(name: str, rows: dict[str, memory.Row]) -> float:
     """Beside the engine every rank loads the whole model, which ZeRO-3 then divides."""
-    whole = memory.WIDTH["bfloat16"] * Shape.read(MODELS[name]).parameters
+    whole = memory.WIDTH["bfloat16"] * read_shape(MODELS[name]).parameters
     return RESERVE + whole + rows["engine weights"].bytes + rows["KV cache"].bytes
 
 

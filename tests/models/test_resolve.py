@@ -35,6 +35,7 @@ CONFIG = {
     "model_type": "llama",
     "vocab_size": 11,
     "hidden_size": 8,
+    "intermediate_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -446,6 +447,29 @@ def test_bad_format_leaves_only_what_the_tool_earned() -> None:
     config = RewardConfig(bad_format=-1.0, format_bonus=0.5, tool_use=0.25, tool_bonus=0.5)
     assert score_leaf(task(), wrote("42"), 0, Grade(1.0), config)[0] == -1.0
     assert score_leaf(task(), wrote("42"), 3, Grade(1.0), config)[0] == -0.75
+
+
+def test_the_block_of_an_own_tool_is_a_block() -> None:
+    """An answer tag inside a call of a tool that the task may use is part of the call."""
+    spans = wrote("<lookup>what is <answer>1</answer>?</lookup> so <answer>7</answer>")
+    assert format_ok(spans, "full").reason == "2 answer blocks, expected 1"
+    assert format_ok(spans, "full", ("lookup",)).ok
+    item = grade_item(dataclasses.replace(task(), tools=("lookup",)), spans)
+    assert item.answer == "7" and grade_item(task(), spans).answer is None
+    assert (
+        "</lookup> closes nothing"
+        in format_ok(wrote("</lookup><answer>7</answer>"), "full", ("lookup",)).reason
+    )
+
+
+def test_a_grader_for_all_tasks_takes_the_place_of_theirs() -> None:
+    spans = wrote("<answer>7</answer>")
+    config = RewardConfig(grader="exact")
+    assert grade_item(task(), spans).grader == "maths"
+    assert grade_item(task(), spans, config).grader == "exact"
+    assert grade_item(task(), spans, RewardConfig(grader="paper")).answer == "<answer>7</answer>"
+    whole = score_leaf(task(), spans, 0, Grade(-1.0), RewardConfig(grader="paper"))
+    assert whole == (-1.0, {"correct": -1.0, "accuracy": 0.0})
 
 
 def test_a_grading_error_leaves_the_reward_unknown() -> None:

@@ -15,8 +15,9 @@ from appo._kernels.linear_logprob import backend_cpu as linear_cpu
 from appo.algo.resolve import resolve
 from appo.config import load_config
 from appo.learner import zero
+from appo.models.shape import read_shape
 from appo.run import memory
-from appo.run.memory import Shape, Training
+from appo.run.memory import Training
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "learner" / "memory.py"
 
@@ -24,13 +25,13 @@ QWEN = dict(head_dim=128, tie_word_embeddings=False)
 PUBLISHED = {
     "reasoning_7b": (7_615_616_512, QWEN | dict(
         model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, vocab_size=152064)),
+        num_key_value_heads=4, vocab_size=152064, max_position_embeddings=32768)),
     "deepsearch_8b": (8_190_735_360, QWEN | dict(
         model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=151936)),
+        num_key_value_heads=8, vocab_size=151936, max_position_embeddings=40960)),
     "deepsearch_14b": (14_768_307_200, QWEN | dict(
         model_type="qwen3", hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40,
-        num_key_value_heads=8, vocab_size=151936)),
+        num_key_value_heads=8, vocab_size=151936, max_position_embeddings=40960)),
 }  # fmt: skip
 
 
@@ -40,14 +41,14 @@ def test_parameters_are_counted_tensor_by_tensor(name):
     config = cls(**{**SHAPE, **extra})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    shape = Shape.read(config.to_dict())
+    shape = read_shape(config.to_dict())
     assert sorted(shape.tensors()) == sorted(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_the_large_recipes_load_and_fit_eight_gpus(recipe):
     parameters, config = PUBLISHED[recipe]
-    shape, cfg = Shape.read(config), load_config(recipe)
+    shape, cfg = read_shape(config), load_config(recipe)
     assert shape.parameters == parameters
     rows = memory.estimate(shape, cfg, resolve(cfg.algo), 8, context=32768, gpu=True)
     on_gpu = sum(r.bytes for r in rows if not r.host)
@@ -58,7 +59,7 @@ def test_the_large_recipes_load_and_fit_eight_gpus(recipe):
 
 
 def test_what_makes_room_makes_room():
-    shape = Shape.read(PUBLISHED["deepsearch_8b"][1])
+    shape = read_shape(PUBLISHED["deepsearch_8b"][1])
     base = Training(zero_stage=3, world=8)
     state = memory.state(shape, base)
     assert memory.state(shape, dataclasses.replace(base, world=16)).total < 0.51 * state.total
@@ -81,7 +82,7 @@ def test_what_makes_room_makes_room():
 
 def test_settings_that_are_repeated_here_are_those_of_the_learner():
     assert (memory.BUCKET, memory.KEPT_WHOLE) == (zero.BUCKET, zero.KEPT_WHOLE)
-    shape = dataclasses.replace(Shape.read(PUBLISHED["reasoning_7b"][1]), vocab=5000)
+    shape = dataclasses.replace(read_shape(PUBLISHED["reasoning_7b"][1]), vocab=5000)
     for edges in (10, 3000):
         assert memory.head_kept(shape, Training(), edges) == linear_cpu.kept_bytes(edges, 5000)
     assert memory.head_kept(shape, Training(dtype="float32"), 10) == 0

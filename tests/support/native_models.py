@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from appo.models.shape import ModelShape
 from appo.rollout.native.attention.attention import attend_segments_torch
 from appo.rollout.native.attention.pool import KVPool
 from appo.rollout.native.model.layers import NativeLayers
 from appo.rollout.native.model.model import Model
-from appo.rollout.native.model.weights import DecoderConfig
 from appo.rollout.native.tree.block_list import BLOCK
 from appo.rollout.native.tree.layout import Layout
 from appo.rollout.native.tree.native_tree import make_tree
@@ -32,15 +32,15 @@ SHAPES = {
 CONTEXT = 50
 
 
-def config(family: str = "llama", shape: str = "whole", **other) -> DecoderConfig:
+def config(family: str = "llama", shape: str = "whole", **other) -> ModelShape:
     base = dict(
         family="llama", layers=2, vocab=97, eps=1e-5, tied=True, qkv_bias=False, o_bias=False, mlp_bias=False,
         qk_norm=False, max_positions=CONTEXT, rope=dict(rope_type="default", rope_theta=1e4),
     )  # fmt: skip
-    return DecoderConfig(**{**base, **SHAPES[shape], **FAMILIES[family], **other})
+    return ModelShape(**{**base, **SHAPES[shape], **FAMILIES[family], **other})
 
 
-def weights(c: DecoderConfig, seed: int = 0) -> dict[str, Tensor]:
+def weights(c: ModelShape, seed: int = 0) -> dict[str, Tensor]:
     """Random tensors under the names of the model; norms around 1, sums of size 1."""
     generator = torch.Generator().manual_seed(seed)
     out = {}
@@ -53,7 +53,7 @@ def weights(c: DecoderConfig, seed: int = 0) -> dict[str, Tensor]:
     return out
 
 
-def adapters(c: DecoderConfig, rank: int, seed: int = 1) -> dict[str, Tensor]:
+def adapters(c: ModelShape, rank: int, seed: int = 1) -> dict[str, Tensor]:
     """lora_A and lora_B for every linear of every layer, about as large as the weights."""
     generator = torch.Generator().manual_seed(seed)
     out = {}
@@ -67,7 +67,7 @@ def adapters(c: DecoderConfig, rank: int, seed: int = 1) -> dict[str, Tensor]:
 
 
 def model(
-    c: DecoderConfig, tensors: dict[str, Tensor], dtype=FLOATS, runner="native", **layers
+    c: ModelShape, tensors: dict[str, Tensor], dtype=FLOATS, runner="native", **layers
 ) -> Model:
     m = Model(c, dtype, torch.device("cpu"), CONTEXT, runner=runner)
     if layers:
@@ -198,7 +198,7 @@ def errors(forest: Forest) -> float:
     return error(found, torch.stack([exact[ids] for ids in keys]))
 
 
-def alone(c: DecoderConfig, rows: int, seed: int = 2) -> tuple[Layout, KVPool]:
+def alone(c: ModelShape, rows: int, seed: int = 2) -> tuple[Layout, KVPool]:
     """Rows at random positions that read nothing but themselves, so that attention returns their
     own values.
     """

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 
 from appo.errors import EngineError, ModelError, StaleWeightsError
+from appo.models.shape import ModelFamily
 from appo.rollout.engine import SamplingParams, Scored, SequenceStopped
 from appo.rollout.native.checks import (
     DTYPES,
@@ -74,6 +75,7 @@ class NativeEngine:
     runner          what runs the layers: "native" (C++), "torch", "device" (Triton; for
                     device="cuda"), or "auto": C++ on a CPU that can
     record          write the event log to this file, for `replay.replay`
+    family          of the model, where it is a user's own
     """
 
     # load_weights takes `<module>.lora_A` and `.lora_B` beside Hugging Face names
@@ -95,11 +97,12 @@ class NativeEngine:
         fp32_logits: bool = True,
         runner: Literal["auto", "torch", "native", "device"] = "auto",
         record: Path | str | None = None,
+        family: ModelFamily | None = None,
     ):
         """Load a Hugging Face folder (config.json + safetensors)."""
         start = time.perf_counter()
         check_settings(dtype, max_batch, prefill_chunk, kv_tokens)
-        self.config = config = read_config(model_dir)
+        self.config = config = read_config(model_dir, family)
         self.max_context = max_context or config.max_positions
         check_context(self.max_context, config.max_positions)
         self.policy_version, self.deterministic = policy_version, deterministic

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from appo.errors import EngineError
+from appo.models.shape import read_shape
 from appo.rollout.engine import SamplingParams, Scored, SequenceStopped
 from appo.rollout.submission import ReentrancyGuard, checked_ids
 from appo.rollout.vllm.decoding import Decoder
@@ -31,7 +32,6 @@ from appo.rollout.vllm.start import (
     llm_arguments,
     load_api,
     prepare_environment,
-    read_limits,
     undisturbed,
 )
 from appo.rollout.vllm.weights import Checkpoint, WeightLoader
@@ -70,12 +70,12 @@ class VLLMEngine:
             if value < 1:
                 raise EngineError(f"{name}={value}: must be at least 1")
         start = time.perf_counter()
-        limits = read_limits(model_dir)
-        self.max_context = max_context or limits.positions - 1
-        if not 2 <= self.max_context < limits.positions:
+        shape = read_shape(model_dir)
+        self.max_context = max_context or shape.max_positions - 1
+        if not 2 <= self.max_context < shape.max_positions:
             raise EngineError(
-                f"max_context={max_context}: the model has {limits.positions} positions and vLLM needs one beyond the "
-                f"longest sequence; use 2 … {limits.positions - 1}"
+                f"max_context={max_context}: the model has {shape.max_positions} positions and vLLM needs one beyond the "
+                f"longest sequence; use 2 … {shape.max_positions - 1}"
             )
         self.weights = WeightLoader(Checkpoint(model_dir), in_process)
         prepare_environment(in_process)
@@ -86,8 +86,8 @@ class VLLMEngine:
                 statistics=statistics, cpu=api.cpu, block=block_size(api.cpu, block), kv_bytes=kv_bytes,
             )  # fmt: skip
             self.llm = api.LLM(**(arguments | llm))
-        self.vocab, self.statistics, self.policy_version = limits.vocab, statistics, policy_version
-        self.decoder = Decoder(api, self.llm, statistics, limits.vocab)
+        self.vocab, self.statistics, self.policy_version = shape.vocab, statistics, policy_version
+        self.decoder = Decoder(api, self.llm, statistics, shape.vocab)
         self.sequences = Sequences()
         self._guard = ReentrancyGuard()
         self._loads = 0

@@ -9,7 +9,6 @@ what.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import random
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from appo.errors import EngineError, ModelError
+from appo.errors import EngineError
 
 Statistics = Literal["exact", "full", "top"]
 STATISTICS = ("exact", "full", "top")
@@ -53,28 +52,6 @@ def load_api() -> Api:
         return Api(vllm.LLM, vllm.SamplingParams, vllm.TokensPrompt, kinds.DELTA, platform.is_cpu())
     except (ImportError, AttributeError, RuntimeError, OSError) as e:
         raise EngineError(MISSING.format(why=f"{type(e).__name__}: {e}")) from e
-
-
-class ModelLimits(NamedTuple):
-    """What the engine itself needs to know of a model."""
-
-    vocab: int
-    positions: int
-
-
-def read_limits(model_dir: Path) -> ModelLimits:
-    """Vocabulary and positions from config.json, in the text part where a model has several."""
-    path = Path(model_dir) / "config.json"
-    if not path.is_file():
-        raise ModelError(
-            f"model_dir={str(model_dir)!r}: no config.json there; give a local model folder"
-        )
-    raw = json.loads(path.read_text())
-    raw = raw.get("text_config") or raw
-    try:
-        return ModelLimits(int(raw["vocab_size"]), int(raw["max_position_embeddings"]))
-    except KeyError as e:
-        raise ModelError(f"{path}: {e} is missing") from e
 
 
 def prepare_environment(in_process: bool) -> None:

@@ -28,7 +28,7 @@ class SandboxLimits:
     """
 
     wall_s: float = 5.0
-    cpu_s: int = 5
+    cpu_s: float = 5
     memory_mb: int = 512
     output_bytes: int = 65536
     file_mb: int = 16

@@ -32,7 +32,17 @@ def table(seed):
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "config.json").write_text(
-        json.dumps(dict(vocab_size=VOCAB, max_position_embeddings=256))
+        json.dumps(
+            dict(
+                model_type="llama",
+                vocab_size=VOCAB,
+                max_position_embeddings=256,
+                hidden_size=WIDTH,
+                intermediate_size=WIDTH,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+            )
+        )
     )
     save_file({EMBED: table(0)}, tmp_path / "model.safetensors")
     return tmp_path

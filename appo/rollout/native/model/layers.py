@@ -21,10 +21,10 @@ from torch import Tensor
 from appo._kernels.common import native
 from appo._kernels.linear_logprob import backend_cpu as linear_cpu
 from appo.errors import EngineError
+from appo.models.shape import ModelShape
 from appo.rollout.native.attention.pool import MAX_HEAD_DIM, KVPool, available
 from appo.rollout.native.model.head import NativeHead
 from appo.rollout.native.model.linear import Layer, Linear, Weights
-from appo.rollout.native.model.weights import DecoderConfig
 from appo.rollout.native.tree.layout import Layout
 
 RUNNERS = ("auto", "torch", "native")
@@ -32,7 +32,7 @@ PARTS = ("qkv", "o", "gate_up", "down")
 
 
 def choose(
-    runner: str, config: DecoderConfig, dtype: torch.dtype, device: torch.device
+    runner: str, config: ModelShape, dtype: torch.dtype, device: torch.device
 ) -> NativeLayers | None:
     """What runs the layers: None is PyTorch. "auto" takes C++ where it can run.
 
@@ -50,7 +50,7 @@ def choose(
     return None
 
 
-def unavailable(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+def unavailable(config: ModelShape, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the C++ layers cannot run such a model here; None if they can."""
     if device.type != "cpu":
         return f"the model is on {device}, the C++ layers run on the CPU"
@@ -77,7 +77,7 @@ class NativeLayers:
     """
 
     def __init__(
-        self, config: DecoderConfig, dtype: torch.dtype, isa: str = "", threads: int | None = None
+        self, config: ModelShape, dtype: torch.dtype, isa: str = "", threads: int | None = None
     ):
         c = self.config = config
         self.dtype, self.threads = dtype, threads
@@ -102,11 +102,13 @@ class NativeLayers:
         """
         start = time.perf_counter()
         names = model.targets if not self._packed else changed
-        parts = {name.split(".")[2] if name.startswith("model.layers.") else name for name in names}
+        tensor = self.config.tensor
+        at = tensor("model.layers") + "."
+        parts = {n.removeprefix(at).split(".")[0] if n.startswith(at) else n for n in names}
         for i, layer in enumerate(model.layers):
             if str(i) in parts:
                 self._pack_layer(i, layer)
-        if parts & {"lm_head.weight", "model.embed_tokens.weight"}:
+        if parts & {tensor("lm_head.weight"), tensor("model.embed_tokens.weight")}:
             self.head.pack(model.head.weight)
         self._packed = True
         self.pack_seconds = time.perf_counter() - start

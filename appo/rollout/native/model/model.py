@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from appo.errors import ModelError
+from appo.models.shape import ModelShape
 from appo.rollout.native.model import layers as native_layers
 from appo.rollout.native.model.adapters import Adapters
 from appo.rollout.native.model.linear import Layer, Linear, Slice, Target
-from appo.rollout.native.model.weights import DecoderConfig, inverse_frequencies
+from appo.rollout.native.model.weights import inverse_frequencies
 from appo.rollout.native.sampling.definition import Sampled, SamplingRows
 
 # attention(layer, q[M,Hq,D], k[M,Hkv,D], v[M,Hkv,D]) -> [M, Hq*D]
@@ -43,7 +44,7 @@ class Model:
 
     def __init__(
         self,
-        config: DecoderConfig,
+        config: ModelShape,
         dtype: torch.dtype,
         device: torch.device,
         max_context: int,
@@ -96,12 +97,13 @@ class Model:
         """
         pairs: list[tuple[str, Tensor]] = []
         adapters = Adapters()
+        lm_head, embed = map(self.config.tensor, ("lm_head.weight", "model.embed_tokens.weight"))
         for name, value in named_tensors:
             if adapters.take(name, value):
                 continue
-            if name == "lm_head.weight" and self.config.tied:
+            if name == lm_head and self.config.tied:
                 # a tied model's state_dict names the same tensor twice
-                name = "model.embed_tokens.weight"
+                name = embed
             if name.endswith("rotary_emb.inv_freq"):
                 continue
             tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
@@ -189,17 +191,17 @@ class Model:
 
 
 def _targets(m: Model) -> dict[str, Target]:
-    """Hugging Face name -> place, for every tensor of the model."""
+    """Name in the checkpoint -> place, for every tensor of the model. Written here as Llama has them."""
     c = m.config
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     out: dict[str, Target] = {}
 
     def put(name: str, into: Tensor, heads: int = 0, shape: tuple[int, ...] | None = None) -> None:
-        out[name] = Target(into, shape or tuple(into.shape), heads)
+        out[c.tensor(name)] = Target(into, shape or tuple(into.shape), heads)
 
     def put_linear(name: str, linear: Linear, a: int, b: int, heads: int = 0) -> None:
         put(f"{name}.weight", linear.weight[a:b], heads)
-        m.slices[name] = Slice(linear, a, b, heads)
+        m.slices[c.tensor(name)] = Slice(linear, a, b, heads)
         if linear.bias is not None:
             put(f"{name}.bias", linear.bias[a:b], heads)
 

@@ -84,7 +84,7 @@ def test_settings_that_are_repeated_here_are_those_of_the_learner():
     assert (memory.BUCKET, memory.KEPT_WHOLE) == (zero.BUCKET, zero.KEPT_WHOLE)
     shape = dataclasses.replace(read_shape(PUBLISHED["reasoning_7b"][1]), vocab=5000)
     for edges in (10, 3000):
-        assert memory.head_kept(shape, Training(), edges) == linear_cpu.kept_bytes(edges, 5000)
+        assert memory.head_kept(shape, Training(), edges) == linear_cpu.cache_bytes(edges, 5000)
     assert memory.head_kept(shape, Training(dtype="float32"), 10) == 0
     assert memory.head_kept(shape, Training(), 10**6) == 0  # less than half would fit
 

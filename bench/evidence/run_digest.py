@@ -30,6 +30,7 @@ RENAMED = {
     "policy/kl_anchor": "policy/kl_old_logp",
     "policy/log_ratio_behaviour": "policy/log_ratio_behavior",
     "branch/omega_flat": "branch/omega_uninformative",
+    "time/anchors": "time/old_logprobs",
     "anchor": "old_logp",  # of a node in trees.jsonl
     "flat": "omega_uninformative",  # of a prompt's roots and of a branch point in branches.jsonl
 }

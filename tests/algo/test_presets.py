@@ -92,7 +92,7 @@ def test_a_function_that_makes_one_will_do(own):
 @pytest.mark.parametrize(
     ("attribute", "words"),
     [
-        ("MINF", r"has no attribute 'MINF' \, did you mean 'MINE'.*expected: an appo.algo.algorithm.Algorithm"),
+        ("MINF", r"has no attribute 'MINF', did you mean 'MINE'.*expected: an appo.algo.algorithm.Algorithm"),
         ("NUMBER", "is of type int.*expected: an appo.algo.algorithm.Algorithm, or a function"),
         ("rule", r"has the signature \(tree, graded, algo\).*expected: an appo.algo"),
         ("wrong", "returned a str; expected"),

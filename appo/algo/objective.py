@@ -19,8 +19,13 @@ from appo.types import Counts
 class TokenStats(Protocol):
     """Current-policy statistics per edge: logp[E], entropy[E], both float32 and differentiable."""
 
-    logp: Tensor
-    entropy: Tensor
+    @property
+    def logp(self) -> Tensor:
+        """[E] float32"""
+
+    @property
+    def entropy(self) -> Tensor:
+        """[E] float32"""
 
 
 class LossRows(Protocol):

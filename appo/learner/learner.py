@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from appo.models.shape import ModelFamily
 from appo.packing.pack import PackedBatch, pack_sequences
 from appo.types import Counts
 
-Metrics = dict[str, tuple[float | Tensor, float | Tensor]]  # name → (sum, count)
+Metrics = Mapping[str, tuple[float | Tensor, float | Tensor]]  # name → (sum, count)
 LossFunction = Callable[[LogProbEntropy, PackedBatch, Counts], tuple[Tensor, Metrics]]
 
 

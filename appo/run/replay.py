@@ -27,8 +27,8 @@ from appo.models.shape import own_family
 from appo.observability.metrics import read_metrics
 from appo.observability.progress import Console
 from appo.rollout.store import TREES, read_step
+from appo.run.build import make_learner, make_trainer
 from appo.run.plan import Plan, usable_cores
-from appo.run.session import make_learner, make_trainer
 from appo.types import RolloutTree
 
 # How far a number may be from the recorded one where sums are taken in another order: |Δ| ≤ CLOSE · max(1, |recorded|).

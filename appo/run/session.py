@@ -1,7 +1,7 @@
-"""Where the parts are put together: a checked plan → engine, rollouts, graders, learner, trainer.
+"""What sampling and grading need, put together from a checked plan: engine, tools, rollouts, graders.
 
-`appo.run.plan` finds every mistake that can be found without loading a model; `Session` loads what sampling and grading
-need; `make_learner` and `make_trainer` add what learning needs, which `appo.run.train` drives.
+`appo.run.plan` finds every mistake that can be found without loading a model; `Session` loads; `appo.run.build`
+adds what learning needs.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from appo.config import Config, run_context
+from appo.config import Config
 from appo.data.prompts import PromptBuilder, encode_plain, result_text
 from appo.dist.ranks import Ranks
 from appo.errors import ConfigError
@@ -22,8 +22,15 @@ from appo.tools.base import ToolSpec
 from appo.tools.table import TOOLS, tool_specs
 from appo.types import RolloutTree, Task
 
+if TYPE_CHECKING:  # it loads torch, and a mistake of the user is found sooner without
+    from appo.rollout.native import NativeEngine
+    from appo.rollout.sampler import Rollouts
+    from appo.rollout.vllm import VLLMEngine
 
-def make_engine(p: Plan) -> Any:
+Level = Literal["auto", "strict", "landlock", "rlimit"]
+
+
+def make_engine(p: Plan) -> NativeEngine | VLLMEngine:
     """The rollout engine of the configuration, with the model loaded."""
     r = p.cfg.rollout
     common: dict[str, Any] = dict(
@@ -49,62 +56,6 @@ def make_engine(p: Plan) -> Any:
         family=p.family,
         **common,
     )
-
-
-def make_learner(p: Plan, ranks: Ranks | None = None) -> Any:
-    """The learner of the configuration, with the base weights loaded. Collective."""
-    from appo.learner.learner import Learner
-
-    context = run_context(p.cfg, p.threads, str(p.output))
-    return Learner(
-        p.source.path,
-        p.cfg.learner,
-        seed=p.cfg.seed,
-        ranks=ranks or Ranks(),
-        context=context,
-        family=p.family,
-    )
-
-
-def make_trainer(
-    p: Plan,
-    learner: Any,
-    ranks: Ranks,
-    *,
-    push: Callable[[int], dict[str, float]],
-    sampler: Any = None,
-    grade: Callable[[Sequence[RolloutTree]], dict[str, float]] | None = None,
-) -> Any:
-    """The step loop of the configuration. Without sampler and grade it can learn from trees that exist (replay)."""
-    from appo.algo.objective import make_objective
-    from appo.trainer.balance import Costs
-    from appo.trainer.trainer import Trainer
-
-    cfg = p.cfg
-    trainer = Trainer(
-        algo=p.algo,
-        sampler=sampler,
-        learner=learner,
-        objective=make_objective(
-            p.algo,
-            entropy_coef=cfg.learner.entropy_coef,
-            version=lambda: trainer.version,
-            old_logp_version=lambda: trainer.old_logp_version,
-            importance_cap=cfg.learner.importance_cap,
-        ),
-        grade=grade,
-        push=push,
-        token_budget=cfg.learner.token_budget,
-        minibatches=cfg.minibatches,
-        score_references=cfg.model.dtype == "bfloat16",
-        keep_all_rows=cfg.learner.entropy_coef != 0,
-        ranks=ranks,
-        staleness=cfg.staleness,
-        old_logprobs=cfg.learner.old_logprobs,
-        threads=p.threads,
-        costs=Costs.of_model(learner.lm.config, learner.parameter_counts()["total"]),
-    )
-    return trainer
 
 
 class Session:
@@ -148,7 +99,7 @@ class Session:
         self._stack.callback(self.graders.close)
         self.rollouts = self.make_rollouts(cfg.rollout.temperature)
 
-    def make_rollouts(self, temperature: float) -> Any:
+    def make_rollouts(self, temperature: float) -> Rollouts:
         """A sampler at a temperature, on the shared engine and tool pool."""
         from appo.rollout.agent import AgentSettings
         from appo.rollout.sampler import Rollouts
@@ -265,5 +216,5 @@ def _tool_specs(p: Plan) -> dict[str, ToolSpec]:
     """The enabled tools, with the sandbox level that the plan has found to work."""
     cfg, python = p.cfg.tools, p.cfg.tools.python
     if "python" in cfg.enabled:
-        python = dataclasses.replace(python, level=cast(Any, p.tool_level))
+        python = dataclasses.replace(python, level=cast(Level, p.tool_level))
     return tool_specs(dataclasses.replace(cfg, python=python))

@@ -24,9 +24,10 @@ from appo.observability.metrics import read_metrics
 from appo.observability.progress import Console
 from appo.observability.watchdog import Watchdog
 from appo.run import resume
+from appo.run.build import make_learner, make_trainer
 from appo.run.log import RunLog, engine_work
 from appo.run.plan import plan, tasks_of
-from appo.run.session import Session, make_learner, make_trainer
+from appo.run.session import Session
 from appo.run.startup_card import card_rows, card_warnings
 from appo.types import RolloutTree, Task
 

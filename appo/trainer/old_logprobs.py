@@ -9,15 +9,17 @@ the business of a weight (`appo.algo.objective`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from appo.packing.pack import node_values, pack
+from appo.trainer.protocols import MinibatchLearner
 from appo.types import Credit, RolloutTree
 
 
-def set_old_logp(trees: Sequence[RolloutTree], learner: Any, token_budget: int) -> None:
+def set_old_logp(
+    trees: Sequence[RolloutTree], learner: MinibatchLearner, token_budget: int
+) -> None:
     """Write `old_logp` on every node that the policy drew on the way to a root's end. One forward, no gradient.
 
     It stands at the node, not at a row: whatever rows are trained later, cut or moved between ranks, a token carries

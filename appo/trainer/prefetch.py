@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError
+from appo.trainer.protocols import T, TreeSampler
 from appo.trainer.step_metrics import StepMetrics
 from appo.types import Task
 
+R = TypeVar("R")
 Progress = Callable[[int], None]  # rollouts that still grow
 
 POLL_S = 0.1  # how often the main thread looks after the other one while it waits
@@ -48,11 +50,11 @@ class Prompt:
 
 
 @dataclass
-class MinibatchShard:
+class MinibatchShard(Generic[T]):
     """This rank's share of a mini-batch: its prompts and the tree rollouts (of the sampler) that belong to them."""
 
     prompts: list[Prompt]
-    tree_rollouts: list[Any]
+    tree_rollouts: list[T]
 
 
 def shard_prompts(
@@ -70,33 +72,33 @@ def shard_prompts(
 
 
 @dataclass
-class RootPrefetcher:
+class RootPrefetcher(Generic[T]):
     """Draws roots, now or beside the learner, and keeps those that wait for their step.
 
-    sampler   see `appo.trainer.trainer.TreeSampler`
+    sampler   see `appo.trainer.protocols.TreeSampler`
     count     roots per prompt
-    score_reference  whether roots that wait for an update are scored with the weights that drew them (`Rollouts.score_reference`)
+    score_reference  whether roots that wait for an update are scored with the weights that drew
+              them (`Rollouts.score_reference`)
     threads   (learner, sampler) while both run; None leaves torch's numbers alone
     """
 
-    sampler: Any
+    sampler: TreeSampler[T]
     count: int
     minibatches: int
     score_reference: bool = False
     threads: tuple[int, int] | None = None
-    waiting: dict[int, list[MinibatchShard]] = field(
-        default_factory=dict
-    )  # step → its mini-batches so far
+    # step → its mini-batches so far
+    waiting: dict[int, list[MinibatchShard[T]]] = field(default_factory=dict)
 
-    def start(self, step: int, prompts: Sequence[Prompt]) -> MinibatchShard:
-        """RootPrefetcher that start to grow at the sampler's next `run`."""
+    def start(self, step: int, prompts: Sequence[Prompt]) -> MinibatchShard[T]:
+        """Roots that start to grow at the sampler's next `run`."""
         start = self.sampler.start
         tree_rollouts = [start(p.task, p.ids, self.count, step, p.copy) for p in prompts]
         return MinibatchShard(list(prompts), tree_rollouts)
 
     def draw(
         self, step: int, parts: Sequence[Sequence[Prompt]], on_progress: Progress
-    ) -> list[MinibatchShard]:
+    ) -> list[MinibatchShard[T]]:
         """Complete roots of some mini-batches, under the weights that the engine has."""
         out = [self.start(step, prompts) for prompts in parts]
         self.sampler.run(on_progress=on_progress)
@@ -109,7 +111,7 @@ class RootPrefetcher:
         """All roots of a coming step, now."""
         self.waiting[step] = self.draw(step, parts, on_progress)
 
-    def take(self, step: int) -> list[MinibatchShard]:
+    def take(self, step: int) -> list[MinibatchShard[T]]:
         """The mini-batches that wait for this step; they wait no longer."""
         parts = self.waiting.pop(step)
         assert len(parts) == self.minibatches, f"step {step}: {len(parts)} mini-batches were drawn"
@@ -119,7 +121,8 @@ class RootPrefetcher:
     def prefetching(
         self, step: int, prompts: Sequence[Prompt], log: StepMetrics, on_progress: Progress
     ) -> Iterator[None]:
-        """RootPrefetcher of one mini-batch of a coming step are drawn while the block runs, and are complete when it is left.
+        """Roots of one mini-batch of a coming step are drawn while the block runs, and are complete
+        when it is left.
 
         What the block raises ends the drawing; what the drawing raises is raised at the end of the block.
         `log` gets the seconds of the drawing ("ahead") and of the wait for it ("rollout").
@@ -175,26 +178,26 @@ class RootPrefetcher:
             part.tree_rollouts.append(tree_rollout)
 
 
-class BackgroundTask(threading.Thread):
+class BackgroundTask(threading.Thread, Generic[R]):
     """Runs a function on a thread of its own. `wait` returns its result, or raises what it raised.
 
     The function gets a callback for its progress and must call it now and then.
     """
 
-    def __init__(self, do: Callable[[Progress], Any], threads: int | None):
+    def __init__(self, do: Callable[[Progress], R], threads: int | None):
         super().__init__(name="appo-roots", daemon=True)  # never keeps the process from ending
         self.seconds = 0.0
         self._do, self._threads = do, threads
         self._left: int | None = None
         self._abandoned = False
-        self._result: Any = None
+        self._result: list[R] = []  # one, when it is there
         self._error: BaseException | None = None
 
     def run(self) -> None:
         log = StepMetrics()
         try:
             with log.clock("all"), _torch_threads(self._threads):
-                self._result = self._do(self._on_progress)
+                self._result = [self._do(self._on_progress)]
         except BaseException as error:  # raised again by `wait`
             self._error = error
         self.seconds = log.seconds["all"]
@@ -204,8 +207,11 @@ class BackgroundTask(threading.Thread):
         if self._abandoned:
             raise InterruptedError("the step that these roots were drawn beside has failed")
 
-    def wait(self, on_progress: Progress) -> Any:
-        """The result; calls on_progress(rollouts left) on the caller's thread whenever there is news. Raises what `do` raised."""
+    def wait(self, on_progress: Progress) -> R:
+        """The result; raises what `do` raised.
+
+        Calls on_progress(rollouts left) on the caller's thread whenever there is news.
+        """
         reported = None
         while self.is_alive():
             self.join(POLL_S)
@@ -214,7 +220,7 @@ class BackgroundTask(threading.Thread):
                 on_progress(reported)
         if self._error is not None:
             raise self._error
-        return self._result
+        return self._result[0]
 
     def abandon(self) -> None:
         """Have the function raise at its next report of progress, and give it some time to get there."""

@@ -1,6 +1,6 @@
 """The step loop, and nothing else: which room is called when, and what is counted and timed on the way.
 
-The trainer is handed its parts (see `appo.run.session`), so it reads as the algorithm does: sample roots; for each mini-batch
+The trainer is handed its parts (see `appo.run.build`), so it reads as the algorithm does: sample roots; for each mini-batch
 score, branch, grade, assign credit, learn, push the new weights; then write down what happened. Numbers are kept as sums
 until the end of the step (`appo.trainer.step_metrics`), roots may be drawn some steps ahead (`appo.trainer.prefetch`).
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Generic, Literal
 
 from appo.algo.algorithm import Algorithm
 from appo.algo.branching import BranchPlan
@@ -22,34 +22,18 @@ from appo.packing.pack import pack
 from appo.packing.sharing import sharing_counts
 from appo.trainer.balance import Costs, balance
 from appo.trainer.old_logprobs import set_old_logp
-from appo.trainer.prefetch import MinibatchShard, RootPrefetcher, shard_prompts, split_threads
+from appo.trainer.prefetch import (
+    MinibatchShard,
+    Prompt,
+    RootPrefetcher,
+    shard_prompts,
+    split_threads,
+)
+from appo.trainer.protocols import MinibatchLearner, T, TreeSampler
 from appo.trainer.step_metrics import StepMetrics, count_branches, count_packing, count_trees
 from appo.types import RolloutTree, Task
 
-
-class TreeSampler(Protocol):
-    """What the trainer needs of rollouts (implemented by `appo.rollout.sampler.Rollouts`)."""
-
-    tool_wait_s: float
-
-    def start(
-        self, task: Task, prompt_ids: Sequence[int], roots: int, step: int, copy: int = 0
-    ) -> Any: ...
-
-    def score_reference(self, tree_rollouts: Sequence[Any]) -> None: ...
-
-    def run(self, on_roots_done: Callable[[Any], None] | None = None,
-            on_progress: Callable[[int], None] | None = None) -> None: ...  # fmt: skip
-
-    def grow_branches(self, tree_rollouts: Sequence[Any], algo: Algorithm) -> list[BranchPlan]: ...
-
-    def release(self, tree_rollout: Any) -> None: ...
-
-    def finish(self, tree_rollouts: Sequence[Any]) -> list[RolloutTree]: ...
-
-    def save(self, tree_rollout: Any) -> dict[str, Any]: ...
-
-    def restore(self, data: dict[str, Any]) -> Any: ...
+Grade = Callable[[Sequence[RolloutTree]], dict[str, float]]  # rewards onto leaves; → counters
 
 
 @dataclass
@@ -64,7 +48,7 @@ class StepResult:
 
 
 @dataclass
-class Trainer:
+class Trainer(Generic[T]):
     """One policy, one sampler, one learner, on each rank. `version` counts optimiser steps that changed the weights.
 
     staleness     steps between the drawing of roots and their training; 0: none, nothing runs beside anything
@@ -76,12 +60,10 @@ class Trainer:
     """
 
     algo: Algorithm
-    sampler: TreeSampler
-    learner: Any  # appo.learner.learner.Learner
+    sampler: TreeSampler[T] | None  # None: it learns from trees that exist (`learn`)
+    learner: MinibatchLearner
     objective: Objective
-    grade: Callable[
-        [Sequence[RolloutTree]], dict[str, float]
-    ]  # writes rewards on leaves, returns counters
+    grade: Grade | None
     push: Callable[[int], dict[str, float]]  # weights → engine under the given version
     token_budget: int
     minibatches: int
@@ -94,9 +76,8 @@ class Trainer:
     ranks: Ranks = field(default_factory=Ranks)
     costs: Costs = field(default_factory=Costs)  # of a packed stream, for even work over ranks
     on_phase: Callable[[str, int, int], None] = lambda name, done, total: None
-    old_logp_version: int | None = (
-        None  # version whose log-probs are the old log-probs; None: the engine's are
-    )
+    # Version whose log-probs are the old log-probs; None: the engine's are.
+    old_logp_version: int | None = None
 
     def __post_init__(self) -> None:
         compares = self.algo.has_branches and self.algo.branch_by == "score"
@@ -105,9 +86,20 @@ class Trainer:
         if self.staleness and self.threads:
             device = getattr(self.learner, "device", None)
             share = split_threads(self.threads, device is None or device.type == "cpu")
-        self.roots = RootPrefetcher(
-            self.sampler, self.algo.roots, self.minibatches, self._score_reference, threads=share
-        )
+        if self.sampler is not None:
+            self.roots = RootPrefetcher(
+                self.sampler,
+                self.algo.roots,
+                self.minibatches,
+                self._score_reference,
+                threads=share,
+            )
+
+    @property
+    def rollouts(self) -> TreeSampler[T]:
+        """The sampler, where there is one."""
+        assert self.sampler is not None, "this trainer learns from trees that exist"
+        return self.sampler
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -119,7 +111,7 @@ class Trainer:
         `tasks` are those of step number + staleness: their roots are drawn here. None if there is no such step. The
         roots of this step were drawn `staleness` steps ago, or by `prefetch`.
         """
-        log, result, waited = StepMetrics(), StepResult(), self.sampler.tool_wait_s
+        log, result, waited = StepMetrics(), StepResult(), self.rollouts.tool_wait_s
         dealt = shard_prompts(tasks, prompts, self.minibatches, self.ranks)
         plans: dict[int, BranchPlan] = {}
         if self.staleness:
@@ -131,6 +123,7 @@ class Trainer:
             trees = self._grow(part, plans, log)
             self.on_phase("reward", 0, len(trees))
             with log.clock("reward"):
+                assert self.grade is not None
                 for name, value in self.grade(trees).items():
                     log.sums.total(name, value)
             prefetching = None
@@ -191,43 +184,47 @@ class Trainer:
         return lambda left: self.on_phase(phase, max(0, prompts * self.algo.roots - left), 0)
 
     def _draw(
-        self, number: int, dealt: Sequence[Any], plans: dict[int, BranchPlan], log: StepMetrics
-    ) -> list[MinibatchShard]:
+        self,
+        number: int,
+        dealt: Sequence[Sequence[Prompt]],
+        plans: dict[int, BranchPlan],
+        log: StepMetrics,
+    ) -> list[MinibatchShard[T]]:
         """RootPrefetcher of all mini-batches. The first is drawn from unmoved weights: its prompts branch as soon as they can."""
         with log.clock("rollout"):
             parts = [self.roots.start(number, prompts) for prompts in dealt]
             first = {id(g) for g in parts[0].tree_rollouts}
 
-            def branch_early(tree_rollout: Any) -> None:
+            def branch_early(tree_rollout: T) -> None:
                 if id(tree_rollout) in first and self.algo.has_branches:
-                    plans[id(tree_rollout)] = self.sampler.grow_branches([tree_rollout], self.algo)[
-                        0
-                    ]
+                    plans[id(tree_rollout)] = self.rollouts.grow_branches(
+                        [tree_rollout], self.algo
+                    )[0]
 
-            self.sampler.run(branch_early, self._on_progress(sum(map(len, dealt))))
+            self.rollouts.run(branch_early, self._on_progress(sum(map(len, dealt))))
         later = [g for part in parts[1:] for g in part.tree_rollouts]
         if self._score_reference and later:
             self.on_phase("score", 0, len(later))
             with log.clock("score"):
-                self.sampler.score_reference(later)
+                self.rollouts.score_reference(later)
         return parts
 
     def _grow(
-        self, part: MinibatchShard, plans: dict[int, BranchPlan], log: StepMetrics
+        self, part: MinibatchShard[T], plans: dict[int, BranchPlan], log: StepMetrics
     ) -> list[RolloutTree]:
         """Branches of this mini-batch with the weights as they are now; → its finished trees."""
         waiting = [g for g in part.tree_rollouts if id(g) not in plans]
         if not self.algo.has_branches:
             for g in waiting:
-                self.sampler.release(g)
+                self.rollouts.release(g)
         elif waiting:
             self.on_phase("score", 0, len(waiting))
             with log.clock("score"):
-                found = self.sampler.grow_branches(waiting, self.algo)
+                found = self.rollouts.grow_branches(waiting, self.algo)
                 plans |= {id(g): plan for g, plan in zip(waiting, found, strict=True)}
             with log.clock("branch"):
-                self.sampler.run(on_progress=lambda left: self.on_phase("branch", 0, left))
-        return self.sampler.finish(part.tree_rollouts)
+                self.rollouts.run(on_progress=lambda left: self.on_phase("branch", 0, left))
+        return self.rollouts.finish(part.tree_rollouts)
 
     # -- learning ------------------------------------------------------------------------------------------------
 
@@ -277,5 +274,5 @@ class Trainer:
         if self.algo.has_branches:
             plans = [p for p in result.plans if p is not None]
             count_branches(log.sums, plans, self.algo.branch_by == "score")
-        log.sums.most("time/tool_wait", self.sampler.tool_wait_s - waited)
+        log.sums.most("time/tool_wait", self.rollouts.tool_wait_s - waited)
         return log.finish(self.ranks) | {"policy/version": self.version}

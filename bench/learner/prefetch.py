@@ -55,8 +55,9 @@ def steps_of(recipe: str, staleness: int, tool_s: float, steps: int) -> list[dic
     from appo.data.tasks import Cursor
     from appo.learner.push_weights import push
     from appo.observability.progress import Console
+    from appo.run.build import make_learner, make_trainer
     from appo.run.plan import plan, tasks_of
-    from appo.run.session import Session, make_learner, make_trainer
+    from appo.run.session import Session
 
     overrides = [f"staleness={staleness}", "eval.questions=0", f"steps={steps}"]
     console = Console(plain=True, quiet=True)

@@ -55,7 +55,10 @@ def test_its_rule_subtracts_the_mean_and_divides_by_nothing(monkeypatch):
     ("name", "words"),
     [
         ("no_such_module:X", ["algo.name", "no_such_module", "Algorithm"]),
-        ("own_algorithm:DR_GRP", ["own_algorithm", "DR_GRP", "did you mean 'DR_GRPO'", "Algorithm"]),
+        (
+            "own_algorithm:DR_GRP",
+            ["own_algorithm", "DR_GRP", "did you mean 'DR_GRPO'", "Algorithm"],
+        ),
         ("own_algorithm:mean_only", ["mean_only", "signature", "without arguments"]),
     ],
 )

@@ -18,18 +18,19 @@ HERE = Path(__file__).resolve().parent
 FLOORS: list[tuple[list[tuple[str, str]], str]] = [
     ([("csrc/", "C++ by operation, one instruction set per file; behind a C interface")], "tool"),
     ([("kernels/", "PyTorch definition, C++ and Triton: one function per operation")], "tool"),
-    ([("errors, types", "Task, Node, RolloutTree, Credit: what flows; no torch")], "model"),
+    ([("errors, types, imports", "Task, Node, RolloutTree, Credit: what flows; no torch")], "model"),
     ([("appo.kernels", "typed public names of kernels/")], "model"),
-    ([("config", "recipe, keys, checks"), ("observability", "metrics, trees, report")], "model"),
+    ([("observability", "metrics, trees, report; knows nothing of what it shows")], "model"),
+    ([("config", "recipe, keys, checks")], "model"),
     ([("algo", "branching, credit, loss"), ("packing", "trees into streams"),
       ("tools", "tools and sandbox")], "model"),
     ([("reward", "graders, killable"), ("dist", "ranks, failures, signals")], "model"),
-    ([("data", "tasks, prompts"), ("models", "find, check, convert")], "model"),
-    ([("rollout", "agent, engines: native, vLLM"), ("trainer", "one step over its mini-batches")],
-     "fork"),
-    ([("learner", "policy, ZeRO, checkpoints, push")], "fork"),
-    ([("run", "plan, session, train, evaluate, replay, resume")], "good"),
-    ([("cli, doctor", "commands")], "good"),
+    ([("data", "tasks, prompts")], "model"),
+    ([("models", "find, check, convert")], "model"),
+    ([("rollout", "agent, engines: native, vLLM"), ("trainer", "one step over mini-batches"),
+      ("learner", "policy, ZeRO, push")], "fork"),
+    ([("run", "plan, session, build, train, evaluate, replay, resume")], "good"),
+    ([("doctor, cli", "commands")], "good"),
 ]  # fmt: skip
 
 WIDTH, LEFT, RIGHT, TOP = 860, 26, 26, 84

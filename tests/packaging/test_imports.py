@@ -92,6 +92,17 @@ def test_import_direction():
     assert not wrong, "\n".join(wrong)
 
 
+def test_page_and_picture_show_this_order():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    block = page.split("## Order of imports")[1].split("```text\n")[1].split("```")[0]
+    shown = [room for line in block.split("\n") for room in sorted(line.split(", ")) if room]
+    assert shown == [room for rooms in LEVELS for room in sorted(rooms)][: len(shown)]
+    assert set(LEVEL) - set(shown) == {"__main__"}
+    script = (ROOT / "docs" / "pictures" / "draw_architecture.py").read_text()
+    places = [script.index(f'"{rooms}"') for rooms in ("appo.kernels", "observability", "config")]
+    assert places == sorted(places)
+
+
 def test_import_direction_inside_the_native_engine():
     base = "appo.rollout.native."
     level = {room: i for i, rooms in enumerate(NATIVE_LEVELS) for room in rooms}

@@ -1,9 +1,9 @@
-"""Dr. GRPO in one file: the mean is subtracted, nothing is divided by a deviation, every token
-counts alike.
+"""An algorithm of your own: Dr. GRPO subtracts the mean and divides by no deviation.
 
-    appo train tiny algo=own_algorithm:DR_GRPO steps=1
+    cd examples
+    appo train tiny steps=1 prompts_per_step=4 eval.questions=16 algo=own_algorithm:DR_GRPO
 
-Run it in this folder, or with this folder on PYTHONPATH.
+Every token counts alike (`aggregate`).
 """
 
 from appo.algo.advantages import group_advantage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata as metadata
 import platform
 import shutil
+from pathlib import Path
 from typing import Any
 
 PACKAGES = (
@@ -74,7 +75,7 @@ def _version(name: str) -> str | None:
 
 def _cpu() -> str:
     try:
-        lines = open("/proc/cpuinfo").read().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or "unknown CPU"
     facts = dict(line.split(":", 1) for line in lines if ":" in line)

@@ -11,7 +11,6 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -119,7 +118,7 @@ def near(name: str, known: Iterable[str]) -> str:
 
 def use_current_folder() -> None:
     """Let modules of the current folder be imported, behind all that is installed. Done where a string is resolved."""
-    folder = os.getcwd()
+    folder = str(Path.cwd())
     if folder not in sys.path and "" not in sys.path:
         sys.path.append(folder)
         importlib.invalidate_caches()
@@ -132,7 +131,7 @@ def _import(name: str, text: str, where: str, expected: str) -> Any:
         missing = error.name or name
         if name == missing or name.startswith(missing + "."):
             reason = (
-                f"there is no module {missing!r}, neither installed nor in the folder {os.getcwd()}"
+                f"there is no module {missing!r}, neither installed nor in the folder {Path.cwd()}"
             )
         else:
             reason = (

@@ -83,6 +83,7 @@ class Node:
 
     @property
     def sampled(self) -> bool:
+        """Whether the policy drew the tokens."""
         return self.role == "model"
 
 
@@ -129,6 +130,7 @@ class Leaf:
 
     @property
     def is_root(self) -> bool:
+        """Whether the rollout was started from the prompt, not forked from another one."""
         return self.branch is None
 
 
@@ -151,6 +153,7 @@ class Trajectory:
 
     @property
     def response_ids(self) -> np.ndarray:
+        """Tokens after the prompt, tool tokens included."""
         return self.token_ids[self.prompt_len :]
 
     def __len__(self) -> int:
@@ -188,6 +191,7 @@ class RolloutTree:
 
     @property
     def prompt_len(self) -> int:
+        """Tokens of the prompt."""
         return len(self.nodes[0].token_ids)
 
     def trajectory(self, leaf: int) -> Trajectory:
@@ -220,10 +224,12 @@ class RolloutTree:
 
     @property
     def roots(self) -> list[int]:
+        """Numbers of the leaves that were started from the prompt."""
         return [i for i, leaf in enumerate(self.leaves) if leaf.is_root]
 
     @property
     def branches(self) -> list[int]:
+        """Numbers of the leaves that were forked from another one."""
         return [i for i, leaf in enumerate(self.leaves) if not leaf.is_root]
 
     def unique_tokens(self) -> int:

@@ -158,9 +158,11 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
     `function` must be importable: a function of a module, not a closure.
     """
-    with _environment(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536"):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(function, *args).result()
+    with (
+        _environment(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536"),
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
+    ):
+        return pool.submit(function, *args).result()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ reward of 0.
 
 
 def near(answer: str, gold: str, meta: dict | None) -> float:
+    """1 for the right number, less the farther off it is, 0 for what is no number."""
     try:
         distance = abs(int(answer) - int(gold))
     except ValueError:

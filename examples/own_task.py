@@ -14,6 +14,7 @@ from appo.types import Task
 
 
 def largest(*, split: str, seed: int, tools: tuple[str, ...], count: int = 100) -> list[Task]:
+    """`count` questions of a split, the same ones for the same arguments."""
     rng = random.Random(f"{seed} {split}")
     low = 0 if split == "train" else 50  # no question of one split stands in the other
     tasks = []

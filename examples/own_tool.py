@@ -19,6 +19,7 @@ def calculator(expression: str) -> str:
 
 
 def value(node: ast.expr) -> int:
+    """The value of an expression; ValueError for anything but numbers, +, - and *."""
     match node:
         case ast.Constant(value=int(number)):
             return number

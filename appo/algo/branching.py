@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ def _random(
     rng = np.random.Generator(np.random.Philox(seed))
     index = np.full((len(offsets) - 1, k), -1, np.int64)
     count = np.zeros(len(offsets) - 1, np.int64)
-    for r, (lo, hi) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for r, (lo, hi) in enumerate(pairwise(offsets)):
         candidates = np.flatnonzero(eligible[lo:hi]) + lo
         drawn = np.sort(rng.permutation(candidates)[:k])
         index[r, : len(drawn)], count[r] = drawn, len(drawn)

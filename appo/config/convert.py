@@ -45,7 +45,7 @@ def build(
             hint = suggestion or f"known keys: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown key {dotted!r} ({where}); {hint}")
         if dataclasses.is_dataclass(hints[key]):
-            out[key] = build(typing.cast(type, hints[key]), value, places, dotted + ".")
+            out[key] = build(typing.cast("type", hints[key]), value, places, dotted + ".")
         else:
             out[key] = convert(hints[key], value, dotted, where)
     return cls(**out)

@@ -119,9 +119,9 @@ def _apply_override(values: dict[str, Any], places: dict[str, str], text: str) -
     if key == "algo" and isinstance(value, str):
         _switch_algorithm(values, value)
         return
-    if key == "data.task" and isinstance(values.get("data"), dict):
-        if values["data"].get("task") != value:
-            values["data"].pop("params", None)  # they belong to the recipe's task
+    data = values.get("data")
+    if key == "data.task" and isinstance(data, dict) and data.get("task") != value:
+        data.pop("params", None)  # they belong to the recipe's task
     at = values
     *parents, last = key.split(".")
     for p in parents:

@@ -61,6 +61,7 @@ def result_text(output: str) -> str:
 
 
 def budget_text() -> str:
+    """The result that a call past the budget gets, in the form of `result_text`."""
     return result_text("error: no tool calls left; answer now")
 
 

@@ -38,6 +38,7 @@ class RecordReport:
     graders: Counter[str] = field(default_factory=Counter)
 
     def warnings(self) -> list[str]:
+        """One sentence per kind of defect found, after the path; empty when there is none."""
         out = []
         if self.corrupt and not self.repaired:
             out.append(

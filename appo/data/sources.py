@@ -30,9 +30,11 @@ class TaskSource(Protocol):
     def count(self, split: Split) -> int | None:
         """Number of distinct tasks, None when endless."""
 
-    def task(self, split: Split, index: int) -> Task: ...
+    def task(self, split: Split, index: int) -> Task:
+        """Task number `index` of a split, the same one at every call."""
 
-    def describe(self) -> dict[str, Any]: ...
+    def describe(self) -> dict[str, Any]:
+        """What decides the tasks, as JSON types."""
 
 
 def split_of(question: str) -> Split:
@@ -79,9 +81,11 @@ class Arithmetic:
         self.terms = _range("terms", terms, 2, 64)
 
     def count(self, split: Split) -> int | None:
+        """None: expressions are drawn without end."""
         return None
 
     def describe(self) -> dict[str, Any]:
+        """The parameters that decide the expressions, without the seed."""
         return {
             "operations": self.operations,
             "digits": list(self.digits),
@@ -89,6 +93,7 @@ class Arithmetic:
         }
 
     def task(self, split: Split, index: int) -> Task:
+        """The first draw of this number whose question falls into the split."""
         for attempt in range(ATTEMPTS):
             rng = random.Random(stable_hash("arithmetic", self.seed, split, index, attempt))
             expression, value = self._draw(rng)
@@ -159,9 +164,11 @@ class ReasoningGym:
             ) from error
 
     def count(self, split: Split) -> int | None:
+        """None: entries are generated without end."""
         return None
 
     def describe(self) -> dict[str, Any]:
+        """The dataset, its parameters and the version of the library that generates it."""
         from importlib.metadata import version
 
         return {
@@ -183,6 +190,7 @@ class ReasoningGym:
         return reasoning_gym_entry(recipe)[1], recipe
 
     def task(self, split: Split, index: int) -> Task:
+        """The first entry of this number that falls into the split; DataError when none does."""
         for attempt in range(ATTEMPTS):
             entry, recipe = self._entry(index, attempt)
             if split_of(entry["question"]) == split:
@@ -251,13 +259,16 @@ class Records:
         return tasks
 
     def count(self, split: Split) -> int | None:
+        """Number of records of the split."""
         return len(self.tasks[split])
 
     def describe(self) -> dict[str, Any]:
+        """The files' SHA-256 and how their rows are read."""
         digests = {f"sha256 of {k} file": _file_digest(p) for k, p in self.files.items()}
         return {**digests, "repair": self.repair, "grader": self.grader}
 
     def task(self, split: Split, index: int) -> Task:
+        """Record number `index` of the split, in file order."""
         return self.tasks[split][index]
 
 

@@ -149,6 +149,7 @@ class Cursor:
         return out
 
     def state_dict(self) -> dict[str, Any]:
+        """Where the cursor stands and which tasks it counts, as JSON types."""
         return {
             "position": self.position,
             "fingerprint": self.tasks.fingerprint,

@@ -89,7 +89,9 @@ def _report(error: AppoError, ranks: Ranks, console: Console) -> None:
     if not ranks.main:
         # Rank 0 speaks for all of those who met the same, or who were left by the same rank.
         deadline = time.monotonic() + LOOK_S + 1
-        while time.monotonic() < deadline and 0 not in ranks.exit_reasons() and not ranks.is_dead(0):
+        while (
+            time.monotonic() < deadline and 0 not in ranks.exit_reasons() and not ranks.is_dead(0)
+        ):
             time.sleep(0.05)
         heard = ranks.exit_reasons().get(0)
         if heard == reason or (heard is not None and isinstance(error, RankError)):

@@ -29,7 +29,7 @@ def fuse(lm: nn.Module) -> nn.Module:
     for module in lm.modules():
         make = _kind(module)
         if make is not None:
-            module.__class__ = _fused(cast(Hashable, type(module)), make)
+            module.__class__ = _fused(cast("Hashable", type(module)), make)
     return lm
 
 

@@ -21,10 +21,12 @@ class TokenStats(Protocol):
     """Per-edge statistics of the current policy."""
 
     @property
-    def logp(self) -> Tensor: ...
+    def logp(self) -> Tensor:
+        """Log-probability of each edge's token, nats. [E]"""
 
     @property
-    def entropy(self) -> Tensor: ...
+    def entropy(self) -> Tensor:
+        """Entropy of the distribution each edge's token was drawn from, nats. [E]"""
 
 
 CHECKED = ("advantage", "behavior log-prob", "old log-prob", "log-prob", "log-ratio", "loss")
@@ -84,6 +86,7 @@ class NonFiniteGuard:
     total: int = 0
 
     def passed(self) -> None:
+        """A step was applied: the count in a row starts again."""
         self.in_a_row = 0
 
     def refused(self, step: int, rank: int, batches: list[PackedBatch], reason: str) -> None:

@@ -7,6 +7,7 @@ in it changes no weight.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import zlib
@@ -255,7 +256,7 @@ class Learner:
         batch = pack_sequences(token_ids).to(self.device)
         stats = self.engine(batch, 1 / (temperature or self.context.temperature))
         flat, ends = stats.logp.float().cpu().numpy(), batch.offsets.tolist()
-        return [flat[a:b] for a, b in zip(ends, ends[1:])]
+        return [flat[a:b] for a, b in itertools.pairwise(ends)]
 
     def gradients(self) -> dict[str, Tensor]:
         """Whole gradients between `accumulate` and the step, by parameter name; for tests and diagnosis."""

@@ -97,6 +97,7 @@ class CastRetention:
 
     @property
     def value(self) -> float:
+        """The share, about 0 to 1; 1 when the adapters change nothing."""
         return self.along / self.delta if self.delta else 1.0
 
 

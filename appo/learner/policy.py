@@ -26,7 +26,7 @@ ATTENTION = "appo_tree"
 
 
 def packed_attention(
-    module: nn.Module,
+    module: nn.Module,  # noqa: ARG001 — transformers passes it
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -31,13 +31,17 @@ class Engine(Protocol):
 
     policy_version: int
 
-    def load_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None: ...
+    def load_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None:
+        """Replace weights by (Hugging Face name, tensor) pairs; they are version `version`."""
 
-    def add_prompt(self, token_ids: Sequence[int]) -> int: ...
+    def add_prompt(self, token_ids: Sequence[int]) -> int:
+        """A new sequence of these tokens; → its handle."""
 
-    def score(self, seqs: Sequence[int], temperature: float = 1.0) -> Sequence[Any]: ...
+    def score(self, seqs: Sequence[int], temperature: float = 1.0) -> Sequence[Any]:
+        """Log-probabilities of the sequences' tokens under the weights as they are."""
 
-    def release(self, seq: int) -> None: ...
+    def release(self, seq: int) -> None:
+        """Give a handle back."""
 
 
 class Source(Protocol):
@@ -48,11 +52,13 @@ class Source(Protocol):
 
     def named_weights(
         self, retention: CastRetention | None = None, *, adapters: bool = False
-    ) -> Iterator[tuple[str, Tensor]]: ...
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, tensor) pairs, adapters merged unless asked for by themselves."""
 
     def logprobs(
         self, token_ids: Sequence[Sequence[int]], temperature: float | None = None
-    ) -> list[np.ndarray]: ...
+    ) -> list[np.ndarray]:
+        """The learner's own log-probabilities of the same tokens, one array per sequence."""
 
 
 class ChecksumStream:

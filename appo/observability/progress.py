@@ -182,6 +182,7 @@ class Phase:
                     self.console._live.update(self._task, completed=done, info=self._facts())
 
     def begin(self) -> None:
+        """Start the clock after which the bar appears; a quiet or plain console draws none."""
         if self.console.quiet or self.console.plain:
             return
         # A timer, not `update`, brings up the bar: a phase that hangs is the one that should be seen.
@@ -190,6 +191,7 @@ class Phase:
         self._timer.start()
 
     def end(self) -> None:
+        """Take the bar down, and the whole display with the last one."""
         with self.console._lock:
             timer, self._timer = self._timer, None
             if timer is not None:

@@ -57,7 +57,7 @@ def _child(process: Any) -> str:
 
 
 def _sleeps_in(pid: int) -> str:
-    """ ", in <kernel function>" where the kernel tells."""
+    """Where the kernel says that the process sleeps, as " in <kernel function>"; else ""."""
     try:
         place = Path(f"/proc/{pid}/wchan").read_text()
     except OSError:

@@ -140,7 +140,7 @@ class Watchdog:
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch = path.with_suffix(".tmp")
             scratch.write_text(json.dumps(beat))
-            os.replace(scratch, path)
+            scratch.replace(path)
             self._unwritten = ""
         except OSError as error:
             if not self._unwritten:
@@ -164,7 +164,8 @@ class Watchdog:
         name = f"stall-rank{self.rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         outputs: list[TextIO] = [sys.stderr]
         try:
-            outputs.append(open(self.folder / name, "w"))  # closed by the end of the process
+            # closed by the end of the process
+            outputs.append(open(self.folder / name, "w"))  # noqa: SIM115
         except OSError as error:
             print(f"{name} cannot be written: {error}", file=sys.stderr)
         for part in self._parts(idle):  # one by one: what hangs must not take the others with it

@@ -1,0 +1,1 @@
+"""Trees to streams: which rows share a stream, and where each token of it comes from."""

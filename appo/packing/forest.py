@@ -61,6 +61,7 @@ class Forest:
             )
 
     def prompt_len(self, tree: int) -> int:
+        """Tokens of a tree's prompt."""
         return self.length[self.first[tree]]
 
     def leaf(self, tree: int, leaf: int) -> int:
@@ -95,6 +96,7 @@ class SubTree:
         return new
 
     def add(self, row: int, leaf: int) -> None:
+        """Take row number `row`, which ends in node `leaf`: `size` grows by its `cost`."""
         f, n, k = self.forest, leaf, self.forest.length[leaf]
         self.rows.append(row)
         while n >= 0:

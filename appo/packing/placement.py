@@ -109,6 +109,7 @@ class StreamArrays:
         return np.repeat(np.asarray(values)[self.order], self.take)
 
     def tokens(self) -> Tokens:
+        """What the stream says of each of its tokens, as arrays of length T."""
         lay = self.layout
         shift = self.spread([d - s for d, s in zip(lay.depth, lay.start)])
         sampled = [n.sampled for n in lay.nodes]

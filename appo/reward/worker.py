@@ -61,6 +61,7 @@ def _answer(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Grade items from standard input one by one until it ends; limits come first."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard < 0 else min(MEMORY, hard), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

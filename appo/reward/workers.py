@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from appo.errors import ConfigError, GraderError
@@ -54,10 +55,10 @@ class Grade:
 
 
 class GraderPool:
-    """Grades items in `workers` processes; use it as a context manager or call `close`.
+    r"""Grades items in `workers` processes; use it as a context manager or call `close`.
 
     >>> with GraderPool(workers=1, timeout_s=5.0) as pool:
-    ...     pool.grade([GradeItem("maths", "\\\\frac{1}{2}", "0.5")])[0].score
+    ...     pool.grade([GradeItem("maths", "\\frac{1}{2}", "0.5")])[0].score
     1.0
 
     Processes start on first need; verdicts that need no algebra are reached in this process.
@@ -201,10 +202,10 @@ class _Worker:
     """One process, its pipes and the item it works on."""
 
     def __init__(self) -> None:
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 — lives as long as the worker
         env = dict(os.environ)
         env |= {
-            "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+            "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path),
             "PYTHONUNBUFFERED": "1",
         }
         env |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")

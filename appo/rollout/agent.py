@@ -21,6 +21,8 @@ from appo.types import Finish, Leaf, Node, Role, RolloutTree, ToolCall
 
 
 class RolloutState(Enum):
+    """What a rollout waits for: the next token, the result of a tool, or nothing more."""
+
     SAMPLING = "sampling"
     TOOL = "tool"
     DONE = "done"
@@ -53,6 +55,7 @@ class ActiveRollout:
 
     @property
     def record(self) -> Leaf:
+        """The leaf of the tree that this rollout grows."""
         return self.tree.leaves[self.leaf]
 
 

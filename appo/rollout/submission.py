@@ -49,6 +49,7 @@ class ReentrancyGuard:
 
     @contextmanager
     def __call__(self, operation: str) -> Iterator[None]:
+        """A context in which `operation` runs; EngineError inside another one."""
         if self._busy:
             raise EngineError(f"{operation}: a step is under way (called from a stop callback?)")
         self._busy = True

@@ -48,9 +48,8 @@ class TagParser:
         self._text += data
         events: list[TagEvent] = []
         while True:
-            if self._open is None:
-                if not self._find_open():
-                    return events
+            if self._open is None and not self._find_open():
+                return events
             close = f"</{self._open}>".encode()
             at = self._text.find(close, self._scan)
             if at < 0:

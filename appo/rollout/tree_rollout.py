@@ -38,6 +38,7 @@ class TreeRollout:
 
     @property
     def roots_done(self) -> bool:
+        """Whether every root has ended, so that branches may be chosen."""
         return all(rollout.state is RolloutState.DONE for rollout in self.roots)
 
 

@@ -1,0 +1,1 @@
+"""What a command of the terminal does: plan, train, evaluate, resume and replay a run."""

@@ -5,6 +5,7 @@ Lines stand in the order of the tasks of a step, so that the files do not tell h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,7 +68,10 @@ class RunLog:
             mine.append((i, k, tree.task.task_id, rows, plan, tree if saved else None))
         gathered = self.ranks.gather(mine, "trees and branch points of the step")
         if gathered is not None:
-            self._write(number, sorted(sum(gathered, []), key=lambda item: item[0]))
+            self._write(
+                number,
+                sorted(itertools.chain.from_iterable(gathered), key=lambda item: item[0]),
+            )
 
     def _write(self, number: int, items: list[tuple[Any, ...]]) -> None:
         from appo.rollout.store import append_trees

@@ -60,6 +60,7 @@ class Training:
 
     @property
     def width(self) -> int:
+        """Bytes of a number of the weight dtype."""
         return WIDTH[self.dtype]
 
 
@@ -77,6 +78,7 @@ class State:
 
     @property
     def total(self) -> float:
+        """All of it, device and host together, in bytes."""
         return (
             self.weights + self.gradients + self.masters + self.moments + self.copy + self.staging
         )

@@ -87,7 +87,7 @@ def _plan(
     threads = cfg.threads or max(1, usable_cores() // ranks.local_world)
     output = NO_OUTPUT
     if need_output:
-        output = _output_folder(cfg, algo) if folder is None else _shared_folder(folder, ranks)
+        output = _output_folder(cfg, algo) if folder is None else _shared_folder(folder)
     level = "none"
     if "python" in cfg.tools.enabled:
         level = choose_level(cfg.tools.python.level, cfg.tools.python.allow_unsafe).level
@@ -162,7 +162,7 @@ def _output_folder(cfg: Config, algo: Algorithm) -> Path:
     return folder
 
 
-def _shared_folder(folder: Path, ranks: Ranks) -> Path:
+def _shared_folder(folder: Path) -> Path:
     """Rank 0's folder, which every rank writes its part of a checkpoint to."""
     if not folder.is_dir():
         raise ConfigError(

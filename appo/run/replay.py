@@ -92,7 +92,7 @@ def replay(
     console, ranks, run = console or Console(), ranks or Ranks(), Path(run)
     with agree_or_raise(ranks, console):
         cfg = _config(run)
-        record = _record(run, step, cfg)
+        record = _record(run, step)
         checkpoint, state = _checkpoint(run, step - 1, cfg, ranks.main)
         parts = _trees(run, step, cfg)
         found = _said_by_trees([tree for trees in parts for tree in trees])
@@ -164,7 +164,7 @@ def _config(run: Path) -> Config:
     return load_config(str(path))
 
 
-def _record(run: Path, step: int, cfg: Config) -> dict[str, float]:
+def _record(run: Path, step: int) -> dict[str, float]:
     """The step's line of metrics.jsonl."""
     lines = {r["step"]: r for r in read_metrics(run) if r["kind"] == "step"}
     if step not in lines:

@@ -31,9 +31,11 @@ class Tool(Protocol):
     name: str  # also the tag: <name>…</name>
     description: str  # sentences for the system prompt: what it does and how it is called
 
-    def __call__(self, argument: str) -> ToolResult: ...
+    def __call__(self, argument: str) -> ToolResult:
+        """Run the tool on what stood between its tags."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give back what the tool holds (processes, folders); it is not called again."""
 
 
 @dataclass(frozen=True)

@@ -115,10 +115,10 @@ def python_spec(cfg: ToolsConfig) -> ToolSpec:
 
 
 def clean(argument: str) -> str:
-    """The program in what the model wrote: without Markdown fence and common indentation.
+    r"""The program in what the model wrote: without Markdown fence and common indentation.
 
-    >>> clean("```python\\n  x = 1\\n  x\\n```")
-    'x = 1\\nx'
+    >>> clean("```python\n  x = 1\n  x\n```")
+    'x = 1\nx'
     """
     fenced = _FENCE.match(argument)
     return textwrap.dedent(fenced.group(1) if fenced else argument.strip("\n")).rstrip()

@@ -51,6 +51,7 @@ def right_of(floor: int) -> float:
 
 
 def draw_floor(floor: int) -> list[str]:
+    """SVG of the rooms of one floor, side by side."""
     rooms, css = FLOORS[floor]
     space = (right_of(floor) - LEFT - 12 * (len(rooms) - 1)) / len(rooms)
     shapes, y = [], top_of(floor)
@@ -75,6 +76,7 @@ def arrow(floor: int) -> list[str]:
 
 
 def draw(theme: str) -> str:
+    """The whole picture as SVG."""
     bottom = top_of(0) + HEIGHT
     parts = [
         text(LEFT, 36, "The rooms of appo", size=17, bold=True),
@@ -90,6 +92,7 @@ def draw(theme: str) -> str:
 
 
 def main() -> None:
+    """Write the picture to the file that the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=HERE / "architecture.svg")
     parser.add_argument("--theme", choices=("auto", "light", "dark"), default="auto")

@@ -99,6 +99,7 @@ def draw_row(start: float, second: float, top: float, row: list[tuple[int, str, 
 
 
 def reward_badge(x: float, top: float, reward: float) -> list[str]:
+    """SVG of an arrow and a reward, right of a rollout that ends at `x`."""
     css, words = ("good" if reward > 0 else "bad"), f"reward {reward:g}"
     width = width_of(words, SIZE) + 18
     return [
@@ -109,6 +110,7 @@ def reward_badge(x: float, top: float, reward: float) -> list[str]:
 
 
 def legend(y: float) -> list[str]:
+    """SVG of the line that says what the colors mean."""
     shapes, x = [], float(LEFT)
     for css, words in (("model", "drawn by the policy"), ("tool", "tool result: never trained"),
                        ("fork", "the token that was drawn again")):  # fmt: skip
@@ -158,6 +160,7 @@ def draw(tree: Tree, leaf: Tree, tokenizer: Tokenizer, theme: str) -> str:
 
 
 def main() -> None:
+    """Draw one tree of a file of rollouts into the picture that the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("trees", nargs="?", type=Path, default=HERE / "tree.jsonl")
     parser.add_argument("--line", type=int, default=0, help="which tree of the file, from 0")

@@ -60,6 +60,7 @@ def text(x: float, y: float, value: str, *, size: float = 14, css: str = "ink", 
 
 
 def box(x: float, y: float, width: float, height: float, css: str, radius: float = 4) -> str:
+    """A rectangle with rounded corners, in pixels."""
     return (
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
         f'rx="{radius:g}" class="{css}"/>'
@@ -67,6 +68,7 @@ def box(x: float, y: float, width: float, height: float, css: str, radius: float
 
 
 def path(d: str, css: str, width: float = 2) -> str:
+    """A line along the path data `d`, `width` pixels thick."""
     return f'<path d="{d}" class="{css}" stroke-width="{width:g}"/>'
 
 

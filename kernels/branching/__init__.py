@@ -1,0 +1,1 @@
+"""Where to branch: future value, scores and the best positions of each rollout."""

@@ -116,5 +116,6 @@ branch_scores_op = operator("branch_scores", _branch_scores, _fake_branch_scores
 
 
 def check_variant(variant: str) -> None:
+    """Raise ValueError unless `variant` names a branching score."""
     if variant not in ("paper", "released"):
         raise ValueError(f"variant is {variant!r}, expected 'paper' or 'released'")

@@ -37,6 +37,7 @@ _open: list[Watch] = []
 
 
 def active() -> bool:
+    """Whether a watch is open, so that statistics should be handed to it."""
     return bool(_open)
 
 

@@ -67,6 +67,7 @@ def check_floating(**vectors: Tensor) -> None:
 
 
 def check_gamma(gamma: float) -> None:
+    """Raise ValueError unless the discount is in 0 … 1."""
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma is {gamma}, expected 0 … 1")
 

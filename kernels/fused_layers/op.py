@@ -84,16 +84,19 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Definition of `rms_norm`, in float32 or wider, rounded to x's dtype once."""
     wide = _wide(x)
     factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * factor * weight.to(wide.dtype)).to(x.dtype)
 
 
 def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
+    """Definition of `swiglu`: silu(gate) · up, rounded to gate's dtype once."""
     return (torch.nn.functional.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
 
 
 def rotary_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Definition of `rotary`: halves (x1, x2) of each head turned by the row's angles."""
     wide = _wide(x)
     c, s = (angle.to(wide.dtype)[:, None] for angle in (cos, sin))
     x1, x2 = wide.chunk(2, dim=-1)

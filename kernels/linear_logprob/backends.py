@@ -25,6 +25,7 @@ def module(name: str) -> Any:
 
 
 def check_name(name: str) -> None:
+    """Raise ValueError unless `name` is "auto" or a backend."""
     if name not in ("auto", *BACKENDS):
         expected = ", ".join(repr(b) for b in ("auto", *BACKENDS))
         raise ValueError(f"backend is {name!r}, expected one of {expected}")

@@ -81,21 +81,26 @@ class Blocks:
         self.block_t, self.block_v = tokens, columns if call.block else min(columns, widest)
 
     def tokens(self) -> Iterator[tuple[int, int]]:
+        """(first, end) of every block of tokens."""
         n = self.scale.shape[0]
         return ((i, min(i + self.block_t, n)) for i in range(0, n, self.block_t))
 
     def columns(self) -> Iterator[tuple[int, int]]:
+        """(first, end) of every block of the vocabulary."""
         n = self.w.shape[0]
         return ((i, min(i + self.block_v, n)) for i in range(0, n, self.block_v))
 
     def head(self, v0: int, v1: int) -> Tensor:
+        """Rows v0 … v1 - 1 of the head in the dtype of the computation. [v, H]"""
         return self.w[v0:v1].to(self.dtype)
 
     def hidden(self, t0: int, t1: int) -> Tensor:
+        """Hidden states of tokens t0 … t1 - 1 in the dtype of the computation. [t, H]"""
         h_th = self.h[t0:t1] if self.rows is None else self.h.index_select(0, self.rows[t0:t1])
         return h_th.to(self.dtype)
 
     def scaled_logits(self, t0: int, t1: int, h_th: Tensor, w_vh: Tensor) -> Tensor:
+        """A tile of capped logits, times scale and log2 e. [t, v]"""
         x = h_th @ w_vh.T  # [t, v]
         if self.softcap is not None:
             x.div_(self.softcap).tanh_().mul_(self.softcap)

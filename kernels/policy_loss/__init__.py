@@ -1,0 +1,1 @@
+"""The clipped policy loss, its gradient and its statistics over packed rows."""

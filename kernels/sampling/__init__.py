@@ -1,0 +1,1 @@
+"""Drawing a token per row of logits, with its log-probability and entropy."""

@@ -1,0 +1,1 @@
+"""Attention of the native engine over segments of KV blocks."""

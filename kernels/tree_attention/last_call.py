@@ -24,6 +24,7 @@ class LastCall(Generic[T]):
         self._last: tuple[Tensor, int, tuple[Any, ...], T] | None = None
 
     def __call__(self, subtree_end: Tensor, *more: Any) -> T:
+        """What `make` gives for this tensor and these further arguments."""
         if subtree_end.is_inference():  # has no version: a write to it would go unnoticed
             return self._make(subtree_end, *more)
         last = self._last

@@ -211,9 +211,13 @@ def module(backend: str, q: Tensor) -> Any:
         if q.dtype != torch.float64 and q.device.type == "cuda":
             if q.shape[2] <= TRITON_DIM and backends.triton_runs(q.device):
                 name = "triton"
-        elif q.dtype != torch.float64 and q.device.type == "cpu":
-            if q.shape[2] <= 256 and backends.linear_isa() is not None:
-                name = "cpu"
+        elif (
+            q.dtype != torch.float64
+            and q.device.type == "cpu"
+            and q.shape[2] <= 256
+            and backends.linear_isa() is not None
+        ):
+            name = "cpu"
     return import_module(f"appo._kernels.tree_attention.backend_{name}")
 
 

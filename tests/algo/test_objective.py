@@ -2,6 +2,7 @@
 and every token its own.
 """
 
+import itertools
 import math
 import zlib
 from types import SimpleNamespace
@@ -48,7 +49,7 @@ def plain(logp, rows, algo, *, here, cap, rollouts):
     training.
     """
     total = torch.zeros((), dtype=torch.float64)
-    for a, b in zip(OFFSETS, OFFSETS[1:]):
+    for a, b in itertools.pairwise(OFFSETS):
         kept = [t for t in range(a, b) if rows.mask[t]]
         d, weight = {}, {}
         for t in kept:

@@ -83,7 +83,7 @@ def test_two_ranks_run_what_one_rank_runs(runs):
     # Gradients are summed in another order from here on, so weights and log-probs agree to float32 rounding. A draw is
     # the largest of logit + noise; that it differs takes two tokens within rounding of each other.
     assert [drawn(t) for t in one] == [drawn(t) for t in two]
-    branches = [[json.loads(x) for x in open(folder / r / "branches.jsonl")] for r in ("one", "two")]  # fmt: skip
+    branches = [[json.loads(x) for x in (folder / r / "branches.jsonl").read_text().splitlines()] for r in ("one", "two")]  # fmt: skip
     places = [[(b["step"], b["minibatch"], b["prompt_id"], [p["position"] for p in b["rows"]]) for b in x]
               for x in branches]  # fmt: skip
     assert places[0] == places[1] and len(places[0]) == 4 * STEPS
@@ -194,7 +194,7 @@ def test_a_rank_that_is_killed_ends_the_run_within_seconds_and_leaves_whole_chec
         ranks["1"].kill()
         begin = time.monotonic()
     finally:
-        out, err = said_by(launcher, 60)
+        _out, err = said_by(launcher, 60)
     assert launcher.returncode != 0 and time.monotonic() - begin < 30
     assert f"rank 1 ({_host()}, pid {ranks['1'].pid}) has gone without a word" in err, err
     assert "goes on from step" in err and "Traceback" not in err.split("torch/distributed")[0]

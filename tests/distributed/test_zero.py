@@ -205,11 +205,13 @@ def test_from_one_rank_to_two_and_back(
     assert gap(between, expected[SAVED_AT:SAVED_AGAIN_AT]) < limit
     # … and into another stage on the way
     stage = case.stage % 3 + 1
-    with zero_cases.everything_partitioned():
-        with zero_cases.start(model, replace(case, stage=stage), seed=7) as learner:
-            learner.load(folder / "two" / case.name)
-            assert learner.step == SAVED_AGAIN_AT
-            last = zero_cases.train(learner, range(SAVED_AGAIN_AT, STEPS))
+    with (
+        zero_cases.everything_partitioned(),
+        zero_cases.start(model, replace(case, stage=stage), seed=7) as learner,
+    ):
+        learner.load(folder / "two" / case.name)
+        assert learner.step == SAVED_AGAIN_AT
+        last = zero_cases.train(learner, range(SAVED_AGAIN_AT, STEPS))
     assert gap(last, expected[SAVED_AGAIN_AT:]) < limit
 
 

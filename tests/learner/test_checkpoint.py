@@ -285,6 +285,8 @@ def test_a_foreign_checkpoint_is_refused(model_dir: Path, tmp_path: Path) -> Non
     lm = Qwen3ForCausalLM.from_pretrained(model_dir)
     lm.model.layers[0].mlp.up_proj.weight.data += 0.01
     lm.save_pretrained(tmp_path / "tuned")
-    with Learner(tmp_path / "tuned", settings, seed=0, context=FLOAT32) as learner:
-        with pytest.raises(CheckpointError, match="base_model is"):
-            learner.load(tmp_path / "ck")
+    with (
+        Learner(tmp_path / "tuned", settings, seed=0, context=FLOAT32) as learner,
+        pytest.raises(CheckpointError, match="base_model is"),
+    ):
+        learner.load(tmp_path / "ck")

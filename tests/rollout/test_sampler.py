@@ -121,7 +121,7 @@ def test_branches_inherit_exactly_the_prefix(resample, version):
 
     algo = replace(ALGORITHMS["appo"], roots=2, branches=4, resample=resample)
     script = say("ab ? cd <python>1+1</python>", "ef ? gh <answer>2</answer>")
-    tree, engine, pool, plan = grow(script, algo, roots=2, version=version)
+    tree, engine, _pool, plan = grow(script, algo, roots=2, version=version)
     assert len(tree.branches) == len(plan.points) > 0 and not engine.seqs
     for point, i in zip(plan.points, tree.branches, strict=True):
         leaf, view = tree.leaves[i], tree.trajectory(i)

@@ -8,6 +8,7 @@ a reload leaves alone, as on a CPU.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ def dense(embed, ids, temperature=1.0):
     """(log-probs of tokens 1 …, entropies) by the definition."""
     state, logp, entropy = torch.zeros(WIDTH, dtype=torch.float64), [], []
     e = embed.double()
-    for here, following in zip(ids, ids[1:]):
+    for here, following in itertools.pairwise(ids):
         state = 0.7 * state + e[here]
         row = torch.log_softmax(e @ state / temperature, -1)
         logp.append(float(row[following]))

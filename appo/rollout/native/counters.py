@@ -73,6 +73,7 @@ class Counters:
         self._covered.clear()
 
     def as_dict(self) -> dict[str, int]:
+        """The counts by name, in the order of the engine's statistics."""
         names = (
             "prefill_tokens", "decode_tokens", "scored_tokens", "forks", "prefix_hits_tokens", "steps", "tokens_saved",
         )  # fmt: skip

@@ -256,6 +256,7 @@ class NativeEngine:
         self.scheduler.preempt(request)
 
     def has_work(self) -> bool:
+        """Whether a submitted sequence has still to stop."""
         return self.loop.has_work()
 
     @torch.inference_mode()

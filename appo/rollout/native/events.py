@@ -60,6 +60,7 @@ class EventLog:
                 ) from e
 
     def write(self, kind: str, seq: int = -1, **facts: Any) -> None:
+        """Note an event of the step under way; ids are kept in full only in the file."""
         if "ids" in facts:
             ids = facts.pop("ids")  # of the caller, who may go on with the list
             facts |= {"count": len(ids)} if self.path is None else {"ids": [*ids]}

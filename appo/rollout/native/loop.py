@@ -39,6 +39,7 @@ class Loop:
         return len(self.scheduler.by_seq) + len(self._late)
 
     def has_work(self) -> bool:
+        """Whether a submitted sequence has still to stop."""
         return self.decoding > 0
 
     def step(self, runner: Runner, version: int) -> list[SequenceStopped]:

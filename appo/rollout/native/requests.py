@@ -38,9 +38,11 @@ class Request(StopRule):
 
     @property
     def length(self) -> int:
+        """Tokens of the sequence, sampled ones included."""
         return self.start + len(self.tokens)
 
     def take(self, token: int, logprob: float, entropy: float) -> None:
+        """Add a sampled token; log-probability and entropy in nats."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.entropy.append(entropy)

@@ -56,6 +56,7 @@ class HostRunner:
         self.model, self.pool, self.deterministic = model, pool, deterministic
 
     def forward(self, layout: Layout, rows: Tensor | None) -> Tensor:
+        """Run a layout's rows and fill their KV; → hidden states of `rows` (None: of all)."""
         if self.model.native is not None:
             return self.model.native.forward(self.model, layout, self.pool, rows)
         bucket = BUCKET if self.deterministic else 1
@@ -74,6 +75,7 @@ class HostRunner:
         """Nothing is kept of them here."""
 
     def idle(self) -> None:
+        """No block is in use: give back all memory of the pool."""
         self.pool.trim(0)
 
     def _attend(

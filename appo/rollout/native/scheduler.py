@@ -115,6 +115,7 @@ class Scheduler:
         return self._evict(request.seq, None)
 
     def state(self, seq: int) -> SequenceState:
+        """Where a sequence stands; the tree's EngineError for a handle that never was."""
         request = self.by_seq.get(seq)
         if request is None:
             return self.idle[seq] if seq in self.idle else self._gone(seq)

@@ -44,6 +44,7 @@ class Span:
 
     @property
     def count(self) -> int:
+        """Own positions that are run."""
         return len(self.targets)
 
 

@@ -52,6 +52,7 @@ class Decoder:
             label(salt)
 
     def send(self, key: str, tokens: list[int], sampling: Any, salt: str | None = None) -> None:
+        """Hand a prompt to vLLM. Its prefix cache is shared only within one `salt`."""
         prompt = self.api.TokensPrompt(prompt_token_ids=list(tokens), cache_salt=salt or self.salt)
         self.core.add_request(key, prompt, sampling)
 

@@ -199,6 +199,7 @@ class VLLMEngine:
             self.sequences.truncate(seq, request.start)
 
     def has_work(self) -> bool:
+        """Whether a submitted sequence has still to stop."""
         return bool(self.decoder.by_seq)
 
     def step(self) -> list[SequenceStopped]:

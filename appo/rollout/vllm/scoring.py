@@ -163,6 +163,7 @@ class ScorePass:
                 self.decoder.call("appo_take_scored", self._sent)
 
     def results(self) -> list[Scored]:
+        """What was collected, in the order of the sequences asked for."""
         return [
             Scored(logp, entropy, self.version) for logp, entropy in zip(self.logp, self.entropy)
         ]

@@ -84,6 +84,7 @@ class DecodeRequest(StopRule):
 
     @property
     def length(self) -> int:
+        """Tokens of the sequence, drawn ones included."""
         return len(self.seq.tokens)
 
 
@@ -95,6 +96,7 @@ class Sequences:
         self._next = 0
 
     def add(self, parent: Sequence | None, base: int, tokens: list[int]) -> Sequence:
+        """A new sequence under the next handle; `parent`: the one it shares tokens < base with."""
         seq = self.by_handle[self._next] = Sequence(self._next, parent, base, tokens)
         self._next += 1
         return seq
@@ -137,6 +139,7 @@ class Sequences:
             node.lost, node.seen = max(node.lost, node.seen), node.base
 
     def release(self, handle: int) -> None:
+        """Give the handle back; EngineError when it is unknown or was released."""
         del self.by_handle[self.get(handle).handle]
 
 

@@ -58,10 +58,12 @@ class Checkpoint:
             self.layers.setdefault(layer(name), set()).add(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, read from the head of its file."""
         with safe_open(self.file[name], framework="pt") as tensors:
             return tuple(tensors.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
+        """A tensor, read from its file at every call."""
         with safe_open(self.file[name], framework="pt") as tensors:
             return tensors.get_tensor(name)
 

@@ -30,11 +30,13 @@ class EntropyProcessor(LogitsProcessor):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow the rows of the batch: requests that left, came or changed places."""
         if batch_update is not None:
             moved = [(a, b, how is MoveDirectionality.SWAP) for a, b, how in batch_update.moved]
             self.entropies.update(batch_update.removed, batch_update.added, moved)
 
     def apply(self, logits: Tensor) -> Tensor:
+        """Note the entropy of each row; the logits go on as they came."""
         self.entropies.see(logits)
         return logits
 
@@ -47,9 +49,11 @@ class WorkerExtension:
         worker_statistics.attach(self.model_runner)  # type: ignore[attr-defined]
 
     def appo_take_sampled(self, keys: list[str]) -> dict[str, dict[int, float]]:
+        """Entropies by request and position, which the worker then forgets."""
         return worker_statistics.take_sampled(keys)
 
     def appo_take_scored(self, keys: list[str]) -> dict[str, list[worker_statistics.Piece]]:
+        """Exact scores by request, in pieces, which the worker then forgets."""
         return worker_statistics.take_scored(keys)
 
     def appo_load(

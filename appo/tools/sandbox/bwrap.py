@@ -15,6 +15,7 @@ NOBODY = "65534"
 
 @cache
 def path() -> str | None:
+    """Where bubblewrap is installed; None when it is not."""
     return shutil.which("bwrap")
 
 

@@ -48,6 +48,7 @@ def read_job(fd: int = 0) -> dict:
 
 
 def checked(value: int, what: str) -> None:
+    """Raise OSError when a system call returned `value` < 0; `what` names it."""
     if value < 0:
         raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
 
@@ -134,6 +135,7 @@ class Output(io.FileIO):
     used = False
 
     def write(self, data) -> int:  # type: ignore[no-untyped-def]
+        """Write as FileIO does, and remember it."""
         self.used = True
         return super().write(data)
 
@@ -194,6 +196,7 @@ def descendants(root: int) -> list:
 
 
 def send(pid: int, number: int) -> None:
+    """Send a signal to a process that may be gone already."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -236,6 +239,7 @@ def supervise(worker: int, job: dict, control: int) -> None:
 
 
 def main() -> None:
+    """The sandbox's child process: it reads its job, shuts itself in and runs the program."""
     job = read_job()
     control = int(job["control"][0])
     libc = ctypes.CDLL(None, use_errno=True)

@@ -34,6 +34,7 @@ def interpreter() -> str:
 
 @cache
 def stdlib_dirs() -> tuple[str, ...]:
+    """Real paths of this Python's standard library, each one once."""
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
     return tuple(
         dict.fromkeys(

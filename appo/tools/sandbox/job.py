@@ -22,6 +22,7 @@ def child_code() -> int:
 
 @cache
 def system_call_filter() -> bytes:
+    """The seccomp program of this machine, as the kernel loads it."""
     return seccomp.program()
 
 

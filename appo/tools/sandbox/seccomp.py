@@ -90,6 +90,7 @@ ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 
 
 def supported(machine: str | None = None) -> bool:
+    """Whether there is a filter for this kind of machine (None: the one we run on)."""
     return (machine or os.uname().machine) in AUDIT_ARCH
 
 

@@ -64,7 +64,7 @@ class Running:
         environment: Mapping[str, str] | None = None,
     ):
         self.engine = engine
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 — lives as long as the process
         threads = str(settings["threads"])
         quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         self._process = subprocess.Popen(

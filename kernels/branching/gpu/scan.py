@@ -174,6 +174,7 @@ def traffic(n: int) -> tuple[int, int]:
 
 
 def aot_cases(arch: str) -> list[AotCase]:
+    """Compilations of the kernels of this file that a package for `arch` holds."""
     pointers = {"x_ptr": "*fp32", "mask_ptr": "*u8", "offsets_ptr": "*i64"}
     numbers = {"N": "i32", "segments": "i32", "steps": "i32", "gamma": "fp64", "BLOCK": "constexpr"}
     blocks = {"a_ptr": "*fp64", "b_ptr": "*fp64"}

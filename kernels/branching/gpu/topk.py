@@ -30,6 +30,7 @@ LAST = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def make_key(value, strict, position):
+    """An int64 that sorts by strict, then value, then lower position; NaN counts as -inf."""
     value = tl.where(value == value, value, float("-inf"))
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 0x80000000
@@ -134,6 +135,7 @@ def traffic(n: int) -> tuple[int, int]:
 
 
 def aot_cases(arch: str) -> list[AotCase]:
+    """Compilations of the kernels of this file that a package for `arch` holds."""
     pointers = dict.fromkeys(("z_entropy_ptr", "z_omega_ptr", "score_ptr"), "*fp32")
     pointers |= {"eligible_ptr": "*u8"}
     pointers |= dict.fromkeys(("offsets_ptr", "first_ptr", "member_ptr", "keys_ptr"), "*i64")

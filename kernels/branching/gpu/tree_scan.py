@@ -101,6 +101,7 @@ def traffic(n: int) -> tuple[int, int]:
 
 
 def aot_cases(arch: str) -> list[AotCase]:
+    """Compilations of the kernels of this file that a package for `arch` holds."""
     node = {
         "local_ptr": "*fp64",
         "offsets_ptr": "*i64",

@@ -126,6 +126,7 @@ def traffic(n: int) -> tuple[int, int]:
 
 
 def aot_cases(arch: str) -> list[AotCase]:
+    """Compilations of the kernels of this file that a package for `arch` holds."""
     names = ("omega_ptr", "z_entropy_ptr", "z_omega_ptr", "score_ptr")
     pointers = {
         "entropy_ptr": "*fp32",

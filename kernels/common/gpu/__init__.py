@@ -1,0 +1,1 @@
+"""What the Triton kernels share: launches, tiles per architecture, compilation ahead of time."""

@@ -72,6 +72,7 @@ ROW_INTERPRET = Row(64, 1024)
 
 
 def row(device_type: str) -> Row:
+    """The block of a row kernel; on a CPU, where it is interpreted, it is larger."""
     return ROW_INTERPRET if device_type == "cpu" else ROW
 
 
@@ -126,6 +127,7 @@ def walk(table: WalkTable, arch: str, dim: int, itemsize: int) -> Walk:
 
 
 def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up, for b > 0."""
     return -(-a // b)
 
 

@@ -1,0 +1,1 @@
+"""Triton kernels of the log-probability from hidden states, forward and backward."""

@@ -103,4 +103,5 @@ def contiguous(up: Upstream) -> Upstream:
 
 
 def slice_tokens(up: Upstream, t: slice) -> Upstream:
+    """The upstream of a slice of the tokens."""
     return up.map(lambda x: x[t])

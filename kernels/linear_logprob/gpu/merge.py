@@ -62,6 +62,7 @@ def traffic(n: int, slots: int) -> tuple[int, int]:
 
 
 def aot_cases(arch: str) -> list[AotCase]:
+    """Compilations of the kernels of this file that a package for `arch` holds."""
     names = {
         "stats_ptr": "*fp32",
         "out_ptr": "*fp32",

@@ -76,6 +76,7 @@ def traffic(n: int, v: int, itemsize: int = 2) -> tuple[int, int]:
 
 
 def aot_cases(arch: str) -> list[AotCase]:
+    """Compilations of the kernels of this file that a package for `arch` holds."""
     return [
         _case("rowgrads", ROW, "bf16"),
         _case("rowgrads entropy, cap, scale", ROW, "bf16", options=True),

@@ -81,6 +81,7 @@ def traffic(n: int, v: int) -> tuple[int, int]:
 
 
 def aot_cases(arch: str) -> list[AotCase]:
+    """Compilations of the kernels of this file that a package for `arch` holds."""
     return [_case("rowstats", ROW, cap=False), _case("rowstats cap", ROW, cap=True)]
 
 

@@ -129,6 +129,7 @@ def traffic(n: int, future: bool = True) -> tuple[int, int]:
 
 
 def aot_cases(arch: str) -> list[AotCase]:
+    """Compilations of the kernels of this file that a package for `arch` holds."""
     pointers = dict.fromkeys(("logp_ptr", "old_logp_ptr", "advantage_ptr"), "*fp32")
     pointers |= {"mask_ptr": "*u8", "offsets_ptr": "*i64", "weight_ptr": "*fp64"}
     pointers |= {

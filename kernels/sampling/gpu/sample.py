@@ -32,6 +32,7 @@ RAISE = tl.constexpr(
 
 @triton.jit
 def splitmix(x):
+    """The finalizer of splitmix64: every bit of x changes about half of the result's."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)
@@ -195,6 +196,7 @@ def traffic(rows: int, vocab: int, itemsize: int = 4) -> tuple[int, int]:
 
 
 def aot_cases(arch: str) -> list[AotCase]:
+    """Compilations of the kernels of this file that a package for `arch` holds."""
     return [case for kind in ("fp32", "bf16") for case in _cases(kind)]
 
 

@@ -57,6 +57,8 @@ def traffic(rows: int, kv_heads: int, dim: int, itemsize: int = 2) -> tuple[int,
 
 
 def aot_cases(arch: str) -> list[AotCase]:
+    """Compilations of the kernels of this file that a package for `arch` holds."""
+
     def case(name: str, dtype: str) -> AotCase:
         pointers = dict.fromkeys(("k_ptr", "v_ptr", "k_pool", "v_pool"), f"*{dtype}")
         pointers["slots_ptr"] = "*i64"

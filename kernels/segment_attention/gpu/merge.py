@@ -65,6 +65,8 @@ def traffic(rows: int, entries: int, heads: int, dim: int, itemsize: int = 2) ->
 
 
 def aot_cases(arch: str) -> list[AotCase]:
+    """Compilations of the kernels of this file that a package for `arch` holds."""
+
     def case(name: str, dtype: str, dim: int) -> AotCase:
         pointers = {
             "o_ptr": "*fp32", "lse_ptr": "*fp32", "starts_ptr": "*i64", "entries_ptr": "*i64", "out_ptr": f"*{dtype}",

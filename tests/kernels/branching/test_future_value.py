@@ -1,5 +1,6 @@
 """future_value and its tree variant: golden vectors, the plain recurrence as oracle, ragged segments, all backends."""
 
+import itertools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ def scan(backend, x, mask, offsets, gamma):
 def plain(x, mask, offsets, gamma):
     """The recurrence, one token at a time."""
     out = [0.0] * len(x)
-    for a, b in zip(offsets, offsets[1:]):
+    for a, b in itertools.pairwise(offsets):
         ahead = 0.0
         for i in range(b - 1, a - 1, -1):
             ahead = (x[i] if mask[i] else 0.0) + (gamma * ahead if gamma else 0.0)

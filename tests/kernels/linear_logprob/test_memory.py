@@ -42,7 +42,7 @@ def test_no_logit_matrix(backend):
     y = torch.randint(vocab, (t,), generator=generator)
     call = LinearCall(h, w, y, None, torch.ones(t))
     with LargestTensor([h, w]) as watch:
-        m, s, u, z = module(backend).partial_stats(call)
+        m, s, _u, _z = module(backend).partial_stats(call)
         up = Upstream(m, torch.log2(s), torch.ones(t), torch.ones(t), torch.ones(t))
         dh, dw, _ = module(backend).gradients(call, up, True, True, False, h.dtype)
     block = BLOCK["cpu"][0] * BLOCK["cpu"][1] * 4

@@ -1,5 +1,6 @@
 """The statistics algebra on its own: any split and any merge tree give the statistics of the whole."""
 
+import itertools
 import math
 
 import torch
@@ -26,7 +27,7 @@ def test_any_merge_tree(data):
     target = torch.tensor([data.draw(st.integers(0, vocab - 1))])
     cuts = sorted(data.draw(st.sets(st.integers(1, max(vocab - 1, 1)), max_size=4)) - {vocab})
     borders = [0, *cuts, vocab]
-    parts = [stats_of(x[:, a:b], target, a) for a, b in zip(borders, borders[1:])]
+    parts = [stats_of(x[:, a:b], target, a) for a, b in itertools.pairwise(borders)]
     parts.append(empty(1, x))
     while len(parts) > 1:  # merge two at random positions until one is left
         b = parts.pop(data.draw(st.integers(0, len(parts) - 1)))

@@ -1,5 +1,6 @@
 """policy_loss: the formula written out as oracle, golden vectors, hostile values, all backends."""
 
+import itertools
 import math
 
 import pytest
@@ -34,7 +35,7 @@ def written_out(logp, old_logp, advantage, mask, offsets, weight, *, gamma=None,
     leaf = logp.detach().clone().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     cuts = offsets.tolist()
-    for row, (lo, hi) in enumerate(zip(cuts, cuts[1:])):
+    for row, (lo, hi) in enumerate(itertools.pairwise(cuts)):
         m = mask[lo:hi].bool()
         d = torch.where(m, leaf[lo:hi] - old_logp[lo:hi], 0.0)
         a = advantage[lo:hi]

@@ -246,7 +246,7 @@ def test_partials_from_elsewhere_are_merged():
     """The causal part of a chunk computed apart, as flash-attn would; the kernels do the prefix."""
     layout, pool, q, k, v = grow(17, chunk=60)
     want = run(layout, pool, q, k, v, cut_of(q, pool))
-    node, (row, start, count) = max(layout.rows_of.items(), key=lambda item: item[1][2])
+    _node, (row, start, count) = max(layout.rows_of.items(), key=lambda item: item[1][2])
     own = [i for i, (_, a, b, _) in enumerate(layout.reads.tolist()) if a <= row < b][-1]
     assert count > 8
     limits = layout.limits.clone()
@@ -365,7 +365,7 @@ def test_every_key_is_counted_once_in_path_order(seed):
     owner = {}  # partial → (segment, start, end, row)
     for item in torch.cat([got.tall, got.low]).tolist():
         begin, start, full, end, row, count, limit0, partial = item
-        assert 0 < count and start <= full <= end <= start + got.split and start % 256 == 0
+        assert count > 0 and start <= full <= end <= start + got.split and start % 256 == 0
         own = got.limits[limit0 : limit0 + count]
         assert own.max() >= end and (own[own > start] >= full).all()
         for i in range(count):

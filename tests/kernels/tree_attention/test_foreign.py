@@ -4,6 +4,8 @@ Both run on a GPU only. Here FlexAttention is the eager one that torch has for d
 its interface and its meaning of `causal`; what is tested is what we hand to them and make of their answers.
 """
 
+import itertools
+
 import pytest
 import torch
 from support.attention_problems import HEADS, LARGE, TREES, error, exact, problem, random_ends, run
@@ -161,9 +163,9 @@ def test_runs_have_the_keys_that_their_queries_see(name):
     plan = attention_flash.runs(subtree_end)
     q, k = plan.q_ends.tolist(), plan.k_ends.tolist()
     assert q[0] == k[0] == 0 and q[-1] == n and k[-1] == len(plan.keys)
-    assert plan.most_q == max(b - a for a, b in zip(q, q[1:]))
-    assert plan.most_k == max(b - a for a, b in zip(k, k[1:]))
-    for (a, b), (c, d) in zip(zip(q, q[1:]), zip(k, k[1:])):
+    assert plan.most_q == max(b - a for a, b in itertools.pairwise(q))
+    assert plan.most_k == max(b - a for a, b in itertools.pairwise(k))
+    for (a, b), (c, d) in zip(itertools.pairwise(q), itertools.pairwise(k)):
         for i in range(a, b):
             assert torch.equal(plan.keys[c : d - (b - 1 - i)], seen[i].nonzero()[:, 0])
     leaves = (subtree_end == torch.arange(1, n + 1)).sum()

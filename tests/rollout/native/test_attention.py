@@ -4,6 +4,7 @@ rows are grouped.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -117,7 +118,7 @@ def tables(tree: Tree, rows: range | None = None, grouped: bool = True) -> Simpl
     return SimpleNamespace(
         slots=torch.full((len(chosen),), -1),
         segments=torch.tensor(sizes).view(-1, 2),
-        blocks=torch.tensor(sum(tree.blocks, []), dtype=torch.int64),
+        blocks=torch.tensor([*itertools.chain.from_iterable(tree.blocks)], dtype=torch.int64),
         reads=torch.tensor(reads, dtype=torch.int64).view(-1, 4),
         limits=torch.tensor(limits, dtype=torch.int64),
     )
@@ -296,7 +297,7 @@ def test_rows_are_written_before_they_are_read(dtype, dim):
         tree.pool.ensure(10)
         tree.pool.fill_nan(blocks[1:])
         out = torch.full((rows, 2 * heads, dim), torch.nan, dtype=dtype)
-        for a, b in zip(cuts, cuts[1:]):
+        for a, b in itertools.pairwise(cuts):
             layout = SimpleNamespace(
                 slots=torch.tensor([blocks[i // 16] * 16 + i % 16 for i in range(9 + a, 9 + b)]),
                 segments=torch.tensor([[0, 9 + b]]),

@@ -125,4 +125,4 @@ def test_every_bit_of_the_key_and_of_the_id_turns_half_of_the_bits():
     changed += [spread(11, 13, ids ^ (1 << b)) for b in range(17)]
     for other in changed:
         turned = (base ^ other).sum(0)
-        assert 10 <= turned.min() and turned.max() <= 54  # 5.5 standard deviations
+        assert turned.min() >= 10 and turned.max() <= 54  # 5.5 standard deviations

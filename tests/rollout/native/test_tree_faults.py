@@ -44,7 +44,7 @@ def planted(tree=SegmentTree):
 
 
 def test_check_sees_a_block_freed_early():
-    tree, (prompt, *_) = planted()
+    tree, (_prompt, *_) = planted()
     tree.blocks.give_back([1], 0, defer=False)
     with pytest.raises(EngineError, match="block 1 of node 0 is free: it was given back too early"):
         check_tree(tree)
@@ -73,7 +73,7 @@ def test_check_sees_a_block_with_two_writers():
 
 @pytest.mark.parametrize("tree", TREES)
 def test_check_sees_a_slot_that_would_be_overwritten(tree):
-    tree, (prompt, child, _) = planted(tree)
+    tree, (prompt, _child, _) = planted(tree)
     tree.truncate(prompt, 40)
     layout = tree.layout([(0, 30, 10), (1, 0, 1)])  # all rows have KV
     check_tree(tree)
@@ -84,7 +84,7 @@ def test_check_sees_a_slot_that_would_be_overwritten(tree):
 
 @pytest.mark.parametrize("tree", TREES)
 def test_check_sees_a_row_that_writes_elsewhere_or_where_another_does(tree):
-    tree, (prompt, child, other) = planted(tree)
+    tree, (_prompt, child, other) = planted(tree)
     tree.extend(child, [1])
     tree.extend(other, [1])
     layout = tree.plan([child, other], 0)
@@ -156,7 +156,7 @@ def test_check_sees_more_blocks_than_there_may_be():
 
 @pytest.mark.parametrize("tree", TREES)
 def test_check_sees_a_row_that_writes_to_somebody_elses_block_when_its_own_went(tree):
-    tree, (prompt, child, other) = planted(tree)
+    tree, (_prompt, child, _other) = planted(tree)
     tree.extend(child, [1])
     layout = tree.plan([child], 10)
     tree.release(child)

@@ -10,7 +10,7 @@ from appo.algo.credit import reward_of, token_credit
 from appo.types import Credit, RolloutTree
 
 
-def group_credit(tree: RolloutTree, graded: list[int], algo: Algorithm) -> list[Credit]:
+def group_credit(tree: RolloutTree, graded: list[int], algo: Algorithm) -> list[Credit]:  # noqa: ARG001
     """A = (R - mean R) / (std R + 1e-6) over the graded leaves, the same on every token that the
     leaf drew.
     """

@@ -65,12 +65,15 @@ class Chunks:
     limits: Tensor  # the layout's, without these parts
 
     def on(self, device: torch.device) -> Causal:
+        """The same on a device, in the types that flash-attn takes."""
         cuts = self.cuts.to(torch.int32)
         return Causal(self.rows.to(device), cuts.to(device), int(cuts.diff().max()))
 
 
 @dataclass(frozen=True)
 class Causal:
+    """`Chunks` on a device; `longest` is the number of rows of the longest chunk."""
+
     rows: Tensor  # [n] int64
     cuts: Tensor  # [c + 1] int32
     longest: int

@@ -94,9 +94,11 @@ class DeviceRunner:
         )
 
     def weights_changed(self) -> None:
+        """Drop the graphs: they were captured with the weights before."""
         self.graphs.clear()
 
     def idle(self) -> None:
+        """No block is in use: drop the graphs and all memory of the pool."""
         self.graphs.clear()
         self.pool.trim(0)
 

@@ -34,6 +34,7 @@ class TableShape:
 
     @classmethod
     def fitting(cls, rows: int, pass_work: Work, blocks: int) -> TableShape:
+        """The smallest shape for `rows` padded rows that holds a pass and its `blocks`."""
         longest = max(
             len(pass_work.tall),
             len(pass_work.low),

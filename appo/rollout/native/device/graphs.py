@@ -41,13 +41,16 @@ class Graphs:
             self._memory = memory
 
     def clear(self) -> None:
+        """Drop all graphs; the next call of each key runs as it is."""
         self._seen.clear()
 
     @property
     def captured(self) -> int:
+        """Number of graphs that can be replayed."""
         return sum(known is not None for known in self._seen.values())
 
     def run(self, key: Hashable, body: Callable[[], Tensor]) -> Tensor:
+        """The result of `body`: run at a key's first call, captured at its second, replayed after."""
         if self.why_not is not None:
             return body()
         if key not in self._seen:

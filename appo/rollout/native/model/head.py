@@ -66,6 +66,7 @@ class NativeHead:
         return out
 
     def thread_count(self) -> int:
+        """Threads of the next call: those asked for, or as many as torch uses."""
         return torch.get_num_threads() if self.threads is None else self.threads
 
 

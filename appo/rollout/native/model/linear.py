@@ -31,12 +31,14 @@ class Linear:
         self.adapted: frozenset[str] = frozenset()  # modules in `adapter`
 
     def pack(self) -> None:
+        """Make the weight ready for calls: in the compute dtype, packed for oneDNN if it can be."""
         self.packed = can_pack(self.weight, self.compute)
         self.ready = self.weight.to(self.compute)
         if self.packed:
             self.ready = torch.ops.mkldnn._reorder_linear_weight(self.ready, 32)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x Wᵀ + bias, and the adapter's part where there is one. [n, in] → [n, out]"""
         if self.packed:
             y = torch.ops.mkldnn._linear_pointwise(x, self.ready, self.bias, "none", [], "")
         else:
@@ -59,6 +61,8 @@ def can_pack(weight: Tensor, compute: torch.dtype) -> bool:
 
 @dataclass
 class Layer:
+    """Weights of one layer of the decoder: Hq query and Hkv key heads of size D, width d."""
+
     norm1: Tensor  # [d] float32
     qkv: Linear  # [(Hq + 2 Hkv) D, d]
     qk_norm: Tensor | None  # [Hq + Hkv, D] float32, Qwen3 only
@@ -93,6 +97,7 @@ class Target:
     heads: int = 0
 
     def write(self, tensor: Tensor) -> None:
+        """Copy a checkpoint tensor to its place, in the order that the engine computes in."""
         if self.heads:
             pairs = tensor.reshape(self.heads, 2, -1, *tensor.shape[1:])  # [H, 2, D/2, …]
             tensor = pairs.transpose(1, 2).reshape(tensor.shape)

@@ -58,6 +58,7 @@ class Sampled:
 
     @staticmethod
     def empty(rows: int) -> Sampled:
+        """Room for `rows` tokens; nothing is written to it yet."""
         return Sampled(torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows))
 
 

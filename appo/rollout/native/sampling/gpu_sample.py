@@ -13,6 +13,7 @@ from appo.rollout.native.sampling.definition import Sampled, SamplingRows
 
 
 def available(device: torch.device) -> bool:
+    """Whether the Triton sampler runs on this device."""
     return device.type == "cuda" and backends.triton_runs(device)
 
 

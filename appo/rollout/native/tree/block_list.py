@@ -47,6 +47,7 @@ class BlockList:
 
     @property
     def free(self) -> int:
+        """Blocks that may still be taken."""
         return self.capacity - self.used
 
     @property

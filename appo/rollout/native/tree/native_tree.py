@@ -96,6 +96,7 @@ class NativeTree:
 
     @property
     def free(self) -> int:
+        """Blocks that may still be taken."""
         counts = self._counts()
         return counts[2] - counts[3]
 
@@ -111,10 +112,12 @@ class NativeTree:
 
     @property
     def live_sequences(self) -> int:
+        """Handles that were given out and not released."""
         return self._counts()[6]
 
     @property
     def live_nodes(self) -> int:
+        """Nodes that a live handle stands on, ancestors included."""
         return self._counts()[7]
 
     @property
@@ -124,72 +127,92 @@ class NativeTree:
         return layout if number == self._counts()[8] else None
 
     def length(self, seq: int) -> int:
+        """Tokens of the sequence, inherited ones included."""
         return self._call.length(self._tree, seq)
 
     def base(self, seq: int) -> int:
+        """Absolute position of the first token that the sequence's node owns."""
         return self._call.base(self._tree, seq)
 
     def tokens(self, seq: int) -> list[int]:
+        """All tokens of the sequence, from the root on."""
         return _numbers(self._call.tokens(self._tree, seq))
 
     def kv(self, seq: int) -> int:
+        """Positions of the path, from the root on, that have KV."""
         return self._call.kv(self._tree, seq)
 
     def stale(self, seq: int) -> bool:
+        """Whether the path holds a position that new weights voided and nobody has run since."""
         return self._call.stale(self._tree, seq)
 
     def path(self, seq: int) -> list[tuple[int, int]]:
+        """(node id, how many of its own positions are on the path), root first."""
         flat = _numbers(self._call.path(self._tree, seq))
         return list(zip(flat[::2], flat[1::2]))
 
     def blocks_of(self, node_id: int) -> list[int]:
+        """Blocks that a node owns, in the order of its positions."""
         return _numbers(self._call.blocks_of(self._tree, node_id))
 
     def free_blocks(self) -> list[int]:
+        """Numbers of the blocks that wait to be taken again."""
         return _numbers(self._call.free_blocks(self._tree))
 
     # -- sequences ---------------------------------------------------------------------------------
 
     def add(self, ids: Sequence[int]) -> int:
+        """A new root with these tokens; → its handle. EngineError when there are none."""
         return self._call.add(self._tree, _packed(ids))
 
     def fork(self, seq: int, at: int) -> int:
+        """A child that inherits tokens < at; → its handle. See `SegmentTree.fork`."""
         return self._call.fork(self._tree, seq, at)
 
     def extend(self, seq: int, ids: Sequence[int]) -> None:
+        """Append tokens; they are run when the sequence is planned."""
         self._call.extend(self._tree, seq, _packed(ids))
 
     def truncate(self, seq: int, length: int) -> None:
+        """Drop tokens from absolute position `length` on; see `SegmentTree.truncate`."""
         self._call.truncate(self._tree, seq, length)
 
     def release(self, seq: int) -> None:
+        """Give the handle back. What no descendant inherits goes, and its blocks with it."""
         self._call.release(self._tree, seq)
 
     def evict(self, seq: int, keep: Mapping[int, int] | None = None) -> int:
+        """Free KV and keep the tokens; → blocks given back. `keep` as in `SegmentTree.evict`."""
         if keep is None:
             return self._call.evict(self._tree, seq)
         pairs = (number for pair in keep.items() for number in pair)
         return self._call.evict_path(self._tree, seq, _packed(pairs))
 
     def new_version(self, version: int) -> None:
+        """New weights: all KV is void. Sequences that had some are stale until scored."""
         self._call.new_version(self._tree, version)
 
     # -- planning ----------------------------------------------------------------------------------
 
     def plan(self, seqs: Sequence[int], budget: int) -> Layout | int:
+        """The open layout of what each path lacks, or how many blocks there are too few."""
         return self._opened(self._call.plan, _packed(seqs), budget)
 
     def layout(self, ranges: Sequence[tuple[int, int, int]]) -> Layout | int:
+        """The open layout of (node id, first own position, count), or blocks too few."""
         flat = _packed(number for row_range in ranges for number in row_range)
         return self._opened(self._call.layout, flat)
 
     def commit(self, layout: Layout) -> None:
+        """The rows of the layout have been run: their KV counts from now on."""
         self._call.commit(self._tree, self._number(layout))
 
     def abort(self, layout: Layout) -> None:
+        """The rows of the layout have not been run: the blocks taken for them are free."""
         self._call.abort(self._tree, self._number(layout))
 
     def need(self, seqs: Sequence[int], ends: Sequence[int]) -> int:
+        """Blocks still to be taken if every sequence grew to its end, shared ones once."""
         if len(seqs) != len(ends):
             raise EngineError(
                 f"need: {len(seqs)} sequences and {len(ends)} ends; give one for each"

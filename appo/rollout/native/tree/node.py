@@ -35,6 +35,7 @@ class SegmentNode:
 
     @property
     def length(self) -> int:
+        """Tokens of the path, inherited ones included."""
         return self.base + len(self.tokens)
 
     @property
@@ -75,4 +76,5 @@ class SegmentNode:
         return node.tokens[position - node.base]
 
     def slot(self, i: int) -> int:
+        """Place of own position `i` in the KV pool."""
         return self.blocks[i // BLOCK] * BLOCK + i % BLOCK

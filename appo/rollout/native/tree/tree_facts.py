@@ -44,6 +44,7 @@ class TreeFacts:
 
     @property
     def free(self) -> int:
+        """Blocks that may still be taken."""
         return self.blocks.free
 
     @property
@@ -58,10 +59,12 @@ class TreeFacts:
 
     @property
     def live_sequences(self) -> int:
+        """Handles that were given out and not released."""
         return len(self._seqs)
 
     @property
     def live_nodes(self) -> int:
+        """Nodes that a live handle stands on, ancestors included."""
         return len(self.nodes)
 
     def length(self, seq: int) -> int:

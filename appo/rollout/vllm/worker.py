@@ -49,7 +49,7 @@ class WorkerExtension:
         worker_statistics.attach(self.model_runner)  # type: ignore[attr-defined]
 
     def appo_take_sampled(self, keys: list[str]) -> dict[str, dict[int, float]]:
-        """Entropies by request and position, which the worker then forgets."""
+        """Entropies by request and draw, which the worker then forgets."""
         return worker_statistics.take_sampled(keys)
 
     def appo_take_scored(self, keys: list[str]) -> dict[str, list[worker_statistics.Piece]]:

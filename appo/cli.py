@@ -1,4 +1,7 @@
-"""The command line: thin commands over `appo.run.train`, `appo.run.session` and `appo.doctor`. Heavy imports happen inside."""
+"""The command line: thin commands over `appo.run.train`, `appo.run.session` and `appo.doctor`.
+
+Heavy imports happen inside.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +51,15 @@ def _alone(context: typer.Context) -> None:
 
 
 def main() -> None:
-    """Entry point: an AppoError becomes one paragraph and its exit code (2 for what the user can mend)."""
+    """Entry point: an AppoError becomes one paragraph and its exit code.
+
+    2 for what the user can mend.
+    """
     # These are read at import of torch, DeepSpeed and tokenizers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # OpenMP threads that spin without end starve each other as soon as something else runs (a sandbox, a grader): let them
-    # sleep after some microseconds. (Two threads, 32 rows, quiet machine: 480 tok/s; endless spinning 490, no spinning 320.)
+    # OpenMP threads that spin without end starve each other as soon as something else runs (a
+    # sandbox, a grader): let them sleep after some microseconds. (Two threads, 32 rows, quiet
+    # machine: 480 tok/s; endless spinning 490, no spinning 320.)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if not _cuda_device_files():
@@ -91,7 +98,8 @@ def _console(plain: bool, rank: int = 0) -> Any:
     usual = warnings.showwarning
 
     def show(message: Any, category: Any, filename: str, *rest: Any) -> None:
-        # Our own warnings are written for the user; those of libraries keep their place in the code.
+        # Our own warnings are written for the user; those of libraries keep their place in the
+        # code.
         if Path(filename).is_relative_to(Path(__file__).parent):
             console.warn(str(message))
         else:
@@ -102,7 +110,10 @@ def _console(plain: bool, rank: int = 0) -> Any:
 
 
 def _several(recipe: str, overrides: list[str] | None, plain: bool) -> tuple[Any, Any, Any]:
-    """(ranks, console, configuration) of a command that several processes share; rank 0 reads the recipe for all."""
+    """(ranks, console, configuration) of a command that several processes share.
+
+    Rank 0 reads the recipe for all.
+    """
     from appo.config import load_config
     from appo.dist.failures import agree_or_raise
     from appo.dist.ranks import Ranks
@@ -127,7 +138,10 @@ def train(
     ] = False,
     plain: Plain = False,
 ) -> None:
-    """Train a policy: `appo train quickstart`, `appo train tiny algo=grpo`, `appo train quickstart resume=RUN`."""
+    """Train a policy.
+
+    `appo train quickstart`, `appo train tiny algo=grpo`, `appo train quickstart resume=RUN`.
+    """
     ranks, console, cfg = _several(recipe, overrides, plain)
     if dry_run:
         from appo.config import dump
@@ -210,7 +224,10 @@ def replay(
     step: Annotated[int, typer.Option("--step", help="the step to learn again")],
     plain: Plain = False,
 ) -> None:
-    """Learn one step of a run again from its saved trees and compare. Exit code 1 if the numbers differ."""
+    """Learn one step of a run again from its saved trees and compare.
+
+    Exit code 1 if the numbers differ.
+    """
     from appo.dist.ranks import Ranks
     from appo.run.replay import replay as learn_again
     from appo.run.replay import rows
@@ -265,7 +282,10 @@ def sft_tiny(
 
 @app.command()
 def doctor(plain: Plain = False) -> None:
-    """What this machine can run: versions, native library, sandbox levels, model cache. Exit code 1 if training can't."""
+    """What this machine can run: versions, native library, sandbox levels, model cache.
+
+    Exit code 1 if training can't.
+    """
     from appo.doctor import run_doctor
 
     ok = run_doctor(_console(plain))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 
 class AppoError(Exception):
-    """Base of all errors raised on purpose; the CLI prints it as one paragraph and exits with `exit_code`.
+    """Base of all errors raised on purpose.
+
+    The CLI prints it as one paragraph and exits with `exit_code`.
 
     reported: it has been printed (by this process, or by another rank for all).
     """
@@ -17,7 +19,10 @@ class AppoError(Exception):
 
 
 class ConfigError(AppoError):
-    """The configuration (or another input of the user) cannot be used. Raised before long work starts."""
+    """The configuration (or another input of the user) cannot be used.
+
+    Raised before long work starts.
+    """
 
     exit_code = 2
 
@@ -31,7 +36,10 @@ class DataError(ConfigError):
 
 
 class ToolError(AppoError):
-    """A tool failed. `kind` is a stable word for counting: crash, timeout, unavailable, bad_request."""
+    """A tool failed.
+
+    `kind` is a stable word for counting: crash, timeout, unavailable, bad_request.
+    """
 
     def __init__(self, message: str, kind: str = "crash"):
         super().__init__(message)

@@ -27,7 +27,9 @@ Check = Callable[[Any], str]  # what is wrong with the object, or ""
 
 
 def is_import(text: str, builtin: Iterable[str] = ()) -> bool:
-    """Whether `text` is meant as an import string: it has a colon and does not begin with a built-in name.
+    """Whether `text` is meant as an import string.
+
+    It has a colon and does not begin with a built-in name.
 
     >>> is_import("my_tool:search"), is_import("python", ["python"])
     (True, False)
@@ -92,7 +94,9 @@ def split(text: str, where: str, expected: str) -> tuple[str, str]:
 
 
 def call_problem(function: Any, *args: Any, **kwargs: Any) -> str:
-    """Why `function(*args, **kwargs)` cannot be called, or "": the arguments are bound to its signature, not passed.
+    """Why `function(*args, **kwargs)` cannot be called, or "".
+
+    The arguments are bound to its signature, not passed.
 
     >>> call_problem(len, 1), call_problem(3)
     ('', 'is of type int, which cannot be called')
@@ -117,7 +121,10 @@ def near(name: str, known: Iterable[str]) -> str:
 
 
 def use_current_folder() -> None:
-    """Let modules of the current folder be imported, behind all that is installed. Done where a string is resolved."""
+    """Let modules of the current folder be imported, behind all that is installed.
+
+    Done where a string is resolved.
+    """
     folder = str(Path.cwd())
     if folder not in sys.path and "" not in sys.path:
         sys.path.append(folder)

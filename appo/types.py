@@ -5,8 +5,10 @@
 
 Two rules hold everywhere:
 
-- **Token in, token out.** Text is decoded only for tool parsing and display; ids are never re-tokenised.
-- **A node stores only what it adds.** A trajectory is a root→leaf walk; tool tokens have no logprobs.
+- **Token in, token out.** Text is decoded only for tool parsing and display; ids are never
+  re-tokenised.
+- **A node stores only what it adds.** A trajectory is a root→leaf walk; tool tokens have no
+  logprobs.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import numpy as np
 
 Role = Literal["prompt", "model", "tool"]
 
-# Words of an algorithm's settings: keys of the configuration and fields of `appo.algo.algorithm.Algorithm`.
+# Words of an algorithm's settings: keys of the configuration and fields of
+# `appo.algo.algorithm.Algorithm`.
 BranchBy = Literal["score", "entropy", "random"]  # what ranks positions
 Resample = Literal["at", "after"]  # the chosen token is drawn again, or kept
 CreditRule = Literal["sum", "mean", "literal"]  # reading of A_base
@@ -57,13 +60,18 @@ class Node:
     """A run of tokens added by one author, hanging off a parent.
 
     parent     index of the parent in `RolloutTree.nodes`, None for the prompt
-    fork_at    how many of the parent's own tokens are inherited (= len(parent.token_ids) when it just continues)
+    fork_at    how many of the parent's own tokens are inherited (= len(parent.token_ids) when it
+               just continues)
     token_ids  ids this node adds
-    logprobs   behavior log-probabilities at the sampling temperature, one per token; None unless role == "model"
-    entropy    entropy in nats of the distribution each token was drawn from; None unless role == "model"
-    old_logp   log-probabilities that the loss takes ratios against, one per token, where the learner computed them
-               itself (`appo.trainer.old_logprobs`); None: those recorded by the engine, `logprobs`
-    path       position in the tree, the source of all randomness below it: (root index, branch index, …)
+    logprobs   behavior log-probabilities at the sampling temperature, one per token; None unless
+               role == "model"
+    entropy    entropy in nats of the distribution each token was drawn from; None unless role ==
+               "model"
+    old_logp   log-probabilities that the loss takes ratios against, one per token, where the
+               learner computed them itself (`appo.trainer.old_logprobs`); None: those recorded by
+               the engine, `logprobs`
+    path       position in the tree, the source of all randomness below it: (root index, branch
+               index, …)
     closed     its last token closed a tool call or the answer
 
     >>> prompt = Node(None, "prompt", 0, [5, 6, 7])
@@ -107,7 +115,8 @@ class Leaf:
     node         last node of the walk
     root         index of the root rollout this leaf is or descends from (0 … N-1)
     branch       None for a root, else the number of the branch (0 …)
-    split        response position (0-based, prompt excluded) of the first token the branch drew itself; None for a root
+    split        response position (0-based, prompt excluded) of the first token the branch drew
+                 itself; None for a root
     branch_score score that chose the split (z-product or entropy z), None for a root
     branch_rule  "strict" | "entropy" | "random": which rule filled this slot
     """
@@ -138,9 +147,9 @@ class Leaf:
 class Trajectory:
     """A flat view of one leaf: prompt + response. Arrays over response positions t = 0 … T-1.
 
-    token_ids[P+T] int64 · mask[T] bool (True where the policy sampled the token) · logprobs[T], entropy[T], old_logp[T]
-    float32 (0 where mask is False: never read there) · version[T] int64 (policy version that drew the token, -1
-    elsewhere)
+    token_ids[P+T] int64 · mask[T] bool (True where the policy sampled the token) · logprobs[T],
+    entropy[T], old_logp[T] float32 (0 where mask is False: never read there) · version[T] int64
+    (policy version that drew the token, -1 elsewhere)
     """
 
     prompt_len: int
@@ -258,7 +267,9 @@ class Credit:
 
 @dataclass(frozen=True)
 class Counts:
-    """Denominators of a whole mini-batch by the algorithm's definition; rows without loss are counted too.
+    """Denominators of a whole mini-batch by the algorithm's definition.
+
+    Rows without loss are counted too.
 
     tokens: trained tokens · rows: trained trajectories · rollouts: all leaves, M per prompt
     """

@@ -1,7 +1,10 @@
-"""What every benchmark script shares: `--quick`, `--json FILE`, fair timing, one table on the screen.
+"""What every benchmark script shares.
 
-A script builds a list of `Case`s and calls `report`. Times are medians of alternating runs: ours, peer, ours, peer, …,
-so that a neighbour on a shared machine slows all of them alike. CPU-seconds stand beside wall time where they matter.
+`--quick`, `--json FILE`, fair timing, one table on the screen.
+
+A script builds a list of `Case`s and calls `report`. Times are medians of alternating runs: ours,
+peer, ours, peer, …, so that a neighbour on a shared machine slows all of them alike. CPU-seconds
+stand beside wall time where they matter.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from typing import Any, NamedTuple
 
 @dataclass
 class Case:
-    """One row: our figure beside those of the peers, in one unit; `error` is our largest error against float64.
+    """One row: our figure beside those of the peers, in one unit.
+
+    `error` is our largest error against float64.
 
     `variants` are figures of ours under other settings; they are shown, and never count as a peer.
     """
@@ -44,7 +49,10 @@ class Case:
 
     @property
     def ratio_best_peer(self) -> float | None:
-        """How many times better than the best peer we are (below 1: worse); None if that is nothing to divide by."""
+        """How many times better than the best peer we are (below 1: worse).
+
+        None if that is nothing to divide by.
+        """
         if not self.peers:
             return None
         best = max(self.peers.values()) if self.higher_is_better else min(self.peers.values())
@@ -56,7 +64,10 @@ class Case:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with `--quick` (small sizes, for CI) and `--json FILE`, for scripts that add options of their own."""
+    """A parser with `--quick` (small sizes, for CI) and `--json FILE`.
+
+    For scripts that add options of their own.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,7 +93,10 @@ class Timing(NamedTuple):
 def timings(
     runs: Mapping[str, Callable[[], object]], repeats: int = 7, warm: bool = True
 ) -> dict[str, Timing]:
-    """Medians of `repeats` calls each, alternating, after one warm-up call each (unless warm is False)."""
+    """Medians of `repeats` calls each, alternating, after one warm-up call each.
+
+    Unless warm is False.
+    """
     if warm:
         for run in runs.values():
             run()
@@ -96,12 +110,17 @@ def timings(
 
 
 def medians(runs: Mapping[str, Callable[[], object]], repeats: int = 7) -> dict[str, float]:
-    """Seconds per call: median wall time of `repeats` calls each, alternating, after one warm-up call each."""
+    """Seconds per call.
+
+    Median wall time of `repeats` calls each, alternating, after one warm-up call each.
+    """
     return {name: t.wall for name, t in timings(runs, repeats).items()}
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most CPU tensor memory that was alive at once during one call, beyond what was alive before it.
+    """The most CPU tensor memory that was alive at once during one call.
+
+    What was alive before it is not counted.
 
     Counts torch's allocator only; native code has its own, see `resident_bytes`.
     """
@@ -121,7 +140,8 @@ class Resident(NamedTuple):
     """Bytes of physical memory, all allocators together.
 
     peak  the most that one later call held beyond what was there before it, its results included
-    kept  what the first call left behind after its results were freed: packed weights, compiled code, scratch
+    kept  what the first call left behind after its results were freed: packed weights, compiled
+          code, scratch
     """
 
     peak: int
@@ -129,7 +149,9 @@ class Resident(NamedTuple):
 
 
 def resident_bytes(run: Callable[[], object]) -> Resident | None:
-    """Memory of the whole process around two calls; None where the kernel does not tell (not Linux).
+    """Memory of the whole process around two calls.
+
+    None where the kernel does not tell (not Linux).
 
     Only meaningful in a process that did nothing else before: use it through `in_fresh_process`.
     """
@@ -154,7 +176,9 @@ def _resident(line: str, trim: bool = True) -> int:
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in a new interpreter in which every block over 64 KiB is mapped, hence returned when freed.
+    """function(*args) in a new interpreter whose memory goes back when it is freed.
+
+    Every block over 64 KiB is mapped there.
 
     `function` must be importable: a function of a module, not a closure.
     """
@@ -208,7 +232,10 @@ def report(
     args: argparse.Namespace,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Print one row per case; with --json write {machine, date, command, quick, cases} and `notes`, if there are any."""
+    """Print one row per case.
+
+    With --json write {machine, date, command, quick, cases} and `notes`, if there are any.
+    """
     from rich.table import Table
 
     others = list(dict.fromkeys(name for case in cases for name in (*case.variants, *case.peers)))
@@ -238,8 +265,9 @@ def report_by_implementation(
 ) -> None:
     """For many peers: one table per section with a row per implementation and a column per case.
 
-    The last row says how many times better we are than the best peer. With --json the cases are named
-    "section: case". `notes` (implementation → remark) is printed below and written too; `content` is written only.
+    The last row says how many times better we are than the best peer. With --json the cases are
+    named "section: case". `notes` (implementation → remark) is printed below and written too;
+    `content` is written only.
     """
     from rich.table import Table
 

@@ -4,7 +4,8 @@
     python docs/generate.py --check   # exit code 1 and the names of pages that are not current
 
 Keys, types and defaults are those of the dataclasses in `appo.config`; a meaning is the comment
-beside the field, and its mark says what a resumed run may change. Metrics are the table of `appo.observability.metric_names`.
+beside the field, and its mark says what a resumed run may change. Metrics are the table of
+`appo.observability.metric_names`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ NOT_KEYS = {"recipe"}  # set by load_config
 
 
 class Field(NamedTuple):
-    """One key of a recipe: its dotted name, type and default as a recipe spells them, and its meaning."""
+    """One key of a recipe.
+
+    Its dotted name, type and default as a recipe spells them, and its meaning.
+    """
 
     key: str
     type: str
@@ -45,7 +49,7 @@ class Field(NamedTuple):
     meaning: str
 
 
-# -- configuration -------------------------------------------------------------------------------------------------
+# -- configuration ---------------------------------------------------------------------------------
 
 
 def describe_fields(cls: type = Config, prefix: str = "") -> list[Field]:
@@ -63,7 +67,10 @@ def describe_fields(cls: type = Config, prefix: str = "") -> list[Field]:
 
 
 def sections(cls: type = Config, prefix: str = "") -> dict[str, str]:
-    """Dotted prefix of each section → the first paragraph that its dataclass says of it ("" for none)."""
+    """Dotted prefix of each section → the first paragraph that its dataclass says of it.
+
+    "" for none.
+    """
     found = {prefix: own_words(cls)}
     for name, hint in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
@@ -72,7 +79,10 @@ def sections(cls: type = Config, prefix: str = "") -> dict[str, str]:
 
 
 def own_words(cls: type) -> str:
-    """First paragraph of a class's docstring on one line; "" where dataclass has made the docstring."""
+    """First paragraph of a class's docstring on one line.
+
+    "" where dataclass has made the docstring.
+    """
     text = cls.__doc__ or ""
     return "" if text.startswith(f"{cls.__name__}(") else " ".join(text.split("\n\n")[0].split())
 
@@ -144,7 +154,7 @@ def configuration() -> str:
     return "\n\n".join(out) + "\n"
 
 
-# -- metrics -------------------------------------------------------------------------------------------------------
+# -- metrics ---------------------------------------------------------------------------------------
 
 
 def metrics() -> str:
@@ -171,7 +181,7 @@ def metrics() -> str:
     return "\n\n".join(out) + "\n"
 
 
-# -- the pages -----------------------------------------------------------------------------------------------------
+# -- the pages -------------------------------------------------------------------------------------
 
 
 def cell(text: str) -> str:

@@ -1,4 +1,6 @@
-"""A hook of mkdocs: links to source files, which a reader of the repository can follow, on a site of the pages alone.
+"""A hook of mkdocs.
+
+Links to source files, which a reader of the repository can follow, on a site of the pages alone.
 
 With `repo_url` in mkdocs.yml they lead there. Without it their words stay, as code.
 """

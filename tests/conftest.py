@@ -1,4 +1,7 @@
-"""One thread, no network, helpers on the path: tests must not depend on who else uses the machine."""
+"""One thread, no network, helpers on the path.
+
+Tests must not depend on who else uses the machine.
+"""
 
 import os
 import sys
@@ -11,8 +14,9 @@ for key, value in {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFL
                    "TOKENIZERS_PARALLELISM": "false"}.items():  # fmt: skip
     os.environ.setdefault(key, value)
 
-# Triton kernels run in its interpreter where there is no device; the flag is read when triton is first imported.
-# Compiling for a device cannot share a process with the interpreter: tests/bench/test_aot.py starts its own.
+# Triton kernels run in its interpreter where there is no device; the flag is read when triton is
+# first imported. Compiling for a device cannot share a process with the interpreter:
+# tests/bench/test_aot.py starts its own.
 DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA, AMD, and either under WSL
 if not any(found for name in DEVICES for found in Path("/dev").glob(name)):
     os.environ.setdefault("TRITON_INTERPRET", "1")

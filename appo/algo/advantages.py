@@ -1,5 +1,6 @@
-"""Advantages: rewards of a group of leaves → how much better each was than its peers. float64
-throughout.
+"""Advantages: how much better each leaf of a group was than its peers, by their rewards.
+
+All of it is float64.
 
 A group whose rewards do not differ says nothing: its advantages are exactly 0, also where the mean
 of equal floats is inexact (the spread is compared with a tolerance, never with 0).
@@ -21,8 +22,9 @@ F64 = NDArray[np.float64]
 
 
 def _spread(r: F64, ddof: int, source: np.dtype) -> float:
-    """Standard deviation, exactly 0 for a group that is constant up to rounding of its source
-    dtype.
+    """Standard deviation of a group.
+
+    It is exactly 0 for a group that is constant up to rounding of its source dtype.
     """
     if len(r) <= ddof:
         return 0.0
@@ -37,8 +39,9 @@ def _z(r: F64, mean: float, std: float) -> F64:
 
 
 def standardise(rewards: ArrayLike, *, ddof: int = 0) -> F64:
-    """(R - mean) / (std + 1e-6) of one group; exactly 0 where the group is constant or has one
-    member.
+    """(R - mean) / (std + 1e-6) of one group.
+
+    Exactly 0 where the group is constant or has one member.
 
     rewards[n] any float dtype → float64[n]. ddof 0: population std (APPO), 1: sample std (GRPO).
     """
@@ -81,8 +84,9 @@ def group_advantage(
 
 
 def dual_group_advantage(root_rewards: ArrayLike, branch_rewards: ArrayLike) -> tuple[F64, F64]:
-    """APPO: roots and branches of one prompt standardized separately, population std. → (a_root[N],
-    a_branch[K]).
+    """APPO: roots and branches of one prompt standardized separately, population std. →.
+
+    a_root[N], a_branch[K].
     """
     return standardise(root_rewards), standardise(branch_rewards)
 
@@ -96,8 +100,9 @@ def prefix_credit(
     *,
     rule: Literal["sum", "mean", "literal"] = "sum",
 ) -> list[F64]:
-    """A_base of every root token: the root's own advantage and that of the branches which share the
-    token.
+    """A_base of every root token.
+
+    The root's own advantage and that of the branches which share the token.
 
     `branch_split[k]` is the first response position that branch k drew itself, so it shares root
     tokens t < split and speaks for those only. (The published code keeps the chosen token c and

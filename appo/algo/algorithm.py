@@ -1,5 +1,6 @@
-"""An algorithm as one row of plain data: branching rule + advantage rule + loss options. No torch
-here.
+"""An algorithm as one row of plain data: branching rule + advantage rule + loss options.
+
+No torch here.
 
 The built-in ones stand in `appo.algo.presets`, one file each; one of your own is any `Algorithm`
 that `algo=my_module:MY_ALGO` names (`appo.algo.resolve`). docs/algorithms.md has the equations that

@@ -35,8 +35,9 @@ class BranchPoint:
 
 @dataclass(frozen=True)
 class BranchPlan:
-    """points ordered by root, then rank · omega_uninformative[N]: Ω said nothing for this root ·
-    shortfall: slots left empty.
+    """points ordered by root, then rank · omega_uninformative[N].
+
+    Ω said nothing for this root · shortfall: slots left empty.
     """
 
     points: list[BranchPoint]
@@ -47,8 +48,10 @@ class BranchPlan:
 def eligible_positions(
     view: Trajectory, closes_call: np.ndarray, drawable: np.ndarray, room: int
 ) -> np.ndarray:
-    """bool[T]: sampled, not blank or EOS (`drawable[V]` by id), not the token that ends a tool
-    call, with room left.
+    """Where a branch may start, bool[T].
+
+    Sampled, not blank or EOS (`drawable[V]` by id), not the token that ends a tool call, with room
+    left.
 
     room: tokens a branch may still sample if it re-draws the first sampled token (the whole
     budget). A position whose prefix has already used the budget cannot be chosen.

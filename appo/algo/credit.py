@@ -1,5 +1,6 @@
-"""From rewarded trees to what the learner trains on: per-token advantages, loss masks and the
-global denominators.
+"""From rewarded trees to what the learner trains on.
+
+per-token advantages, loss masks and the global denominators.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from appo.types import Counts, Credit, RolloutTree, Trajectory
 
 @dataclass(frozen=True)
 class MiniBatchCredit:
-    """`credits[i]` are the trained rows of tree i; rows whose advantage is 0 everywhere are left
-    out, but counted.
+    """`credits[i]` are the trained rows of tree i.
+
+    Rows whose advantage is 0 everywhere are left out, but counted.
     """
 
     credits: list[list[Credit]]
@@ -29,8 +31,9 @@ class MiniBatchCredit:
 def assign(
     trees: Sequence[RolloutTree], algo: Algorithm, *, keep_all: bool = False
 ) -> MiniBatchCredit:
-    """Advantages for every trained leaf of a mini-batch. keep_all: also rows without any (for an
-    entropy bonus).
+    """Advantages for every trained leaf of a mini-batch.
+
+    keep_all: also rows without any (for an entropy bonus).
 
     A leaf without reward (its grader failed) is in no group and is not trained. Denominators follow
     the algorithm's definition over all graded leaves, so dropping zero rows does not change the

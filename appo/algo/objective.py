@@ -1,5 +1,6 @@
-"""The loss function that the learner is handed: it closes over an `Algorithm` and sees only packed
-tensors.
+"""The loss function that the learner is handed.
+
+It closes over an `Algorithm` and sees only packed tensors.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class LossRows(Protocol):
     mask: Tensor  # [E] bool
     version: Tensor  # [E] policy version that drew the token
     behavior_logp: Tensor  # [E] log-prob under the policy that drew the token, by the engine
-    old_logp: Tensor  # [E] log-prob that ratios are taken against; behavior_logp where the learner did not compute its own
+    # [E] log-prob that ratios are taken against; behavior_logp where the learner did not compute
+    # its own
+    old_logp: Tensor
     advantage: Tensor  # [E]
     weight: Tensor  # [R]
 
@@ -109,16 +112,18 @@ def make_objective(
 
 
 def importance_weight(drift: Tensor, cap: float | None) -> Tensor:
-    """min(exp(drift), cap) per token; drift[E] = old_logp - behavior_logp. No cap: no correction, 1
-    everywhere.
+    """min(exp(drift), cap) per token; drift[E] = old_logp - behavior_logp.
+
+    No cap: no correction, 1 everywhere.
     """
     return torch.ones_like(drift) if cap is None else drift.clamp(-20.0, math.log(cap)).exp()
 
 
 @torch.no_grad()
 def _metrics(fused: PolicyLoss, per_token: dict[str, Tensor], mask: Tensor) -> Metrics:
-    """Means over trained tokens: those the loss has summed already, and those given per token. Does
-    not wait for them.
+    """Means over trained tokens: those the loss has summed already, and those given per token.
+
+    Does not wait for them.
     """
     sums = {"clip_fraction": fused.clipped, "kl_old_logp": fused.kl, "log_ratio_abs": fused.log_ratio_abs,
             "future_scale": fused.scale}  # fmt: skip

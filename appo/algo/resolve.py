@@ -1,5 +1,6 @@
-"""`algo.*` of a configuration → the `Algorithm` that runs: a preset with the user's values laid
-over it.
+"""`algo.*` of a configuration → the `Algorithm` that runs.
+
+A preset with the user's values laid over it.
 
 The preset is a built-in one, or the user's own by import string. Also the batch arithmetic M =
 N(B+1). No torch here.
@@ -65,8 +66,9 @@ def find(name: str) -> Algorithm:
 
 
 def _own(name: str) -> Algorithm:
-    """The user's algorithm, by import string: an `Algorithm`, or what a function without arguments
-    returns.
+    """The user's algorithm, by import string.
+
+    An `Algorithm`, or what a function without arguments returns.
     """
     found = import_string(name, "algo.name", EXPECTED, _is_no_algorithm)
     if isinstance(found, Algorithm):

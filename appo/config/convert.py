@@ -52,8 +52,9 @@ def build(
 
 
 def check_types(section: Any, prefix: str) -> None:
-    """ConfigError for a field of a dataclass instance, or of one in it, whose value is not of its
-    type.
+    """ConfigError for a field whose value is not of its type.
+
+    The field is one of a dataclass instance, or of one in it.
     """
     hints = typing.get_type_hints(type(section))
     for f in dataclasses.fields(section):

@@ -44,8 +44,9 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _resumed_run(overrides: Sequence[str]) -> Path | None:
-    """The configuration of the run that `resume=` names: it stands in for the recipe, overrides
-    included.
+    """The configuration of the run that `resume=` names.
+
+    It stands in for the recipe, overrides included.
     """
     for text in overrides:
         key, _, value = text.partition("=")
@@ -132,8 +133,9 @@ def _apply_override(values: dict[str, Any], places: dict[str, str], text: str) -
 
 
 def _switch_algorithm(values: dict[str, Any], name: str) -> None:
-    """`algo=NAME` keeps the recipe's rollouts per prompt; its other algorithm keys belong to the
-    old algorithm.
+    """`algo=NAME` keeps the recipe's rollouts per prompt.
+
+    Its other algorithm keys belong to the old algorithm.
     """
     old = values.get("algo") or {}
     if old.get("name") == name:

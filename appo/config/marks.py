@@ -1,5 +1,6 @@
-"""What a resumed run may do with a key, written as the key's type: `threads: Free[int | None] =
-None`.
+"""What a resumed run may do with a key, written as the key's type.
+
+`threads: Free[int | None] = None`.
 
 A key without a mark must keep the value of the checkpoint, so a new key is refused on resume until
 somebody says why it may change. A mark on a group of keys holds for all keys of the group. Type

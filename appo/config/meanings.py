@@ -12,8 +12,9 @@ import tokenize
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """{field: the comment lines directly above it, or behind it on its line} of a class, from its
-    source.
+    """{field: its meaning} of a class, from its source.
+
+    A meaning is the comment lines directly above the field, or behind it on its line.
     """
     source = inspect.getsource(cls)
     (node,) = ast.parse(source).body

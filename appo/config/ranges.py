@@ -6,8 +6,9 @@ from appo.errors import ConfigError
 
 
 def above_zero(section: object, names: str, prefix: str = "") -> None:
-    """ConfigError unless every named field of a section is greater than 0. names: separated by
-    spaces.
+    """ConfigError unless every named field of a section is greater than 0.
+
+    names: separated by spaces.
     """
     for name in names.split():
         value = getattr(section, name)

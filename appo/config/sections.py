@@ -1,4 +1,7 @@
-"""The sections of a configuration but the learner's: one dataclass each, and its check beside it."""
+"""The sections of a configuration but the learner's.
+
+One dataclass each, and its check beside it.
+"""
 
 from __future__ import annotations
 
@@ -86,8 +89,9 @@ class AlgoConfig:
 
 
 def check_algo(c: AlgoConfig) -> None:
-    """M = N(B+1), where all three are given. The rest is checked with the preset:
-    `appo.algo.resolve`.
+    """M = N(B+1), where all three are given.
+
+    The rest is checked with the preset: `appo.algo.resolve`.
     """
     if c.rollouts is None or c.roots is None or c.branches is None:
         return

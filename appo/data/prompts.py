@@ -1,4 +1,7 @@
-"""From a task to prompt token ids: system prompt with the tool protocol, one worked example, the question."""
+"""From a task to prompt token ids.
+
+System prompt with the tool protocol, one worked example, the question.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ class PromptBuilder:
     tools: Mapping[str, ToolSpec] = field(default_factory=dict)
 
     def messages(self, task: Task) -> list[dict[str, str]]:
-        """The task's own messages behind the protocol's system prompt, unless the task brings a system prompt."""
+        """The task's own messages behind the protocol's system prompt.
+
+        A system prompt that the task brings takes its place.
+        """
         if any(m["role"] == "system" for m in task.messages):
             return task.messages
         tools = [self.tools[name] for name in task.tools if name in self.tools]
@@ -41,7 +47,10 @@ class PromptBuilder:
         return [*head, *shots, *task.messages]
 
     def ids(self, task: Task) -> list[int]:
-        """Prompt ids ending where the assistant's turn begins. Raises ConfigError when longer than allowed."""
+        """Prompt ids ending where the assistant's turn begins.
+
+        Raises ConfigError when longer than allowed.
+        """
         out = self.tokenizer.apply_chat_template(
             self.messages(task), tokenize=True, add_generation_prompt=True, return_dict=False
         )
@@ -56,7 +65,10 @@ class PromptBuilder:
 
 
 def result_text(output: str) -> str:
-    """How a tool's (already escaped) output is written into the context: on a line of its own, as in the example."""
+    """How a tool's (already escaped) output is written into the context.
+
+    On a line of its own, as in the example.
+    """
     return f"\n<result>{output.strip()}</result>\n"
 
 

@@ -1,8 +1,12 @@
-r"""Question files: the RL record format of the field (parquet or JSONL) and plain question/answer rows.
+r"""Question files.
 
-A record is `{data_source, prompt: [{role, content}], ability, reward_model: {ground_truth, style}, extra_info}`.
-Published files have defects; they are counted and reported, repaired on request, and never trained on in silence.
-The best known one: `"\boxed"` written without a raw string, so that a backspace character stands before "oxed".
+The RL record format of the field (parquet or JSONL) and plain question/answer rows.
+
+A record is
+`{data_source, prompt: [{role, content}], ability, reward_model: {ground_truth, style}, extra_info}`.
+Published files have defects; they are counted and reported, repaired on request, and never trained
+on in silence. The best known one: `"\boxed"` written without a raw string, so that a backspace
+character stands before "oxed".
 """
 
 from __future__ import annotations
@@ -65,7 +69,10 @@ def read_rl_records(path: Path, *, repair: bool = False, tools: tuple[str, ...] 
 def scan_records(
     path: Path, *, repair: bool = False, tools: tuple[str, ...] = (), grader: str | None = None
 ) -> tuple[list[Task], RecordReport]:
-    """Tasks and what was found on the way. `grader` overrides the one that the row's ability suggests."""
+    """Tasks and what was found on the way.
+
+    `grader` overrides the one that the row's ability suggests.
+    """
     path = Path(path).expanduser()
     report = RecordReport(path, repaired=repair)
     tasks: list[Task] = []

@@ -1,7 +1,9 @@
-"""Where tasks come from: arithmetic, reasoning-gym, question files. Each is a pure function of (split, index).
+"""Where tasks come from: arithmetic, reasoning-gym, question files.
 
-A question belongs to `train` or `eval` by a hash of its text, so the two never overlap, whatever the seed or the
-order.
+Each is a pure function of (split, index).
+
+A question belongs to `train` or `eval` by a hash of its text, so the two never overlap, whatever
+the seed or the order.
 """
 
 from __future__ import annotations
@@ -138,7 +140,10 @@ class Arithmetic:
 
 
 class ReasoningGym:
-    """A data set of reasoning-gym, graded by its own scorer. `params` are the data set's own parameters."""
+    """A data set of reasoning-gym, graded by its own scorer.
+
+    `params` are the data set's own parameters.
+    """
 
     BLOCK = 64  # tasks per seed of the data set; SIZE / BLOCK draws are left for each
 
@@ -209,7 +214,9 @@ class ReasoningGym:
 
 
 class Records:
-    """Tasks from files (see appo.data.rl_records). Without an `eval` file, `train` is divided by question text.
+    """Tasks from files (see appo.data.rl_records).
+
+    Without an `eval` file, `train` is divided by question text.
 
     train, eval  paths   repair  mend known corruption   grader  use this one for all rows
     Training questions that also stand in the eval file are left out, and counted in a warning.

@@ -1,7 +1,7 @@
 """Tasks by name: an endless or shuffled stream per split, with one resumable cursor.
 
-Every task is a pure function of (task parameters, seed, split, position), so resuming is setting a number back, and
-a run refuses to go on with other data than it was started with.
+Every task is a pure function of (task parameters, seed, split, position), so resuming is setting a
+number back, and a run refuses to go on with other data than it was started with.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ TASKS: dict[str, Callable[..., TaskSource]] = {
 class TaskStream:
     """Tasks of one split by position: immutable, so several readers may share it.
 
-    train: position p is defined for every p >= 0; a finite source is shuffled anew (by the seed) for each epoch.
-    eval: file or draw order, no repeats, ends after `size` tasks.
-    `identity` says in words what the tasks depend on, `fingerprint` is its hash.
+    train: position p is defined for every p >= 0; a finite source is shuffled anew (by the seed)
+    for each epoch. eval: file or draw order, no repeats, ends after `size` tasks. `identity` says
+    in words what the tasks depend on, `fingerprint` is its hash.
     """
 
     def __init__(self, name: str, source: TaskSource, split: Split, seed: int, size: int | None):
@@ -98,7 +98,8 @@ class TaskStream:
     def _epoch(self, epoch: int) -> list[int]:
         if self._order[0] != epoch:
             assert self.count is not None
-            # The subset that `size` selects is the same in every epoch, so it is drawn once and then shuffled.
+            # The subset that `size` selects is the same in every epoch, so it is drawn once and
+            # then shuffled.
             chosen = list(range(self.source.count(self.split) or self.count))
             random.Random(stable_hash("subset", self.seed)).shuffle(chosen)
             chosen = chosen[: self.count]
@@ -157,7 +158,10 @@ class Cursor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at the saved position. DataError, with what differs, when the state belongs to other data."""
+        """Go on at the saved position.
+
+        DataError, with what differs, when the state belongs to other data.
+        """
         new = self.tasks.identity
         if state.get("fingerprint") != self.tasks.fingerprint:
             old = state.get("identity") or {}
@@ -179,10 +183,13 @@ def build_tasks(
     params: dict[str, Any] | None = None,
     tools: tuple[str, ...] = (),
 ) -> TaskStream:
-    """The stream of tasks called `name`: a key of TASKS, `reasoning_gym:<dataset>`, or a user's `module:function`.
+    """The stream of tasks called `name`.
+
+    A key of TASKS, `reasoning_gym:<dataset>`, or a user's `module:function`.
 
     size    use at most so many distinct tasks; None: all (procedural: endless)
-    params  passed to the task; for files {"train": path, "eval": path, "repair": bool, "grader": name}
+    params  passed to the task; for files {"train": path, "eval": path, "repair": bool, "grader":
+            name}
     Raises DataError for an unknown name or parameter and for data that cannot be used.
     """
     if split not in ("train", "eval"):

@@ -1,6 +1,9 @@
-"""Several ranks behave as one program: an error on one of them is printed once and ends all of them.
+"""Several ranks behave as one program.
 
-With one rank both context managers let everything through: the command line prints the error as ever.
+An error on one of them is printed once and ends all of them.
+
+With one rank both context managers let everything through: the command line prints the error as
+ever.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from appo.dist.signals import RunStopped
 
 @contextmanager
 def agree_or_raise(ranks: Ranks, console: Console) -> Iterator[None]:
-    """Go on only if no rank met an error (of ours) in the block; the first one is printed by rank 0 and raised by all.
+    """Go on only if no rank met an error (of ours) in the block.
+
+    The first one is printed by rank 0 and raised by all.
 
     Nothing collective may happen inside: a rank that fails does not get there.
     """
@@ -43,7 +48,10 @@ def agree_or_raise(ranks: Ranks, console: Console) -> Iterator[None]:
 
 @contextmanager
 def fail_together(ranks: Ranks, console: Console) -> Iterator[None]:
-    """An error in the block is left as a word for the other ranks, and each cause is printed by one rank."""
+    """An error in the block is left as a word for the other ranks.
+
+    Each cause is printed by one rank.
+    """
     try:
         yield
     except AppoError as error:

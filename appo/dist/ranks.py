@@ -1,8 +1,11 @@
-"""What the processes of one run tell each other: numbers, objects, a flag, and why one of them has gone.
+"""What the processes of one run tell each other.
 
-Tensors of the learner travel through DeepSpeed. Everything else (metrics, trees, paths, errors) goes through here, as
-pickled objects over gloo, also where the learner's group is NCCL. One process alone needs no group: every method is then
-a plain function of its argument, and torch is not even imported.
+Numbers, objects, a flag, and why one of them has gone.
+
+Tensors of the learner travel through DeepSpeed. Everything else (metrics, trees, paths, errors)
+goes through here, as pickled objects over gloo, also where the learner's group is NCCL. One process
+alone needs no group: every method is then a plain function of its argument, and torch is not even
+imported.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from typing import Any, Literal
 
 from appo.errors import RankError
 
-# A rank may wait for long and all be well (one downloads a model, one has the longest rollout). A rank that dies closes
-# its connections, which ends a wait over gloo at once (over NCCL the launcher does); a stall is for the watchdog to explain (`watchdog_s`): it knows more
-# than a collective that only ran out of time.
+# A rank may wait for long and all be well (one downloads a model, one has the longest rollout). A
+# rank that dies closes its connections, which ends a wait over gloo at once (over NCCL the launcher
+# does); a stall is for the watchdog to explain (`watchdog_s`): it knows more than a collective that
+# only ran out of time.
 TIMEOUT = timedelta(days=1)
 
 LOOK_S = 2.0  # how long to look for what became of a rank that has closed its connections
@@ -31,10 +35,13 @@ How = Literal["sum", "max", "min"]
 
 
 class Ranks:
-    """One process's place among those of a run. `Ranks()` is a run of one process; `Ranks.join()` asks the launcher.
+    """One process's place among those of a run.
 
-    Collective: all ranks call the same methods in the same order, on the thread that joined. Each takes `what`, a few
-    words that the watchdog reports while it waits. RankError when a rank has gone.
+    `Ranks()` is a run of one process; `Ranks.join()` asks the launcher.
+
+    Collective: all ranks call the same methods in the same order, on the thread that joined. Each
+    takes `what`, a few words that the watchdog reports while it waits. RankError when a rank has
+    gone.
 
     >>> ranks = Ranks()
     >>> ranks.sum({"tokens": 3.0}), ranks.gather("a"), ranks.any(False)
@@ -52,9 +59,12 @@ class Ranks:
 
     @classmethod
     def join(cls) -> Ranks:
-        """The ranks that torchrun or the deepspeed launcher has started (it says so in the environment).
+        """The ranks that torchrun or the deepspeed launcher has started.
 
-        Makes the process group of torch, which then lives as long as the process. Joining again gives the same object.
+        It says so in the environment.
+
+        Makes the process group of torch, which then lives as long as the process. Joining again
+        gives the same object.
         """
         global _joined
         if _joined is None:
@@ -72,7 +82,10 @@ class Ranks:
     # -- numbers
 
     def sum(self, values: Mapping[str, float], what: str = "sum") -> dict[str, float]:
-        """Sums over ranks, in float64 and in rank order, hence the same bits everywhere. Keys may differ between ranks."""
+        """Sums over ranks, in float64 and in rank order, hence the same bits everywhere.
+
+        Keys may differ between ranks.
+        """
         return self.reduce(values, "sum", what)
 
     def reduce(self, values: Mapping[str, float], how: How, what: str = "") -> dict[str, float]:
@@ -117,7 +130,10 @@ class Ranks:
         return out
 
     def all_to_all(self, out: Sequence[Sequence[Any]], what: str = "all_to_all") -> list[Any]:
-        """`out[r]` holds objects for rank r (for oneself too); → those for this rank, in the order of their senders."""
+        """`out[r]` holds objects for rank r (for oneself too).
+
+        → those for this rank, in the order of their senders.
+        """
         assert len(out) == self.world, f"{len(out)} lists for {self.world} ranks"
         if self.world == 1:
             return list(out[0])
@@ -166,7 +182,9 @@ class Ranks:
         return found
 
     def explain_failure(self) -> str:
-        """Which ranks have gone, and why, after a collective has failed (ours or one of the learner's); "" if none has.
+        """Which ranks have gone, and why, after a collective has failed; "" if none has.
+
+        The collective is ours or one of the learner's.
 
         Looks for some seconds: a connection closes a little before its process is seen to end.
         """
@@ -183,7 +201,10 @@ class Ranks:
         return "; ".join(said)
 
     def is_dead(self, rank: int) -> bool:
-        """Whether the process of a rank of this machine no longer runs (of another machine nobody knows)."""
+        """Whether the process of a rank of this machine no longer runs.
+
+        Of another machine nobody knows.
+        """
         import psutil
 
         if not self._peers or self._peers[rank][0] != self._peers[self.rank][0]:

@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM: once means finish the step, save and leave; twice means now.
 
-Signals are read by a thread from a wake-up socket and not handled in the main thread: that one may sit in a collective
-that waits for a dead rank, where Python runs no handler, and a second signal must end the process all the same.
+Signals are read by a thread from a wake-up socket and not handled in the main thread: that one may
+sit in a collective that waits for a dead rank, where Python runs no handler, and a second signal
+must end the process all the same.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ SAME_S = 0.5  # a launcher that forwards what the terminal has sent as well is n
 
 
 class RunStopped(AppoError):
-    """A run ended early because it was asked to; `exit_code` is 128 + the signal's number, as in a shell."""
+    """A run ended early because it was asked to.
+
+    `exit_code` is 128 + the signal's number, as in a shell.
+    """
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
@@ -32,10 +36,13 @@ class RunStopped(AppoError):
 
 
 class StopRequest:
-    """Whether the user or a scheduler has asked this process to stop. A context manager, for the main thread.
+    """Whether the user or a scheduler has asked this process to stop.
+
+    A context manager, for the main thread.
 
     say    tells the user what will happen after the first signal
-    leave  ends the process at the second one; os._exit, since the main thread may be unable to unwind
+    leave  ends the process at the second one; os._exit, since the main thread may be unable to
+           unwind
 
     >>> with StopRequest(console.warn) as stop:
     ...     while not stop.asked:

@@ -1,8 +1,9 @@
 """Kernels: definitions in PyTorch, native code where it is built, one name for both.
 
-This package is the public door. The source is the top-level `kernels/` folder, one sub-folder per operation, which
-Python sees as `appo._kernels`: a link in a checkout, a copy in a wheel. `kernels/` itself has no `__init__.py` on
-purpose: transformers imports whatever package called `kernels` it finds on the path.
+This package is the public door. The source is the top-level `kernels/` folder, one sub-folder per
+operation, which Python sees as `appo._kernels`: a link in a checkout, a copy in a wheel. `kernels/`
+itself has no `__init__.py` on purpose: transformers imports whatever package called `kernels` it
+finds on the path.
 
 Importing this package loads no torch; each name loads its module when it is first used.
 """

@@ -1,7 +1,8 @@
 """The learner: packed trees in, one optimiser step out, and the new weights handed to whoever asks.
 
-`Learner` (learner.py) is all that others need; nothing here knows an algorithm's name or a rollout engine's class.
-Importing this package loads neither torch nor DeepSpeed; the names below load when they are first used.
+`Learner` (learner.py) is all that others need; nothing here knows an algorithm's name or a rollout
+engine's class. Importing this package loads neither torch nor DeepSpeed; the names below load when
+they are first used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Checkpoints that are complete or do not exist.
 
-A checkpoint is written beside its final name, every file is flushed to disk and hashed into a manifest, and only
-then renamed. Whatever happens in between (a signal, a full disk, a power cut) leaves the checkpoint before it as the
-newest complete one. `latest` names it for people and scripts; loading does not trust it and verifies instead.
+A checkpoint is written beside its final name, every file is flushed to disk and hashed into a
+manifest, and only then renamed. Whatever happens in between (a signal, a full disk, a power cut)
+leaves the checkpoint before it as the newest complete one. `latest` names it for people and
+scripts; loading does not trust it and verifies instead.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ def save_checkpoint(
 ) -> Path:
     """Save `step` under run_dir/checkpoints/step_N and return that folder.
 
-    `write(folder)` puts the files there (`Learner.save`); `state` is anything JSON can hold (data cursor, policy
-    version, metric step …). The newest `keep_last` checkpoints up to this step stay. With several ranks all call this
-    and all write; rank 0's `state` counts, and rank 0 publishes. Raises CheckpointError, on all ranks alike, when
-    writing fails on one; what was complete before stays.
+    `write(folder)` puts the files there (`Learner.save`); `state` is anything JSON can hold (data
+    cursor, policy version, metric step …). The newest `keep_last` checkpoints up to this step stay.
+    With several ranks all call this and all write; rank 0's `state` counts, and rank 0 publishes.
+    Raises CheckpointError, on all ranks alike, when writing fails on one; what was complete before
+    stays.
     """
     ranks = ranks or Ranks()
     root = Path(run_dir) / FOLDER
@@ -81,8 +83,9 @@ def save_checkpoint(
 def load_latest(run_dir: Path | str, ranks: Ranks | None = None) -> tuple[Path, dict[str, Any]]:
     """(folder, state) of the newest checkpoint whose files all match its manifest.
 
-    Newer ones that are incomplete or damaged are skipped with a logged warning. Raises CheckpointError when none is
-    left, with the reason for each. With several ranks all call this: rank 0 looks, and all get the same.
+    Newer ones that are incomplete or damaged are skipped with a logged warning. Raises
+    CheckpointError when none is left, with the reason for each. With several ranks all call this:
+    rank 0 looks, and all get the same.
     """
     ranks = ranks or Ranks()
     found = ranks.broadcast(
@@ -108,7 +111,10 @@ def _newest(root: Path) -> tuple[Path, dict[str, Any]] | str:
 
 
 def _together(ranks: Ranks, work: Callable[[], None], disk: Path, on: bool = True) -> None:
-    """Do `work` on the ranks where `on`; CheckpointError on all of them when it failed on one. Collective."""
+    """Do `work` on the ranks where `on`; CheckpointError on all of them when it failed on one.
+
+    Collective.
+    """
     failure: Exception | None = None
     try:
         if on:
@@ -157,7 +163,10 @@ def _retire(root: Path, step: int, keep_last: int) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what interrupted saves left. A copy set aside goes only when its successor is whole."""
+    """Remove what interrupted saves left.
+
+    A copy set aside goes only when its successor is whole.
+    """
     for path in list(root.iterdir()):
         if path.name.startswith("latest.tmp-"):
             path.unlink(missing_ok=True)

@@ -31,9 +31,12 @@ def export(
     gather: Gather | None,
     writes: bool,
 ) -> None:
-    """Merged weights, config and the tokenizer files of `model_dir` under `path`; adapters alone in `path/adapter`.
+    """Merged weights, config and the tokenizer files of `model_dir` under `path`.
 
-    Collective where `gather` is (ZeRO-3); only a rank that `writes` touches the disk and holds the whole model.
+    Adapters alone in `path/adapter`.
+
+    Collective where `gather` is (ZeRO-3); only a rank that `writes` touches the disk and holds the
+    whole model.
     """
     tensors: dict[str, Any] = {}
     for name, t in merged_tensors(lm, changed_only=False, gather=gather):

@@ -1,9 +1,12 @@
-"""A Hugging Face model with what lies between its matrix products done in one pass each (`appo._kernels.fused_layers.op`).
+"""A Hugging Face model with what lies between its matrix products done in one pass each.
 
-Modules keep their names, parameters and hooks; only the classes of norms, attentions and MLPs are exchanged for subclasses
-with another forward. Worth an eighth of a layer's training step on a CPU; rounding happens once where the original rounds
-after every step, so results are closer to float64, not the same bits. Where there is no native code (a GPU) the original
-forward runs; float64, for tests, takes the definitions.
+`appo._kernels.fused_layers.op`.
+
+Modules keep their names, parameters and hooks; only the classes of norms, attentions and MLPs are
+exchanged for subclasses with another forward. Worth an eighth of a layer's training step on a CPU;
+rounding happens once where the original rounds after every step, so results are closer to float64,
+not the same bits. Where there is no native code (a GPU) the original forward runs; float64, for
+tests, takes the definitions.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ HFModule = Any
 
 
 def fuse(lm: nn.Module) -> nn.Module:
-    """Exchange the classes inside a Llama, Qwen2 or Qwen3, in place; returns it. What is of another kind stays as it is."""
+    """Exchange the classes inside a Llama, Qwen2 or Qwen3, in place; returns it.
+
+    What is of another kind stays as it is.
+    """
     for module in lm.modules():
         make = _kind(module)
         if make is not None:
@@ -34,7 +40,10 @@ def fuse(lm: nn.Module) -> nn.Module:
 
 
 def runs_here(x: Tensor) -> bool:
-    """Whether these numbers take our way: native code, or float64, which the originals round to float32 in their norms."""
+    """Whether these numbers take our way.
+
+    Native code, or float64, which the originals round to float32 in their norms.
+    """
     return x.dtype == torch.float64 or choose("auto", x) == "cpu"
 
 
@@ -56,7 +65,10 @@ def _kind(module: nn.Module) -> Callable[[HFModule], Forward] | None:
 
 
 def _has(module: nn.Module, *names: str) -> bool:
-    """Whether the parts are called as in Llama: in a model family of the user's own they may not be."""
+    """Whether the parts are called as in Llama.
+
+    In a model family of the user's own they may not be.
+    """
     return all(hasattr(module, name) for name in names)
 
 

@@ -22,11 +22,11 @@ class TokenStats(Protocol):
 
     @property
     def logp(self) -> Tensor:
-        """Log-probability of each edge's token, nats. [E]"""
+        """Log-probability of each edge's token, nats. [E]."""
 
     @property
     def entropy(self) -> Tensor:
-        """Entropy of the distribution each edge's token was drawn from, nats. [E]"""
+        """Entropy of the distribution each edge's token was drawn from, nats. [E]."""
 
 
 CHECKED = ("advantage", "behavior log-prob", "old log-prob", "log-prob", "log-ratio", "loss")
@@ -34,7 +34,10 @@ CHECKED = ("advantage", "behavior log-prob", "old log-prob", "log-prob", "log-ra
 
 @torch.no_grad()
 def non_finite_counts(loss: Tensor, stats: TokenStats, batch: PackedBatch) -> Tensor:
-    """How many values of each CHECKED kind are not finite in a micro-batch: int64[6], on its device, without a wait."""
+    """How many values of each CHECKED kind are not finite in a micro-batch.
+
+    int64[6], on its device, without a wait.
+    """
     ratio = stats.logp - batch.old_logp
     per_edge = [batch.advantage, batch.behavior_logp, batch.old_logp, stats.logp, ratio]  # each [E]
     bad = (~torch.isfinite(torch.stack(per_edge)) & batch.mask).sum(1)
@@ -42,7 +45,10 @@ def non_finite_counts(loss: Tensor, stats: TokenStats, batch: PackedBatch) -> Te
 
 
 def why_not_finite(counts: Sequence[Tensor]) -> str | None:
-    """The first thing that was not finite, in words, from `non_finite_counts` of every micro-batch; None if all is well."""
+    """The first thing that was not finite, in words, from `non_finite_counts` of every micro-batch.
+
+    None if all is well.
+    """
     rows = torch.stack(list(counts)).tolist() if counts else []
     for i, row in enumerate(rows):
         for name, bad in zip(CHECKED, row):
@@ -52,18 +58,24 @@ def why_not_finite(counts: Sequence[Tensor]) -> str | None:
 
 
 def nan_unless_finite(loss: Tensor, stats: TokenStats, counts: Tensor) -> Tensor:
-    """`loss` if all `non_finite_counts` counts are 0, else one whose gradient is NaN wherever there is one: the optimiser then
-    refuses the step on every rank alike.
+    """`loss` if all `non_finite_counts` counts are 0, else one whose gradient is NaN.
 
-    The log-probs are added because a clipped loss may pass no gradient on; the loss stays in so that the backward
-    visits the modules that it always visits. A sound loss keeps value and gradient bit by bit: zeros are added to it.
+    The gradient is NaN wherever there is one: the optimiser then refuses the step on every rank
+    alike.
+
+    The log-probs are added because a clipped loss may pass no gradient on; the loss stays in so
+    that the backward visits the modules that it always visits. A sound loss keeps value and
+    gradient bit by bit: zeros are added to it.
     """
     factor = torch.where(counts.any(), math.nan, 0.0).to(loss.dtype)
     return loss + (loss + stats.logp.sum()) * factor
 
 
 def dump_batch(folder: Path, step: int, rank: int, batches: list[PackedBatch], reason: str) -> Path:
-    """Write the batches of a refused step for a later look; returns the file. Load it with torch.load."""
+    """Write the batches of a refused step for a later look; returns the file.
+
+    Load it with torch.load.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"nonfinite_step{step}_rank{rank}.pt"
     rows = [dict(vars(b)) for b in batches]

@@ -1,8 +1,10 @@
-"""The learner: executes a loss function on packed trees and owns weights, optimiser and their persistence.
+"""The learner executes a loss function on packed trees.
 
-One mini-batch is one optimiser step, split into any number of micro-batches; loss denominators are those of the
-whole mini-batch over all ranks, so the split never changes the gradient. A mini-batch with anything not finite
-in it changes no weight.
+It owns weights, optimiser and their persistence.
+
+One mini-batch is one optimiser step, split into any number of micro-batches; loss denominators are
+those of the whole mini-batch over all ranks, so the split never changes the gradient. A mini-batch
+with anything not finite in it changes no weight.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ LossFunction = Callable[[LogProbEntropy, PackedBatch, Counts], tuple[Tensor, Met
 
 
 class Learner:
-    """A policy under training. Collective: under torchrun every rank makes the same calls in the same order.
+    """A policy under training.
+
+    Collective: under torchrun every rank makes the same calls in the same order.
 
     >>> learner = Learner("models/SmolLM2-135M-Instruct", LearnerConfig(lr=1e-3), seed=0)
     >>> metrics = learner.train_minibatch(pack(trees, credits, token_budget=4096), counts, loss_fn)
@@ -61,7 +65,10 @@ class Learner:
         context: RunContext | None = None,
         family: ModelFamily | None = None,
     ):
-        """Load the model of a folder. Raises ConfigError for settings that cannot work, ModelError for the folder."""
+        """Load the model of a folder.
+
+        Raises ConfigError for settings that cannot work, ModelError for the folder.
+        """
         context = context or RunContext()
         check_learner(cfg, context)
         if context.threads:
@@ -117,13 +124,17 @@ class Learner:
     def train_minibatch(
         self, batches: Sequence[PackedBatch], counts: Counts, loss_fn: LossFunction
     ) -> dict[str, float]:
-        """One optimiser step on all `batches`; returns metrics (means of the loss function's sums and our own).
+        """One optimiser step on all `batches`.
 
-        `counts` are this rank's denominators of the mini-batch; they are summed over ranks before any backward.
-        `loss_fn(stats, batch, counts)` returns the loss of one micro-batch, already divided by those, and metrics as
-        (sum, count), numbers or scalar tensors. No batch on any rank: no step, `learner/empty` is 1. Something not
-        finite: no weight changes, `learner/nonfinite` is 1; after `max_nonfinite` in a row LearnerError names the dumped
-        batch. Neither moves the learning-rate schedule. Metrics are over all ranks, and the same on all of them.
+        Returns metrics (means of the loss function's sums and our own).
+
+        `counts` are this rank's denominators of the mini-batch; they are summed over ranks before
+        any backward. `loss_fn(stats, batch, counts)` returns the loss of one micro-batch, already
+        divided by those, and metrics as (sum, count), numbers or scalar tensors. No batch on any
+        rank: no step, `learner/empty` is 1. Something not finite: no weight changes,
+        `learner/nonfinite` is 1; after `max_nonfinite` in a row LearnerError names the dumped
+        batch. Neither moves the learning-rate schedule. Metrics are over all ranks, and the same on
+        all of them.
         """
         micro_batches = self._most(len(batches))
         if not micro_batches:
@@ -165,9 +176,9 @@ class Learner:
     ) -> tuple[float, dict[str, tuple[float, float]], str | None]:
         """Forward and backward of every micro-batch, without the step.
 
-        Ranks with fewer batches than `micro_batches` run idle ones: DeepSpeed's collectives must meet. Returns this
-        rank's loss, its metric sums and what was not finite, if anything. On a device nothing is waited for before the
-        last micro-batch was handed over.
+        Ranks with fewer batches than `micro_batches` run idle ones: DeepSpeed's collectives must
+        meet. Returns this rank's loss, its metric sums and what was not finite, if anything. On a
+        device nothing is waited for before the last micro-batch was handed over.
         """
         losses: list[Tensor] = []
         wrong: list[Tensor] = []
@@ -194,7 +205,10 @@ class Learner:
         return total, pairs, why_not_finite(wrong)
 
     def _apply(self) -> tuple[bool, float]:
-        """The optimiser step, unless the gradient is not finite. (applied, global gradient norm)"""
+        """The optimiser step, unless the gradient is not finite.
+
+        → (applied, global gradient norm).
+        """
         if self.cfg.zero_stage == 0:  # the only stage at which DeepSpeed does not check by itself
             grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(grads))
@@ -215,7 +229,10 @@ class Learner:
         return int(self.ranks.reduce({"batches": batches}, "max", "micro-batches")["batches"])
 
     def _means(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
-        """Sum over ranks / count over ranks of each name; a count of 0 everywhere leaves the sum (a loss, an empty mean)."""
+        """Sum over ranks / count over ranks of each name.
+
+        A count of 0 everywhere leaves the sum (a loss, an empty mean).
+        """
         flat = {f"{name}|{k}": x for name, pair in sums.items() for k, x in enumerate(pair)}
         total = self.ranks.sum(flat, "metrics")  # names differ where a rank was idle
         names = dict.fromkeys(key.rpartition("|")[0] for key in total)
@@ -225,10 +242,13 @@ class Learner:
 
     @torch.no_grad()
     def old_logprobs(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
-        """Log-prob of every edge of every batch under the weights as they are now. float32[E] each, on the CPU.
+        """Log-prob of every edge of every batch under the weights as they are now.
 
-        0 where `mask` is False. Bit for bit what `train_minibatch` would see on the same batches before its step.
-        Collective: ranks with fewer batches than others run idle forwards, so ZeRO-3's gathers meet.
+        float32[E] each, on the CPU.
+
+        0 where `mask` is False. Bit for bit what `train_minibatch` would see on the same batches
+        before its step. Collective: ranks with fewer batches than others run idle forwards, so
+        ZeRO-3's gathers meet.
         """
         out = []
         forwards = self._most(len(batches))
@@ -259,7 +279,10 @@ class Learner:
         return [flat[a:b] for a, b in itertools.pairwise(ends)]
 
     def gradients(self) -> dict[str, Tensor]:
-        """Whole gradients between `accumulate` and the step, by parameter name; for tests and diagnosis."""
+        """Whole gradients between `accumulate` and the step, by parameter name.
+
+        For tests and diagnosis.
+        """
         from deepspeed.utils import safe_get_full_grad
 
         trained = [(n, p) for n, p in self.lm.named_parameters() if p.requires_grad]
@@ -269,10 +292,13 @@ class Learner:
     def named_weights(
         self, retention: CastRetention | None = None, *, adapters: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
-        """What changed, for an engine that started from the same folder: (Hugging Face name, tensor).
+        """What changed, for an engine that started from the same folder.
 
-        Under LoRA the adapted weights, merged, or with `adapters` the adapters themselves (`lora.adapter_tensors`);
-        else every weight. Tensors are valid until the next one is asked for.
+        (Hugging Face name, tensor).
+
+        Under LoRA the adapted weights, merged, or with `adapters` the adapters themselves
+        (`lora.adapter_tensors`); else every weight. Tensors are valid until the next one is asked
+        for.
         """
         if adapters and self.cfg.mode == "lora":
             return adapter_tensors(self.lm, gather=self._gather())
@@ -288,7 +314,10 @@ class Learner:
     # -- persistence
 
     def save(self, path: Path | str) -> None:
-        """Write all that `load` needs into a folder: DeepSpeed's state of the trainable weights, step, RNG."""
+        """Write all that `load` needs into a folder.
+
+        DeepSpeed's state of the trainable weights, step, RNG.
+        """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         save_shard(path, self.engine, self.lm, self.rank)
@@ -298,10 +327,13 @@ class Learner:
             )
 
     def load(self, path: Path | str) -> None:
-        """Continue where `save` stopped, bit by bit with the same number of ranks. Call it on a fresh Learner. Collective.
+        """Continue where `save` stopped, bit by bit with the same number of ranks.
 
-        The ZeRO stage, offloading and the number of ranks may differ from those the checkpoint was made with. Raises
-        CheckpointError when it belongs to another model or another set of trained parameters, or when a part is missing.
+        Call it on a fresh Learner. Collective.
+
+        The ZeRO stage, offloading and the number of ranks may differ from those the checkpoint was
+        made with. Raises CheckpointError when it belongs to another model or another set of trained
+        parameters, or when a part is missing.
         """
         path = Path(path)
         try:
@@ -341,7 +373,9 @@ class Learner:
         }
 
     def save_hf(self, path: Path | str) -> None:
-        """Export a folder that transformers and engines load: merged weights, config, tokenizer files.
+        """Export a folder that transformers and engines load.
+
+        Merged weights, config, tokenizer files.
 
         Under LoRA the adapter alone is in `adapter/` as peft writes it. Rank 0 writes; collective.
         """
@@ -355,7 +389,10 @@ class Learner:
         )
 
     def close(self) -> None:
-        """Free the engine. Calling it twice is fine. The process group stays until the process ends."""
+        """Free the engine.
+
+        Calling it twice is fine. The process group stays until the process ends.
+        """
         if not self._closed:
             self._closed = True
             self.engine.destroy()
@@ -388,7 +425,10 @@ def _read(values: Sequence[float | Tensor]) -> list[float]:
 
 
 def _fingerprint(lm: nn.Module) -> str:
-    """A checksum of the weights as loaded: names, shapes and about a thousand values of each tensor."""
+    """A checksum of the weights as loaded.
+
+    Names, shapes and about a thousand values of each tensor.
+    """
     crc = 0
     for name, p in lm.named_parameters():
         sample = p.detach().flatten()[:: max(1, p.numel() // 1000)].float().contiguous()

@@ -1,8 +1,9 @@
 """Low-rank adapters: where they go, and what the model is worth with them merged in.
 
-Adapters are made by peft and trained in the model's dtype; under bfloat16 DeepSpeed keeps float32 master copies, so
-small steps are not lost while training. Merging happens in float32 and is cast once, into a new tensor, in a way that
-does not lose them either: the base weights are never touched, so merging ten thousand times changes nothing.
+Adapters are made by peft and trained in the model's dtype; under bfloat16 DeepSpeed keeps float32
+master copies, so small steps are not lost while training. Merging happens in float32 and is cast
+once, into a new tensor, in a way that does not lose them either: the base weights are never
+touched, so merging ten thousand times changes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from appo.config.learner import LORA_TARGETS
 from appo.errors import ConfigError
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
-# A model of transformers or a layer of peft: their attributes are set at run time, no checker sees them.
+# A model of transformers or a layer of peft: their attributes are set at run time, no checker sees
+# them.
 HFModel = Any
 
 
@@ -34,10 +36,12 @@ def add_lora(
     targets: Sequence[str] = LORA_TARGETS,
     layers: int | None = None,
 ) -> PeftModel:
-    """Put adapters on the linear layers named `targets` in the last `layers` blocks (None: all); freeze the rest.
+    """Put adapters on the linear layers named `targets` in the last `layers` blocks (None: all).
 
-    `lm` is changed in place; the PeftModel is only needed to save the adapter. Raises ConfigError for a target that
-    the model does not have and for a number of layers it does not have.
+    Freeze the rest.
+
+    `lm` is changed in place; the PeftModel is only needed to save the adapter. Raises ConfigError
+    for a target that the model does not have and for a number of layers it does not have.
     """
     name, stack = next((n, m) for n, m in lm.named_modules() if isinstance(m, nn.ModuleList))
     depth = len(stack)
@@ -87,7 +91,9 @@ class _Adapted(LoraLinear):
 
 @dataclass
 class CastRetention:
-    """How much of the adapters survives the cast to the weight dtype: <merged - W, delta> / <delta, delta>.
+    """How much of the adapters survives the cast to the weight dtype.
+
+    <merged - W, delta> / <delta, delta>.
 
     1 when all of it arrives, 0 when rounding swallowed it.
     """
@@ -110,9 +116,10 @@ def merged_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) of the model with its adapters merged, one at a time.
 
-    With adapters and `changed_only`, only the adapted weights; else every weight, tied heads once under the name of
-    the embedding. Tensors share memory with the model where nothing was merged: copy what you keep. `gather` opens
-    partitioned parameters (ZeRO-3), in which case tensors are copies.
+    With adapters and `changed_only`, only the adapted weights; else every weight, tied heads once
+    under the name of the embedding. Tensors share memory with the model where nothing was merged:
+    copy what you keep. `gather` opens partitioned parameters (ZeRO-3), in which case tensors are
+    copies.
     """
     adapted = {n: m for n, m in lm.named_modules() if isinstance(m, LoraLinear)}
     inside = tuple(n + "." for n in adapted)
@@ -137,8 +144,11 @@ def merged_tensors(
 
 
 def adapter_tensors(lm: nn.Module, *, gather: Gather | None = None) -> Iterator[tuple[str, Tensor]]:
-    """`<module>.lora_A` [r, in] and `<module>.lora_B` [out, r] with the scaling folded in, for an engine that applies
-    adapters itself: nothing is rounded into the weights. Names are those of the Hugging Face modules."""
+    """`<module>.lora_A` [r, in] and `<module>.lora_B` [out, r] with the scaling folded in.
+
+    For an engine that applies adapters itself: nothing is rounded into the weights. Names are those
+    of the Hugging Face modules.
+    """
     adapted: list[tuple[str, HFModel]]
     adapted = [(n, m) for n, m in lm.named_modules() if isinstance(m, LoraLinear)]
     for name, module in adapted:
@@ -151,7 +161,7 @@ def adapter_tensors(lm: nn.Module, *, gather: Gather | None = None) -> Iterator[
 
 @torch.no_grad()
 def _merge(module: HFModel, retention: CastRetention | None) -> Tensor:
-    """W + scaling · B A, computed in float32 and cast to W's dtype. [out, in]"""
+    """W + scaling · B A, computed in float32 and cast to W's dtype. [out, in]."""
     base: Tensor = module.base_layer.weight
     delta = torch.zeros_like(base, dtype=torch.float32)
     for adapter in module.active_adapters:
@@ -166,13 +176,16 @@ def _merge(module: HFModel, retention: CastRetention | None) -> Tensor:
 
 
 def dithered_bfloat16(x: Tensor) -> Tensor:
-    """float32[out, in] → bfloat16, rounded up or down in proportion to where x lies between its two neighbours.
+    """float32[out, in] → bfloat16, rounded up or down.
 
-    W is itself a bfloat16 number, so rounding W + delta to the nearest one gives W back wherever delta is below half a
-    step: of a fresh adapter (learning rate 1e-5, SmolLM2-135M) 1 % of the change in log-probs would reach the engine.
-    Here the threshold of each entry comes from a golden-ratio sequence instead of 1/2: errors cancel along a row, the
-    change arrives whole (0.97 … 1.04 in the same measurement), numbers that are bfloat16 already stay as they are, and
-    the same x always gives the same bits.
+    How often is in proportion to where x lies between its two neighbours.
+
+    W is itself a bfloat16 number, so rounding W + delta to the nearest one gives W back wherever
+    delta is below half a step: of a fresh adapter (learning rate 1e-5, SmolLM2-135M) 1 % of the
+    change in log-probs would reach the engine. Here the threshold of each entry comes from a
+    golden-ratio sequence instead of 1/2: errors cancel along a row, the change arrives whole (0.97
+    … 1.04 in the same measurement), numbers that are bfloat16 already stay as they are, and the
+    same x always gives the same bits.
     """
     rows, columns = (torch.arange(n, dtype=torch.int32, device=x.device) for n in x.shape)
     threshold = (

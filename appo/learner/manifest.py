@@ -1,6 +1,9 @@
-"""What makes a checkpoint folder trustworthy: a list of its files with size and SHA-256, itself under a checksum.
+"""What makes a checkpoint folder trustworthy.
 
-The manifest is written last, beside files that are already on the disk, so where there is one the folder was complete.
+A list of its files with size and SHA-256, itself under a checksum.
+
+The manifest is written last, beside files that are already on the disk, so where there is one the
+folder was complete.
 """
 
 from __future__ import annotations

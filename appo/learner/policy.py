@@ -1,8 +1,10 @@
-"""Log-probs and entropies of packed trees: transformer → hidden states → fused head, never [T, vocabulary].
+"""Log-probs and entropies of packed trees.
 
-Attention takes the ends of the subtrees as they are (`appo._kernels.tree_attention`): blocks of tokens that do not see each
-other never meet, so a stream of many rollouts costs what the rollouts cost, not the square of the stream, and no mask of
-that size is ever made.
+Transformer → hidden states → fused head, never [T, vocabulary].
+
+Attention takes the ends of the subtrees as they are (`appo._kernels.tree_attention`): blocks of
+tokens that do not see each other never meet, so a stream of many rollouts costs what the rollouts
+cost, not the square of the stream, and no mask of that size is ever made.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ def packed_attention(
     scaling: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attention in the form that transformers calls: q[1, Hq, T, D], k and v[1, Hkv, T, D] → out[1, T, Hq, D]."""
+    """Attention in the form that transformers calls.
+
+    q[1, Hq, T, D], k and v[1, Hkv, T, D] → out[1, T, Hq, D].
+    """
     assert attention_mask is None, "the tree decides who sees whom"
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return tree_attention(q, k, v, subtree_end, scale=scaling)[None], None
@@ -48,9 +53,12 @@ AttentionInterface.register(ATTENTION, packed_attention)
 def load_model(
     model_dir: Path | str, dtype: torch.dtype, family: ModelFamily | None = None
 ) -> nn.Module:
-    """A causal LM of a known family (or the user's own) from a local folder, with tree attention, without dropout.
+    """A causal LM of a known family (or the user's own) from a local folder.
 
-    Raises ModelError when the folder cannot be loaded or the model has parts that the learner does not compute.
+    It has tree attention and no dropout.
+
+    Raises ModelError when the folder cannot be loaded or the model has parts that the learner does
+    not compute.
     """
     read_shape(model_dir, family)
     bars = logging.is_progress_bar_enabled()
@@ -79,7 +87,10 @@ def load_model(
 
 
 class Policy(nn.Module):
-    """A causal LM that answers with statistics of the packed edges; head_backend as in `linear_logprob_entropy`."""
+    """A causal LM that answers with statistics of the packed edges.
+
+    head_backend as in `linear_logprob_entropy`.
+    """
 
     def __init__(
         self, lm: Any, *, gradient_checkpointing: bool = False, head_backend: str = "auto"
@@ -95,7 +106,10 @@ class Policy(nn.Module):
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: PackedBatch, inv_temp: float = 1.0) -> LogProbEntropy:
-        """logp, entropy, lse: float32[E], at temperature 1/inv_temp; 0 (and no gradient) where mask is False."""
+        """logp, entropy, lse: float32[E], at temperature 1/inv_temp.
+
+        0 (and no gradient) where mask is False.
+        """
         hidden = self.lm.base_model(
             input_ids=batch.token_ids[None],
             position_ids=batch.position_ids[None],

@@ -1,7 +1,8 @@
 """New weights into a rollout engine, and the proof that they arrived.
 
-A rollout engine that kept one old tensor samples from a policy nobody trains, silently. So every push is counted
-and summed on the way, and afterwards engine and learner score the same probe sequences.
+A rollout engine that kept one old tensor samples from a policy nobody trains, silently. So every
+push is counted and summed on the way, and afterwards engine and learner score the same probe
+sequences.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from appo.dist.ranks import Ranks
 from appo.errors import LearnerError
 from appo.learner.lora import CastRetention
 
-# dtype → (what is compared, limit). Measured on SmolLM2-135M against the native engine: float32 3e-5 at most, and
-# 8e-2 when one of 70 adapted tensors is skipped. bfloat16 rounds each engine's sums differently: 0.03 … 0.06 on average
-# (single tokens 0.4), which hides one skipped tensor of a young adapter; there the probe finds gross errors only.
+# dtype → (what is compared, limit). Measured on SmolLM2-135M against the native engine: float32
+# 3e-5 at most, and 8e-2 when one of 70 adapted tensors is skipped. bfloat16 rounds each engine's
+# sums differently: 0.03 … 0.06 on average (single tokens 0.4), which hides one skipped tensor of a
+# young adapter; there the probe finds gross errors only.
 TOLERANCE = {"float32": ("max", 1e-3), "bfloat16": ("mean", 0.15)}
 
 
@@ -64,10 +66,12 @@ class Source(Protocol):
 class ChecksumStream:
     """Passes (name, tensor) pairs on and keeps what went by: names, bytes, a checksum.
 
-    The checksum is a CRC-32 over, tensor by tensor, its name, its bytes added up as 64-bit integers, and SAMPLES of those
-    spread evenly. The sum covers every byte: one changed value always shows. Several can go unseen only where their changes
-    cancel in the sum and miss the samples (values that changed places, say). It runs where the tensor is, at the speed of memory: 14 ms for SmolLM2-135M
-    on one core, a fifth of what a CRC of all bytes takes there, and no copy to the host on a GPU.
+    The checksum is a CRC-32 over, tensor by tensor, its name, its bytes added up as 64-bit
+    integers, and SAMPLES of those spread evenly. The sum covers every byte: one changed value
+    always shows. Several can go unseen only where their changes cancel in the sum and miss the
+    samples (values that changed places, say). It runs where the tensor is, at the speed of memory:
+    14 ms for SmolLM2-135M on one core, a fifth of what a CRC of all bytes takes there, and no copy
+    to the host on a GPU.
     """
 
     SAMPLES = 64
@@ -87,7 +91,10 @@ class ChecksumStream:
         self.drained = True
 
     def skip_rest(self) -> None:
-        """Let what the engine did not take go by: under ZeRO-3 other ranks wait for our part of each tensor."""
+        """Let what the engine did not take go by.
+
+        Under ZeRO-3 other ranks wait for our part of each tensor.
+        """
         for _ in self.source:
             pass
 
@@ -111,15 +118,19 @@ def push(
     probe_ids: Sequence[Sequence[int]],
     tolerance: float | None = None,
 ) -> dict[str, float]:
-    """Load the learner's weights into `engine` as policy `version` and check them on the probe sequences.
+    """Load the learner's weights into `engine` as policy `version`.
 
-    Collective: every rank fills an engine of its own, tensor by tensor, and probes it. `tolerance` limits the difference of
-    log-probs at the training temperature: the largest of all tokens in float32, their mean in bfloat16; None takes
-    TOLERANCE. Returns metrics, among them `push/adapter_gain`: how much of the adapters survived the cast of merged weights
-    (1: all, 0: the engine sees the base model; 1 where the engine applies adapters itself).
+    They are checked on the probe sequences.
 
-    Raises LearnerError, on all ranks alike, when on one of them weights were left over, the engine reports another version
-    or disagrees with the learner, and when ranks did not send the same weights.
+    Collective: every rank fills an engine of its own, tensor by tensor, and probes it. `tolerance`
+    limits the difference of log-probs at the training temperature: the largest of all tokens in
+    float32, their mean in bfloat16; None takes TOLERANCE. Returns metrics, among them
+    `push/adapter_gain`: how much of the adapters survived the cast of merged weights (1: all, 0:
+    the engine sees the base model; 1 where the engine applies adapters itself).
+
+    Raises LearnerError, on all ranks alike, when on one of them weights were left over, the engine
+    reports another version or disagrees with the learner, and when ranks did not send the same
+    weights.
     """
     retention = CastRetention()
     # An engine that applies adapters gets them exactly; any other gets merged weights.
@@ -161,7 +172,8 @@ def _not_taken(stream: ChecksumStream, engine: Engine, version: int) -> str | No
     begin = f"push of policy version {version}: "
     if not stream.drained:
         return f"{begin}the engine stopped reading after {len(stream.names)} tensors; load_weights must take all of them"
-    # In bfloat16 one missing tensor hides in the noise of the probe, so an engine that can tell is asked by name.
+    # In bfloat16 one missing tensor hides in the noise of the probe, so an engine that can tell is
+    # asked by name.
     missing = stream.names - getattr(engine, "loaded", stream.names)
     if missing:
         return f"{begin}{len(missing)} of {len(stream.names)} tensors did not arrive in the engine, for example {min(missing)!r}"
@@ -208,7 +220,10 @@ def _agree(ranks: Ranks, problem: str | Exception | None, checksum: int) -> None
 def _engine_logprobs(
     engine: Engine, probe_ids: Sequence[Sequence[int]], temperature: float
 ) -> list[np.ndarray]:
-    """Log-probs of tokens 1 … n-1 of each probe, from the engine's own forward; its handles are given back."""
+    """Log-probs of tokens 1 … n-1 of each probe, from the engine's own forward.
+
+    Its handles are given back.
+    """
     seqs = [engine.add_prompt(list(ids)) for ids in probe_ids]
     try:
         return [np.asarray(s.logprobs, np.float32) for s in engine.score(seqs, temperature)]

@@ -1,4 +1,7 @@
-"""Cold start: teach the tiny policy its protocol from synthetic traces (`appo sft tiny`). Plain supervised learning."""
+"""Cold start: teach the tiny policy its protocol from synthetic traces (`appo sft tiny`).
+
+Plain supervised learning.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,10 @@ def run_sft(
     *,
     report: Callable[[int, float, float], None] = lambda step, loss, tokens_per_s: None,
 ) -> dict[str, float]:
-    """Train tokenizer and model, write a Hugging Face folder to `output`; → final loss, tokens, seconds."""
+    """Train tokenizer and model, write a Hugging Face folder to `output`.
+
+    → final loss, tokens, seconds.
+    """
     sample = [f"{t.messages[-1]['content']} {''.join(s for s, _ in spans)}"
               for t, spans in itertools.islice(traces(settings, params), 4000)]  # fmt: skip
     tokenizer = tiny.train_tokenizer(iter(sample))

@@ -1,12 +1,15 @@
 """What a checkpoint holds of the learner: float32 masters and Adam moments, each rank its own part.
 
-DeepSpeed cuts parameters into slices that depend on the stage and on the number of ranks, and its checkpoints load only
-into the same cut. Here every rank writes the slices it owns under the name of the parameter and their place in it
-(`MasterSlice`), without talking to anyone, and a reader takes what it needs from whichever files have it. So one path serves
-every stage and any number of ranks, and it is exact: masters and moments are copied bit by bit, and the weights the
-model computes with are the masters rounded, as after every step. Frozen weights are not written: the base model has them.
+DeepSpeed cuts parameters into slices that depend on the stage and on the number of ranks, and its
+checkpoints load only into the same cut. Here every rank writes the slices it owns under the name of
+the parameter and their place in it (`MasterSlice`), without talking to anyone, and a reader takes
+what it needs from whichever files have it. So one path serves every stage and any number of ranks,
+and it is exact: masters and moments are copied bit by bit, and the weights the model computes with
+are the masters rounded, as after every step. Frozen weights are not written: the base model has
+them.
 
-`zero/rank_R.pt` is read with `weights_only` (no code runs) and memory-mapped (only what is needed is read).
+`zero/rank_R.pt` is read with `weights_only` (no code runs) and memory-mapped (only what is needed
+is read).
 """
 
 from __future__ import annotations
@@ -30,9 +33,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 @dataclass
 class MasterSlice:
-    """Elements start … start+numel-1 of a flattened parameter that this rank keeps the master copy of.
+    """Elements start … start+numel-1 of a flattened parameter.
 
-    `flat` is the tensor that the optimiser steps (float32, often many parameters end to end); the part begins at `at`.
+    This rank keeps the master copy of them.
+
+    `flat` is the tensor that the optimiser steps (float32, often many parameters end to end); the
+    part begins at `at`.
     """
 
     name: str
@@ -47,7 +53,10 @@ class MasterSlice:
 
 
 def master_slices(engine: Any, lm: nn.Module) -> Iterator[MasterSlice]:
-    """The slices of this rank, in the order of the model's parameters. At stage 0 each rank has all of everything."""
+    """The slices of this rank, in the order of the model's parameters.
+
+    At stage 0 each rank has all of everything.
+    """
     zero = engine.optimizer
     for name, p in lm.named_parameters():
         if not p.requires_grad:
@@ -87,10 +96,13 @@ def save_shard(path: Path, engine: Any, lm: nn.Module, rank: int) -> None:
 
 
 def load_shards(path: Path, engine: Any, lm: nn.Module, rank: int, saved_ranks: int) -> None:
-    """Fill this rank's masters and moments, and with them the model, from the files of `saved_ranks` ranks. Collective.
+    """Fill this rank's masters and moments from the files of `saved_ranks` ranks.
 
-    Random states: a rank that the checkpoint knows goes on where it stopped; any other starts from a seed made of
-    rank 0's state and its own number. Raises CheckpointError when a file is missing or damaged, or lacks elements.
+    The model is filled with them. Collective.
+
+    Random states: a rank that the checkpoint knows goes on where it stopped; any other starts from
+    a seed made of rank 0's state and its own number. Raises CheckpointError when a file is missing
+    or damaged, or lacks elements.
     """
     missing = [r for r in range(saved_ranks) if not _file(path, r).is_file()]
     if missing:
@@ -137,7 +149,10 @@ def _take(shard: dict[str, Any], part: MasterSlice, state: Any) -> int:
 
 
 def _masters_to_model(engine: Any) -> None:
-    """The model's weights are the masters, rounded: what DeepSpeed does at the end of a step. Collective."""
+    """The model's weights are the masters, rounded: what DeepSpeed does at the end of a step.
+
+    Collective.
+    """
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
         zero._partition_all_parameters()
@@ -149,7 +164,10 @@ def _masters_to_model(engine: Any) -> None:
 
 
 def _adam(engine: Any) -> Any:
-    """The state of torch's AdamW under DeepSpeed's optimiser: flat tensor → {"step", "exp_avg", "exp_avg_sq"}."""
+    """The state of torch's AdamW under DeepSpeed's optimiser.
+
+    Flat tensor → {"step", "exp_avg", "exp_avg_sq"}.
+    """
     optimizer = engine.optimizer
     return getattr(optimizer, "optimizer", optimizer).state
 

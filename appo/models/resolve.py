@@ -1,8 +1,11 @@
-"""Where a model name comes from: local folder → cache → hub → a pinned PyPI wheel, then checks before use.
+"""Where a model name comes from.
 
-A model is used only after `check_model_folder` has read its config and the headers of its weight files, so that a
-truncated download or an unsupported architecture is one clear error in the first second and not a stack trace
-after minutes. The cache is filled atomically: a folder without its manifest does not exist.
+Local folder → cache → hub → a pinned PyPI wheel, then checks before use.
+
+A model is used only after `check_model_folder` has read its config and the headers of its weight
+files, so that a truncated download or an unsupported architecture is one clear error in the first
+second and not a stack trace after minutes. The cache is filled atomically: a folder without its
+manifest does not exist.
 """
 
 from __future__ import annotations
@@ -71,7 +74,8 @@ def resolve_model(
 ) -> ModelSource:
     """Turn a model name into a checked folder. The first place that has it wins.
 
-    name     a folder, a hub id such as "Qwen/Qwen3-0.6B", or "tiny" (the checkpoint shipped with the package)
+    name     a folder, a hub id such as "Qwen/Qwen3-0.6B", or "tiny" (the checkpoint shipped with
+             the package)
     family   the user's own, known beside those built in
     offline  ask neither the hub nor PyPI. `HF_HUB_OFFLINE=1` switches off the hub alone.
     Raises ModelError with everything that was tried and how to go on.
@@ -123,7 +127,10 @@ def resolve_model(
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The transformers tokenizer of a model folder. ModelError when it cannot be read or has no chat template."""
+    """The transformers tokenizer of a model folder.
+
+    ModelError when it cannot be read or has no chat template.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -152,7 +159,7 @@ def _is_hub_id(name: str) -> bool:
 _HUB_ALPHABET = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 
 
-# ---- the cache -----------------------------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------
 
 
 def _complete(place: Path) -> bool:
@@ -202,7 +209,10 @@ def _fill_atomically(
 
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[None]:
-    """One process fills a cache folder, the others wait for it (ranks of one job start together)."""
+    """One process fills a cache folder, the others wait for it.
+
+    Ranks of one job start together.
+    """
     import fcntl
 
     try:

@@ -148,7 +148,10 @@ def _family_problem(found: Any) -> str:
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
-    """The content of `folder`/config.json. Raises ModelError when there is none that can be read."""
+    """The content of `folder`/config.json.
+
+    Raises ModelError when there is none that can be read.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ModelError(

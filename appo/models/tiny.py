@@ -1,8 +1,11 @@
-"""The tiny policy's world: a BPE-512 tokenizer, a 0.66M-parameter Qwen3, and traces of clumsy tool use to start from.
+"""The tiny policy's world.
 
-The traces mix good tool calls, calls with a wrong expression and guesses without a call, dressed in filler words (high
-entropy without meaning), so that a cold-started model solves about a third of the questions: enough signal to learn
-from, much left to learn. It is a real end-to-end learning problem that fits into a test.
+A BPE-512 tokenizer, a 0.66M-parameter Qwen3, and traces of clumsy tool use to start from.
+
+The traces mix good tool calls, calls with a wrong expression and guesses without a call, dressed in
+filler words (high entropy without meaning), so that a cold-started model solves about a third of
+the questions: enough signal to learn from, much left to learn. It is a real end-to-end learning
+problem that fits into a test.
 """
 
 from __future__ import annotations
@@ -39,7 +42,10 @@ SHAPE = dict(
 
 @dataclass(frozen=True)
 class TraceMix:
-    """How often a trace calls the tool with the right expression, with a wrong one; the rest guesses."""
+    """How often a trace calls the tool with the right expression, with a wrong one.
+
+    The rest guesses.
+    """
 
     right: float = 0.32
     wrong: float = 0.28
@@ -73,7 +79,10 @@ def _spoil(expression: str, rng: np.random.Generator) -> str:
 
 
 def train_tokenizer(texts: Iterator[str]) -> Any:
-    """A byte-level BPE of 512 entries with the protocol tags as single tokens and digits one by one."""
+    """A byte-level BPE of 512 entries.
+
+    Protocol tags are single tokens, and digits stand one by one.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -102,7 +111,10 @@ def train_tokenizer(texts: Iterator[str]) -> Any:
 def encode_trace(
     tokenizer: Any, prompt_ids: Sequence[int], spans: Sequence[tuple[str, bool]]
 ) -> tuple[list[int], list[bool]]:
-    """Ids of prompt + turn and, per id, whether it is learned. Spans are encoded apart, as the agent inserts them."""
+    """Ids of prompt + turn and, per id, whether it is learned.
+
+    Spans are encoded apart, as the agent inserts them.
+    """
     ids, learned = list(prompt_ids), [False] * len(prompt_ids)
     for text, learn in [*spans, ("<|im_end|>", True)]:
         piece = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,8 +1,11 @@
-"""Where trees branched, and whether the Branching Score had anything to say: a log of every branch point of a run.
+"""Where trees branched, and whether the Branching Score had anything to say.
 
-One line of branches.jsonl is one prompt of one mini-batch. `omega_uninformative` says that Ω was constant on a root, which it is by
-construction in the first mini-batch of a step (the weights have not moved since the roots were drawn); the shares per
-mini-batch in `branch_table` show when it begins to carry information.
+A log of every branch point of a run.
+
+One line of branches.jsonl is one prompt of one mini-batch. `omega_uninformative` says that Ω was
+constant on a root, which it is by construction in the first mini-batch of a step (the weights have
+not moved since the roots were drawn); the shares per mini-batch in `branch_table` show when it
+begins to carry information.
 """
 
 from __future__ import annotations
@@ -39,11 +42,12 @@ class BranchLog:
     ) -> None:
         """One prompt and its branch points.
 
-        rows: root · position (response position that the score chose), response_length (of the root) · token (text of
-        the root's token there) · rule, score, z_entropy, z_omega · omega_uninformative (Ω constant on this root) · root_reward,
-        branch_reward (None if ungraded); further keys are kept.
-        omega_uninformative: for each root, whether Ω was constant; None: taken from the rows, so a root without a branch is unknown.
-        shortfall: branch slots that stayed empty.
+        rows: root · position (response position that the score chose), response_length (of the
+        root) · token (text of the root's token there) · rule, score, z_entropy, z_omega ·
+        omega_uninformative (Ω constant on this root) · root_reward, branch_reward (None if
+        ungraded); further keys are kept. omega_uninformative: for each root, whether Ω was
+        constant; None: taken from the rows, so a root without a branch is unknown. shortfall:
+        branch slots that stayed empty.
         """
         if omega_uninformative is None:
             by_root = {
@@ -63,10 +67,12 @@ def branch_table(run_dir: Path | str) -> dict[str, Any]:
     """Summary of a run's branch points. Shares are in [0, 1], None where nothing was counted.
 
     prompts, points, shortfall
-    by_minibatch  {index: {prompts, roots, points, uninformative_prompts (Ω uninformative on all roots of a prompt), uninformative_roots,
-                  strict (share of points that the score chose)}}
+    by_minibatch  {index: {prompts, roots, points, uninformative_prompts (Ω uninformative on all
+                  roots of a prompt), uninformative_roots, strict (share of points that the score
+                  chose)}}
     rules         {rule: share} · positions[5]: share of points per fifth of the root's response
-    tokens        [{token, count, z_entropy, z_omega}], most frequent first; means, z_omega where Ω is informative
+    tokens        [{token, count, z_entropy, z_omega}], most frequent first; means, z_omega where Ω
+                  is informative
     reward        {better, same, worse, points}: branches against their root
     examples      rows with step, minibatch and prompt_id, spread evenly over the run
     """

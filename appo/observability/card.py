@@ -1,7 +1,9 @@
-"""Blocks of text for a terminal, a log or a Markdown file: the start-up card, tables, and harmless foreign text.
+"""Blocks of text for a terminal, a log or a Markdown file.
 
-Whatever a model wrote may hold escape sequences, newlines or characters that change the reading direction. It goes
-through `escape` before anybody sees it.
+The start-up card, tables, and harmless foreign text.
+
+Whatever a model wrote may hold escape sequences, newlines or characters that change the reading
+direction. It goes through `escape` before anybody sees it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-# Control, format (bidi overrides, zero-width), surrogate, unassigned; line and paragraph separators.
+# Control, format (bidi overrides, zero-width), surrogate, unassigned; line and paragraph
+# separators.
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"})
 
 
@@ -66,7 +69,10 @@ def wrap(text: str, width: int) -> list[str]:
 def card_text(
     title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str] = (), width: int = 100
 ) -> str:
-    """The card without colour: aligned labels, values wrapped with a hanging indent, warnings last."""
+    """The card without colour.
+
+    Aligned labels, values wrapped with a hanging indent, warnings last.
+    """
     title = escape(title)
     column = max((len(label) for label, _ in rows), default=0) + 2
     lines = [title, "-" * min(len(title), width)]
@@ -110,7 +116,10 @@ def card_rich(title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[st
 
 
 def md_table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """A Markdown table; the first `text_columns` columns are left-aligned, the others (numbers) right."""
+    """A Markdown table.
+
+    The first `text_columns` columns are left-aligned, the others (numbers) right.
+    """
     align = [":--" if i < text_columns else "--:" for i in range(len(header))]
     return "\n".join("| " + " | ".join(r) + " |" for r in [header, align, *rows])
 

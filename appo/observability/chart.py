@@ -1,6 +1,7 @@
 """The reward curve as a picture: what training did step by step, and what evaluation says about it.
 
-Drawn with matplotlib's object interface on the Agg canvas, without pyplot: no display, no global state.
+Drawn with matplotlib's object interface on the Agg canvas, without pyplot: no display, no global
+state.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ REWARD, ACCURACY, TOOLS, GREY = "#1f5fa8", "#1f5fa8", "#d9822b", "#8a8a8a"
 
 
 def reward_curve(records: Sequence[Mapping[str, Any]], path: Path | str) -> None:
-    """PNG of two panels over steps: mean reward and tool use of the rollouts; accuracy and tool use of evaluations.
+    """PNG of two panels over steps: mean reward and tool use of the rollouts.
 
-    records: as in metrics.jsonl. Evaluations carry 95 % Wilson intervals if they say how many questions they asked.
+    Accuracy and tool use of evaluations.
+
+    records: as in metrics.jsonl. Evaluations carry 95 % Wilson intervals if they say how many
+    questions they asked.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -73,7 +77,10 @@ def _line(
 def _points(
     axes: Any, records: Sequence[Mapping[str, Any]], key: str, label: str, color: str, side: int
 ) -> None:
-    """Points with intervals, joined by a thin line; the two series step aside so that bars do not overlap."""
+    """Points with intervals, joined by a thin line.
+
+    The two series step aside so that bars do not overlap.
+    """
     x, y, counts = _series(records, key)
     if not x:
         return
@@ -106,7 +113,8 @@ def _dress(axes: Any, title: str, empty: str) -> None:
         axes.set_ylim(0, 1)
         return
     low, high = axes.get_ylim()
-    # Shares: the whole range, so that slopes are honest; a hair more, so that a marker at 0 or 1 is whole.
+    # Shares: the whole range, so that slopes are honest; a hair more, so that a marker at 0 or 1 is
+    # whole.
     axes.set_ylim(min(-0.02, low), max(1.02, high))
     axes.legend(
         handles, labels, frameon=False, fontsize=9, ncols=2, loc="lower right",

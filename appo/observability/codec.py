@@ -1,8 +1,11 @@
-"""`RolloutTree` ↔ JSON, exactly: what is read back equals what was written, to the last bit of a logprob.
+"""`RolloutTree` ↔ JSON, exactly.
 
-This is the file format that everything which shows a run reads (`appo.rollout.store` writes it). Numbers of numpy
-become Python numbers of the same value; what JSON cannot say (tuples, keys that are not text, NaN) is tagged
-`{"$kind": …}`. An object of a type unknown here is kept as its `repr`, under its own tag.
+What is read back equals what was written, to the last bit of a logprob.
+
+This is the file format that everything which shows a run reads (`appo.rollout.store` writes it).
+Numbers of numpy become Python numbers of the same value; what JSON cannot say (tuples, keys that
+are not text, NaN) is tagged `{"$kind": …}`. An object of a type unknown here is kept as its `repr`,
+under its own tag.
 """
 
 from __future__ import annotations
@@ -28,7 +31,10 @@ _TUPLES = frozenset({"path", "tools", "branch_z"})  # tuples by type: written as
 
 
 def tree_to_json(tree: RolloutTree) -> dict[str, Any]:
-    """A tree as JSON types only. `step` stands at the top so that a resumed run can cut the file."""
+    """A tree as JSON types only.
+
+    `step` stands at the top so that a resumed run can cut the file.
+    """
     return {
         "format": FORMAT,
         "step": encode(tree.step),
@@ -43,7 +49,9 @@ def tree_to_json(tree: RolloutTree) -> dict[str, Any]:
 
 
 def tree_from_json(data: dict[str, Any]) -> RolloutTree:
-    """The tree that `tree_to_json` wrote. Keys that are not known are ignored (text for readers, later additions).
+    """The tree that `tree_to_json` wrote.
+
+    Keys that are not known are ignored (text for readers, later additions).
 
     Raises DataError if it is of a newer format or lacks a field.
     """

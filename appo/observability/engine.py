@@ -1,7 +1,7 @@
 """What the rollout engine did: its share of a step line, and its section of the report.
 
-Read from the keys that a step's record has of it (`engine/*`, `memory/kv_*`, `time/tool_wait`); an engine that does not
-count something is left out there.
+Read from the keys that a step's record has of it (`engine/*`, `memory/kv_*`, `time/tool_wait`); an
+engine that does not count something is left out there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ ROWS = {
 
 
 def engine_parts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(label, value) for the line of a step: tokens saved, KV at its peak, time spent waiting for tools alone."""
+    """(label, value) for the line of a step.
+
+    Tokens saved, KV at its peak, time spent waiting for tools alone.
+    """
     out = []
     saved, ran = record.get("engine/tokens_saved"), _ran(record)
     if saved is not None and ran:

@@ -1,4 +1,6 @@
-"""What the learner did not have to compute, for a step's line and the report, and whether there was anything to learn.
+"""What the learner did not have to compute, and whether there was anything to learn.
+
+For a step's line and the report.
 
 Read from the `pack/*` keys of a step's record: sums over its mini-batches and ranks.
 """
@@ -16,7 +18,10 @@ ALL, ROWS, UNIQUE = "pack/tokens_all", "pack/tokens_rows", "pack/tokens_unique"
 
 
 def learner_parts(record: Record) -> list[tuple[str, str]]:
-    """(label, value) for the line of a step: tokens computed, and how many times more all rollouts would have been."""
+    """(label, value) for the line of a step.
+
+    Tokens computed, and how many times more all rollouts would have been.
+    """
     everything, unique = record.get(ALL), record.get(UNIQUE)
     if not everything or not unique:
         return []
@@ -61,7 +66,9 @@ def _factor(before: float, after: float) -> str:
 
 
 class NoSignal:
-    """Notices that nothing is learned: `limit` steps in a row without one row that can move a weight.
+    """Notices that nothing is learned.
+
+    `limit` steps in a row without one row that can move a weight.
 
     >>> watch = NoSignal(limit=2)
     >>> [watch.look({"step": n, "pack/rows": 0.0}) is None for n in (1, 2, 3, 4)]
@@ -73,7 +80,10 @@ class NoSignal:
         self.in_a_row = 0
 
     def look(self, record: Record) -> str | None:
-        """The record of a step → a warning for the user, every `limit` such steps; None: all is well."""
+        """The record of a step → a warning for the user, every `limit` such steps.
+
+        None: all is well.
+        """
         rows = record.get("pack/rows")
         if rows is None:  # an evaluation
             return None

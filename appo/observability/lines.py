@@ -1,9 +1,9 @@
 """JSON lines that survive a kill: the one way in which a run writes its logs.
 
-One record is one line, written whole, flushed and synced before the call returns. A kill can therefore tear at most
-the last line, which is left out on reading and removed when the file is opened again. Resuming from the checkpoint of
-step k cuts off every line of a later step, so a run that was killed and resumed leaves the same file as one that was
-not.
+One record is one line, written whole, flushed and synced before the call returns. A kill can
+therefore tear at most the last line, which is left out on reading and removed when the file is
+opened again. Resuming from the checkpoint of step k cuts off every line of a later step, so a run
+that was killed and resumed leaves the same file as one that was not.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def append_lines(path: Path, lines: list[str]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON-lines file, in order; a torn last line is left out, a missing file is empty.
+    """Objects of a JSON-lines file, in order.
+
+    A torn last line is left out, a missing file is empty.
 
     Raises DataError for a broken line that is not the last: that is damage, not a kill.
     """
@@ -55,7 +57,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def cut_after(path: Path, step: int | None) -> None:
     """Drop lines whose `step` is greater than `step` (None: none) and a torn last line.
 
-    The file is replaced as a whole, so a kill in the middle leaves the old one; it is not touched if nothing is to go.
+    The file is replaced as a whole, so a kill in the middle leaves the old one; it is not touched
+    if nothing is to go.
     """
     if not path.exists():
         return
@@ -68,7 +71,10 @@ def cut_after(path: Path, step: int | None) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write `data` beside `path`, sync, and rename over it: readers see the old or the new file, never a half."""
+    """Write `data` beside `path`, sync, and rename over it.
+
+    Readers see the old or the new file, never a half.
+    """
     tmp = path.with_name(path.name + ".tmp")
     write_synced(tmp, data)
     os.replace(tmp, path)
@@ -145,7 +151,10 @@ def dump_record(record: Mapping[str, Any]) -> str:
 
 
 def to_line(value: Any) -> str:
-    """One line of JSON that can be written as UTF-8 whatever text it holds (a lone surrogate is escaped)."""
+    """One line of JSON that can be written as UTF-8 whatever text it holds.
+
+    A lone surrogate is escaped.
+    """
     line = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:
         line.encode()

@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 
 class Metric(NamedTuple):
-    """unit: what a value counts; "1" is a plain number, "0..1" a share. meaning: one sentence for users."""
+    """unit: what a value counts; "1" is a plain number, "0..1" a share.
+
+    meaning: one sentence for users.
+    """
 
     unit: str
     meaning: str
@@ -141,7 +144,10 @@ METRICS = {
 
 
 def describe(key: str) -> Metric | None:
-    """The metric that a key of a record is, `grade/error:timeout` by its pattern; None: an unknown key."""
+    """The metric that a key of a record is, `grade/error:timeout` by its pattern.
+
+    None: an unknown key.
+    """
     if key in METRICS:
         return METRICS[key]
     word, colon, _ = key.partition(":")

@@ -1,6 +1,7 @@
 """The numbers of a run: metrics.jsonl, and the small statistics that are read off it.
 
-`MetricsWriter` and `BranchLog` are the two logs that a trainer keeps; how lines survive a kill is `appo.observability.lines`.
+`MetricsWriter` and `BranchLog` are the two logs that a trainer keeps; how lines survive a kill is
+`appo.observability.lines`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _MACHINE_ENDINGS = ("_s", "_ms", "seconds", "_mb", "_gb", "_bytes")
 class MetricsWriter:
     """Appends records to `run_dir/metrics.jsonl`.
 
-    resume_after: step of the checkpoint that the run goes on from; lines of later steps are cut off. None keeps all.
+    resume_after: step of the checkpoint that the run goes on from; lines of later steps are cut
+    off. None keeps all.
 
     >>> MetricsWriter(run).write({"step": 1, "kind": "step", "reward/mean": 0.4, "time/step": 48.1})
 
@@ -45,12 +47,18 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """All records of a run, in the order they were written and with today's names; [] if there are none yet."""
+    """All records of a run, in the order they were written and with today's names.
+
+    [] if there are none yet.
+    """
     return [in_todays_words(record) for record in read_lines(Path(run_dir) / METRICS)]
 
 
 def strip_times(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record without what depends on clock or machine: what must be equal in two deterministic runs."""
+    """The record without what depends on clock or machine.
+
+    What must be equal in two deterministic runs.
+    """
     out = {k: v for k, v in record.items() if not _of_machine(k)}
     if "nonfinite" in out:
         out["nonfinite"] = [k for k in out["nonfinite"] if not _of_machine(k)]
@@ -82,9 +90,12 @@ def wilson(successes: float, n: int, z: float = 1.959963984540054) -> tuple[floa
 
 
 def newcombe(before: tuple[float, int], after: tuple[float, int]) -> tuple[float, float]:
-    """95 % interval of share(after) - share(before) from their Wilson intervals (Newcombe 1998, method 10).
+    """95 % interval of share(after) - share(before) from their Wilson intervals.
 
-    before, after: (successes, n). Taken as independent, which is cautious where the same questions are asked twice.
+    Newcombe 1998, method 10.
+
+    before, after: (successes, n). Taken as independent, which is cautious where the same questions
+    are asked twice.
     """
     p1, p2 = before[0] / max(before[1], 1), after[0] / max(after[1], 1)
     (l1, u1), (l2, u2) = wilson(*before), wilson(*after)
@@ -93,7 +104,10 @@ def newcombe(before: tuple[float, int], after: tuple[float, int]) -> tuple[float
 
 
 def eval_questions(record: Mapping[str, Any]) -> int | None:
-    """How many questions an eval record counts (`eval/questions`, or `eval/n`); None if it does not say."""
+    """How many questions an eval record counts (`eval/questions`, or `eval/n`).
+
+    None if it does not say.
+    """
     for key in ("eval/questions", "eval/n", "eval/count"):
         if record.get(key):
             return int(record[key])

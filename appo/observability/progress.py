@@ -1,7 +1,9 @@
-"""What a person watching a run sees: a card, one line per step, a bar for what takes long, warnings.
+"""What a person watching a run sees.
 
-On a terminal this is drawn with rich; in a pipe, under CI or with NO_COLOR it is plain lines without escape sequences,
-never wrapped, so that they can be searched. Numbers are the same in both.
+A card, one line per step, a bar for what takes long, warnings.
+
+On a terminal this is drawn with rich; in a pipe, under CI or with NO_COLOR it is plain lines
+without escape sequences, never wrapped, so that they can be searched. Numbers are the same in both.
 """
 
 from __future__ import annotations
@@ -26,10 +28,13 @@ Part = tuple[str, str]  # (label, value) of a step line
 
 
 class Console:
-    """All output of a command. `steps`: number of steps of the run, shown as `step 3/5`; set it once it is known.
+    """All output of a command.
+
+    `steps`: number of steps of the run, shown as `step 3/5`; set it once it is known.
 
     plain: True: lines without ANSI; False: rich; None: plain unless stdout is a capable terminal.
-    quiet: only warnings and errors. rank: of several processes; all but 0 are quiet, and sign what they say.
+    quiet: only warnings and errors. rank: of several processes; all but 0 are quiet, and sign what
+    they say.
     """
 
     def __init__(
@@ -97,7 +102,8 @@ class Console:
             (f"{self.sign}{label}: ", style), (text, "red" if label == "warning" else "")
         )
         with self._lock:
-            # While a bar is on screen everything must pass through its console, or the two overwrite each other.
+            # While a bar is on screen everything must pass through its console, or the two
+            # overwrite each other.
             console = self._rich if self._live else _rich_console(self.err, stderr=True)
             console.print(line)
 
@@ -185,7 +191,8 @@ class Phase:
         """Start the clock after which the bar appears; a quiet or plain console draws none."""
         if self.console.quiet or self.console.plain:
             return
-        # A timer, not `update`, brings up the bar: a phase that hangs is the one that should be seen.
+        # A timer, not `update`, brings up the bar: a phase that hangs is the one that should be
+        # seen.
         self._timer = threading.Timer(SHOW_AFTER_S, self._show)
         self._timer.daemon = True
         self._timer.start()
@@ -236,7 +243,10 @@ class Phase:
 
 
 def step_parts(record: Mapping[str, Any], steps: int | None = None) -> tuple[str, list[Part]]:
-    """(head, [(label, value), …]) of the one line of a record; what the record lacks is left out."""
+    """(head, [(label, value), …]) of the one line of a record.
+
+    What the record lacks is left out.
+    """
     total = record.get("steps", steps)
     width = len(str(total)) if total else 0
     is_eval = record.get("kind") == "eval"

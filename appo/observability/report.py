@@ -1,7 +1,9 @@
-"""The report of a run: report.md, curve.png and tree.txt, made from the logs in its folder and nothing else.
+"""The report of a run.
 
-It can be written at any time, also for a run that is under way or was killed. A number that is not there is a dash,
-never a zero.
+report.md, curve.png and tree.txt, made from the logs in its folder and nothing else.
+
+It can be written at any time, also for a run that is under way or was killed. A number that is not
+there is a dash, never a zero.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ SHARES = {
 def write_report(run_dir: Path | str, config_yaml: str, console: Console) -> None:
     """Write report.md, curve.png and (if trees were saved) tree.txt into the run folder.
 
-    A part that cannot be made is a warning, and the report goes without it: a run must not end in an error because of
-    its picture.
+    A part that cannot be made is a warning, and the report goes without it: a run must not end in
+    an error because of its picture.
     """
     run = Path(run_dir)
     records = read_metrics(run)

@@ -1,6 +1,9 @@
-"""What a process that does not move is doing: its threads, its child processes, and the ranks beside it.
+"""What a process that does not move is doing.
 
-Read by `appo.observability.watchdog` from a thread of its own, so nothing here takes a lock that a stalled thread may hold.
+Its threads, its child processes, and the ranks beside it.
+
+Read by `appo.observability.watchdog` from a thread of its own, so nothing here takes a lock that a
+stalled thread may hold.
 """
 
 from __future__ import annotations
@@ -66,7 +69,10 @@ def _sleeps_in(pid: int) -> str:
 
 
 def kill_children() -> None:
-    """SIGKILL to every descendant, also to stopped ones: a process that leaves by os._exit cleans nothing up."""
+    """SIGKILL to every descendant, also to stopped ones.
+
+    A process that leaves by os._exit cleans nothing up.
+    """
     import psutil
 
     for process in _descendants():
@@ -84,7 +90,10 @@ def _descendants() -> list[Any]:
 
 
 def ranks(folder: Path, me: int, world: int) -> str:
-    """One line per rank from its heartbeat file; a file that grew old is the sign of a frozen or dead process."""
+    """One line per rank from its heartbeat file.
+
+    A file that grew old is the sign of a frozen or dead process.
+    """
     found = beats(folder, world)
     missing = "no heartbeat here (it never started, or it writes to another machine's disk)"
     return "\n".join(

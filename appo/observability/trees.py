@@ -1,7 +1,10 @@
-"""One tree as text: the question, each root with its calls and results, and under it what every branch did instead.
+"""One tree as text.
 
-What a branch inherited is not shown again; `branch at token t` says where it left its root. Everything a model or a
-tool wrote is escaped and elided, so a tree of any length stays readable and harmless in a terminal.
+The question, each root with its calls and results, and under it what every branch did instead.
+
+What a branch inherited is not shown again; `branch at token t` says where it left its root.
+Everything a model or a tool wrote is escaped and elided, so a tree of any length stays readable and
+harmless in a terminal.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ MAX_LINES = 6  # of one piece of text, before its middle is left out
 
 
 def render_tree(tree: RolloutTree, text: Text, width: int = 100) -> str:
-    """Lines of at most `width` columns (for text of single-width characters). text: token ids to text."""
+    """Lines of at most `width` columns (for text of single-width characters).
+
+    text: token ids to text.
+    """
     width = max(width, 40)
     lines = _header(tree, width)
     for i in tree.roots:
@@ -28,7 +34,9 @@ def render_tree(tree: RolloutTree, text: Text, width: int = 100) -> str:
 
 
 def stored_text(data: dict[str, Any]) -> Text:
-    """The `text` of a tree that was saved with it: looks ids up in what trees.jsonl holds next to them.
+    """The `text` of a tree that was saved with it.
+
+    Looks ids up in what trees.jsonl holds next to them.
 
     Ids that were saved without text become their count.
     """
@@ -101,7 +109,10 @@ def _leaf(tree: RolloutTree, index: int, text: Text, width: int, margin: str) ->
 
 
 def own_nodes(tree: RolloutTree, leaf: int) -> list[int]:
-    """Nodes on the way to a leaf that its parent leaf does not share, in order; without the prompt."""
+    """Nodes on the way to a leaf that its parent leaf does not share, in order.
+
+    Without the prompt.
+    """
     inherited: set[int] = set()
     parent = tree.leaves[leaf].parent_leaf
     if parent is not None:
@@ -118,7 +129,10 @@ def _chain(tree: RolloutTree, node: int) -> list[int]:
 
 
 def _calls(tree: RolloutTree, leaf: Leaf) -> dict[int, ToolCall]:
-    """Tool node → its call. Results come in the order of the calls; one over the budget has no call behind it."""
+    """Tool node → its call.
+
+    Results come in the order of the calls; one over the budget has no call behind it.
+    """
     chain = _chain(tree, leaf.node)
     # A fork at the very start of a tool node would inherit nothing of it.
     used = [a for a, b in pairwise(chain) if tree.nodes[b].fork_at > 0] + [leaf.node]
@@ -170,6 +184,9 @@ def _hang(line: str, margin: str, width: int) -> Iterator[str]:
 
 
 def rank_for_display(tree: RolloutTree) -> tuple[bool, bool, int]:
-    """Sort key: a tree shows most if its leaves were rewarded differently, called tools, and it has branches."""
+    """Sort key of how much a tree shows.
+
+    It shows most if its leaves were rewarded differently, called tools, and it has branches.
+    """
     rewards = {leaf.reward for leaf in tree.leaves}
     return len(rewards) > 1, any(leaf.tool_calls for leaf in tree.leaves), len(tree.branches)

@@ -1,9 +1,10 @@
 """A run that does not move explains itself and ends, instead of holding a machine for a night.
 
-The loop calls `beat` whenever something has been done. A thread of its own looks at the beats; when there was none
-for `timeout_s` it writes down what every thread, child process and rank was doing (`appo.observability.stall`) and leaves with
-exit code 75. Every rank also keeps a small heartbeat file in the run folder: one that stopped changing belongs to a
-process that is frozen or gone, and the other ranks name it. While any rank moves, none ends: the others wait for it.
+The loop calls `beat` whenever something has been done. A thread of its own looks at the beats; when
+there was none for `timeout_s` it writes down what every thread, child process and rank was doing
+(`appo.observability.stall`) and leaves with exit code 75. Every rank also keeps a small heartbeat
+file in the run folder: one that stopped changing belongs to a process that is frozen or gone, and
+the other ranks name it. While any rank moves, none ends: the others wait for it.
 """
 
 from __future__ import annotations
@@ -41,21 +42,25 @@ class Beat:
 
 
 class Watchdog:
-    """Ends the process when `beat` was not called for `timeout_s` seconds; 0 switches it off. A context manager.
+    """Ends the process when `beat` was not called for `timeout_s` seconds; 0 switches it off.
+
+    A context manager.
 
     folder    the run folder: heartbeats and the file stall-rankN-TIME.txt go there
-    describe  more about the present moment (title → text): the collective waited for, tool calls in flight …
-              Called from another thread, only when the run stalls, and given up if it hangs itself.
+    describe  more about the present moment (title → text): the collective waited for, tool calls in
+              flight … Called from another thread, only when the run stalls, and given up if it
+              hangs itself.
     world     number of ranks whose heartbeats are looked at
     leave     what ends the process; os._exit, since a stalled thread cannot be asked to unwind
 
     >>> with Watchdog(run, rank=0, timeout_s=1800, describe=session.describe) as watchdog:
     ...     watchdog.beat("learn", "micro-batch 3")
 
-    Time during which this process itself was stopped (Ctrl-Z, a suspended job) does not count, as long as it is shorter
-    than twice `timeout_s`. A call into C that never gives the interpreter lock back silences the thread as well: then
-    the C watchdog of faulthandler prints the stacks after twice the time and ends the process with exit code 1. It cannot
-    tell such a call from a longer stop.
+    Time during which this process itself was stopped (Ctrl-Z, a suspended job) does not count, as
+    long as it is shorter than twice `timeout_s`. A call into C that never gives the interpreter
+    lock back silences the thread as well: then the C watchdog of faulthandler prints the stacks
+    after twice the time and ends the process with exit code 1. It cannot tell such a call from a
+    longer stop.
     """
 
     def __init__(
@@ -77,7 +82,10 @@ class Watchdog:
         self._unwritten = ""  # why the last heartbeat could not be written
 
     def beat(self, phase: str, detail: str = "") -> None:
-        """Something was done; now comes `phase`. Costs nothing: call it as often as you like, from any thread."""
+        """Something was done; now comes `phase`.
+
+        Costs nothing: call it as often as you like, from any thread.
+        """
         self._beat = Beat(phase, detail)
 
     def start(self) -> None:
@@ -106,7 +114,8 @@ class Watchdog:
         seen, idle, before = self._beat, 0.0, time.monotonic()
         while not self._stopped.wait(self.interval):
             now = time.monotonic()
-            # A gap means that we did not run either: a stopped process must not be ended for having been stopped.
+            # A gap means that we did not run either: a stopped process must not be ended for having
+            # been stopped.
             passed, before = min(now - before, 2 * self.interval), now
             idle = idle + passed if self._beat is seen else 0.0
             seen = self._beat
@@ -150,7 +159,10 @@ class Watchdog:
     # -- the end
 
     def _end(self, idle: float) -> None:
-        """Explain, then leave: in a thread, because whatever holds the run may hold the explanation."""
+        """Explain, then leave.
+
+        In a thread, because whatever holds the run may hold the explanation.
+        """
         faulthandler.cancel_dump_traceback_later()
         writer = threading.Thread(
             target=self._explain, args=(idle,), name="appo-stall", daemon=True

@@ -1,6 +1,9 @@
-"""Which rows go into which stream: trees as flat tables, cut where they exceed the token budget, binned where they fit.
+"""Which rows go into which stream.
 
-Every step is linear in nodes and rows: a row walks up only to the first node that its stream holds already.
+Trees as flat tables, cut where they exceed the token budget, binned where they fit.
+
+Every step is linear in nodes and rows: a row walks up only to the first node that its stream holds
+already.
 """
 
 from __future__ import annotations
@@ -15,12 +18,16 @@ from appo.types import Node, RolloutTree
 
 
 class Forest:
-    """The nodes of all trees of a mini-batch, one after the other. Node n of tree i has number first[i] + n.
+    """The nodes of all trees of a mini-batch, one after the other.
 
-    parent (-1 for a prompt), fork, length, depth (path tokens before the node's own) and top (the child of the prompt
-    above or at the node; a prompt is its own) are plain lists: they are read one at a time.
+    Node n of tree i has number first[i] + n.
 
-    Raises DataError for a tree whose nodes do not come after their parents or do not fork inside them.
+    parent (-1 for a prompt), fork, length, depth (path tokens before the node's own) and top (the
+    child of the prompt above or at the node; a prompt is its own) are plain lists: they are read
+    one at a time.
+
+    Raises DataError for a tree whose nodes do not come after their parents or do not fork inside
+    them.
     """
 
     def __init__(self, trees: Sequence[RolloutTree]):
@@ -76,7 +83,10 @@ class Forest:
 
 @dataclass
 class SubTree:
-    """Rows of one tree that share a stream: the nodes they pass, and how many own tokens of each they reach."""
+    """Rows of one tree that share a stream.
+
+    The nodes they pass, and how many own tokens of each they reach.
+    """
 
     forest: Forest
     tree: int
@@ -116,10 +126,12 @@ class SubTree:
 
 
 def cut(forest: Forest, tree: int, leaves: dict[int, int], budget: int) -> list[SubTree]:
-    """Subtrees of at most `budget` tokens: the tree as a whole, else its roots first-fit, else its rows.
+    """Subtrees of at most `budget` tokens.
 
-    `leaves` maps the position of a row in the tree's list of credits to the number of its last node. Only a single row
-    makes a subtree over the budget.
+    The tree as a whole, else its roots first-fit, else its rows.
+
+    `leaves` maps the position of a row in the tree's list of credits to the number of its last
+    node. Only a single row makes a subtree over the budget.
     """
     by_root: dict[int, list[int]] = {}
     for row, leaf in leaves.items():
@@ -151,7 +163,8 @@ def cut(forest: Forest, tree: int, leaves: dict[int, int], budget: int) -> list[
 def _add(subtrees: list[SubTree], empty: SubTree, row: int, leaf: int, budget: int) -> None:
     """Put a row into the first subtree with space, else into one of its own.
 
-    First-fit, not next-fit: then no two subtrees of a tree have space for each other, which `fill_bins` relies on.
+    First-fit, not next-fit: then no two subtrees of a tree have space for each other, which
+    `fill_bins` relies on.
     """
     home = next((p for p in subtrees if p.size + p.cost(leaf) <= budget), None)
     if home is None:
@@ -163,8 +176,8 @@ def _add(subtrees: list[SubTree], empty: SubTree, row: int, leaf: int, budget: i
 def fill_bins(subtrees: Sequence[SubTree], budget: int) -> list[list[SubTree]]:
     """Streams of subtrees by first-fit decreasing; a subtree over the budget has one to itself.
 
-    Two subtrees of one tree never meet: `cut` would have joined them. Streams, and subtrees in a stream, keep the order
-    in which the subtrees came.
+    Two subtrees of one tree never meet: `cut` would have joined them. Streams, and subtrees in a
+    stream, keep the order in which the subtrees came.
     """
     space = np.full(len(subtrees), budget, np.int64)
     streams: list[list[int]] = []

@@ -1,9 +1,10 @@
 """From rollout trees to flat token streams that a transformer reads once.
 
-A tree is laid out so that every shared token appears once. Two numbers per token say all that attention needs:
-its depth in the path (`position_ids`) and where its subtree ends in the stream (`subtree_end`): query q sees key k iff
-k ≤ q < subtree_end[k]. A token may have several successors, so next-token targets live on *edges*, gathered per row;
-nothing is ever shifted by one. Only rows that carry loss are laid out.
+A tree is laid out so that every shared token appears once. Two numbers per token say all that
+attention needs: its depth in the path (`position_ids`) and where its subtree ends in the stream
+(`subtree_end`): query q sees key k iff k ≤ q < subtree_end[k]. A token may have several successors,
+so next-token targets live on *edges*, gathered per row; nothing is ever shifted by one. Only rows
+that carry loss are laid out.
 """
 
 from __future__ import annotations
@@ -39,9 +40,12 @@ _over_budget_told = threading.Event()  # one row over the budget is named, the o
 
 @dataclass
 class PackedBatch:
-    """One stream of T tokens with R rows and E edges (response tokens of every row, tool tokens included).
+    """One stream of T tokens with R rows and E edges.
 
-    token_ids[T] int64 · position_ids[T] int64 (depth in the path) · subtree_end[T] int32 (end of the token's subtree)
+    Response tokens of every row, tool tokens included.
+
+    token_ids[T] int64 · position_ids[T] int64 (depth in the path) · subtree_end[T] int32 (end of
+    the token's subtree)
 
     source[E] int64      stream index whose hidden state predicts the edge's token
     target[E] int64      the token id
@@ -49,7 +53,8 @@ class PackedBatch:
     mask[E] bool         True where the token is trained
     behavior_logp[E] float32 log-prob recorded when the token was sampled, 0 for tool tokens
     version[E] int64     policy version that sampled the token, -1 for tool tokens
-    old_logp[E] float32    log-prob the ratio is taken against: behavior_logp, unless the learner recomputed it
+    old_logp[E] float32    log-prob the ratio is taken against: behavior_logp, unless the learner
+                           recomputed it
     advantage[E] float32 · weight[R] float32 · rows[R] (tree index, leaf index)
     total_tokens         tokens of the same rows laid out as independent sequences
     rank                 rank whose trees `rows` count in; a stream may be trained by another one
@@ -95,9 +100,12 @@ class PackedBatch:
         return replace(self, **moved)
 
     def padded(self, multiple: int) -> PackedBatch:
-        """The same batch with its stream filled up to a multiple of so many tokens, for kernels compiled by length.
+        """The same batch with its stream filled up to a multiple of so many tokens.
 
-        A padding token sees only itself, is seen by no other and has no edge: it changes no loss and no gradient.
+        For kernels that are compiled by length.
+
+        A padding token sees only itself, is seen by no other and has no edge: it changes no loss
+        and no gradient.
         """
         tokens = self.token_ids.numel()
         more = -tokens % multiple
@@ -115,7 +123,10 @@ class PackedBatch:
 
 
 def trains(credit: Credit) -> bool:
-    """True when the row can move a weight: some trained token has an advantage other than zero (NaN counts)."""
+    """True when the row can move a weight.
+
+    Some trained token has an advantage other than zero (NaN counts).
+    """
     return bool((np.asarray(credit.advantage)[np.asarray(credit.loss_mask, bool)] != 0).any())
 
 
@@ -126,16 +137,18 @@ def pack(
     token_budget: int,
     keep_all: bool = False,
 ) -> list[PackedBatch]:
-    """Lay the trained rows of `trees` out in streams of at most `token_budget` tokens each. O(tokens).
+    """Lay the trained rows of `trees` out in streams of at most `token_budget` tokens each.
 
-    `credits[i]` are the rows of tree i; rows for which `trains` is False are left out, unless `keep_all` (a loss with
-    a term that does not depend on the advantage, such as an entropy bonus). A tree over the budget is cut between
-    root rollouts (its prompt is repeated), a root over the budget between rows; what comes of it is binned into few
-    streams (`appo.packing.forest`). A single row over the budget gets a stream of its own and, once per process, a
-    warning.
+    O(tokens).
 
-    Raises DataError when a tree is malformed or a credit does not fit its row (length, or loss on a token that was
-    not sampled).
+    `credits[i]` are the rows of tree i; rows for which `trains` is False are left out, unless
+    `keep_all` (a loss with a term that does not depend on the advantage, such as an entropy bonus).
+    A tree over the budget is cut between root rollouts (its prompt is repeated), a root over the
+    budget between rows; what comes of it is binned into few streams (`appo.packing.forest`). A
+    single row over the budget gets a stream of its own and, once per process, a warning.
+
+    Raises DataError when a tree is malformed or a credit does not fit its row (length, or loss on a
+    token that was not sampled).
     """
     forest = Forest(trees)
     subtrees: list[SubTree] = []
@@ -256,10 +269,13 @@ def _packed_batch(subtrees: Sequence[SubTree], credits: Sequence[Sequence[Credit
 def node_values(
     batches: Sequence[PackedBatch], values: Sequence[Tensor], trees: Sequence[RolloutTree]
 ) -> list[dict[int, np.ndarray]]:
-    """Per-edge values (one [E] per batch) by tree and node: tree → node → float32, one per own token of the node.
+    """Per-edge values (one [E] per batch) by tree and node.
 
-    The inverse of the gather in `pack`: what the learner said of root rows can be given to rows that share tokens
-    with them. Nodes that no row passes are absent; tokens that no row reaches, or that carry no loss, are NaN.
+    Tree → node → float32, one per own token of the node.
+
+    The inverse of the gather in `pack`: what the learner said of root rows can be given to rows
+    that share tokens with them. Nodes that no row passes are absent; tokens that no row reaches, or
+    that carry no loss, are NaN.
     """
     out: list[dict[int, np.ndarray]] = [{} for _ in trees]
     for batch, value in zip(batches, values, strict=True):
@@ -288,9 +304,12 @@ def _response_nodes(tree: RolloutTree, leaf: int) -> list[tuple[int, int]]:
 
 
 def pack_sequences(sequences: Sequence[Sequence[int]]) -> PackedBatch:
-    """Independent sequences side by side in one stream; edges are tokens 1 … n-1 of each, all unmasked.
+    """Independent sequences side by side in one stream.
 
-    Used to score probes: behavior_logp and advantage are zero. Raises DataError for a sequence of fewer than two tokens.
+    Edges are tokens 1 … n-1 of each, all unmasked.
+
+    Used to score probes: behavior_logp and advantage are zero. Raises DataError for a sequence of
+    fewer than two tokens.
     """
     lengths = np.array([len(s) for s in sequences], np.int64)
     if not len(lengths) or lengths.min() < 2:
@@ -320,6 +339,9 @@ def pack_sequences(sequences: Sequence[Sequence[int]]) -> PackedBatch:
 
 
 def interval_mask(subtree_end: Tensor) -> Tensor:
-    """bool[T, T]: True where query (row) sees key (column), k ≤ q < subtree_end[k]. For short streams and tests."""
+    """bool[T, T]: True where query (row) sees key (column), k ≤ q < subtree_end[k].
+
+    For short streams and tests.
+    """
     at = torch.arange(subtree_end.numel(), device=subtree_end.device)
     return (at[None, :] <= at[:, None]) & (at[:, None] < subtree_end[None, :])

@@ -1,7 +1,10 @@
-"""The subtrees of one stream as arrays: where every node goes, what every token sees, which token predicts which.
+"""The subtrees of one stream as arrays.
 
-A node's own tokens stay together; the nodes forked from it follow, latest fork first. Then a fork at k lies in the
-subtree of exactly the own tokens before k, and own token j ends where the last fork with fork_at > j ends.
+Where every node goes, what every token sees, which token predicts which.
+
+A node's own tokens stay together; the nodes forked from it follow, latest fork first. Then a fork
+at k lies in the subtree of exactly the own tokens before k, and own token j ends where the last
+fork with fork_at > j ends.
 """
 
 from __future__ import annotations
@@ -18,11 +21,14 @@ from appo.types import Node
 
 @dataclass
 class StreamLayout:
-    """Nodes of a stream in order of their number, parents first. Lists and arrays have one entry per node.
+    """Nodes of a stream in order of their number, parents first.
 
-    take: own tokens laid out · start: stream index of the first · size: tokens of the subtree · parent: position of
-    the parent in these lists, -1 for a prompt · head: where the run of the stream begins that leads to the node's
-    first token without a gap · at: position of a node, by its number
+    Lists and arrays have one entry per node.
+
+    take: own tokens laid out · start: stream index of the first · size: tokens of the subtree ·
+    parent: position of the parent in these lists, -1 for a prompt · head: where the run of the
+    stream begins that leads to the node's first token without a gap · at: position of a node, by
+    its number
     """
 
     nodes: list[Node]
@@ -79,7 +85,10 @@ def lay_out(subtrees: Sequence[SubTree]) -> StreamLayout:
 
 @dataclass
 class Tokens:
-    """Per token of a stream, [T]: ids int64, position int64, subtree_end int32, sampled bool, version int64."""
+    """Per token of a stream, [T].
+
+    Ids int64, position int64, subtree_end int32, sampled bool, version int64.
+    """
 
     ids: np.ndarray
     position: np.ndarray
@@ -97,7 +106,10 @@ class StreamArrays:
         self.take = np.array(layout.take)[self.order]
 
     def gather(self, typecode: str, values: Sequence[list | None]) -> np.ndarray:
-        """A value per token from a list per node (None: zeros). [T]; "q": int64, "d": float64"""
+        """A value per token from a list per node (None: zeros).
+
+        [T]; "q": int64, "d": float64.
+        """
         flat: list = []
         for j, k in zip(self.order.tolist(), self.take.tolist()):
             own = values[j]
@@ -105,7 +117,7 @@ class StreamArrays:
         return np.frombuffer(array(typecode, flat), typecode)  # twice as fast as np.array
 
     def spread(self, values: Sequence[int] | Sequence[bool]) -> np.ndarray:
-        """A value per node, given to each of its tokens. [T]"""
+        """A value per node, given to each of its tokens. [T]."""
         return np.repeat(np.asarray(values)[self.order], self.take)
 
     def tokens(self) -> Tokens:
@@ -123,7 +135,10 @@ class StreamArrays:
         )
 
     def _subtree_end(self) -> np.ndarray:
-        """End of every token's subtree: own tokens up to a fork see its end, those after the last fork their node's."""
+        """End of every token's subtree.
+
+        Own tokens up to a fork see its end, those after the last fork their node's.
+        """
         lay, nodes = self.layout, len(self.order)
         rank = np.empty(nodes, np.int64)
         rank[self.order] = np.arange(nodes)
@@ -144,10 +159,12 @@ class StreamArrays:
 def response_spans(
     layout: StreamLayout, leaves: Sequence[int], prompts: Sequence[int]
 ) -> np.ndarray:
-    """Stretches of the stream that make up the responses of rows ending in nodes `leaves`. int64[S, 2]
+    """Stretches of the stream that make up the responses of rows ending in nodes `leaves`.
 
-    Columns: first stream index, length; row by row from the first response token to the last. `prompts[r]` is the
-    number of prompt tokens of row r.
+    int64[S, 2]
+
+    Columns: first stream index, length; row by row from the first response token to the last.
+    `prompts[r]` is the number of prompt tokens of row r.
     """
     start, parent, fork, head = layout.start, layout.parent, layout.fork, layout.head
     spans: list[tuple[int, int]] = []
@@ -169,6 +186,9 @@ def response_spans(
 
 
 def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """start[i] … start[i] + length[i] - 1 for every i, one after the other. int64[sum of lengths]"""
+    """start[i] … start[i] + length[i] - 1 for every i, one after the other.
+
+    int64[sum of lengths]
+    """
     before = np.cumsum(length) - length
     return np.arange(int(length.sum())) + np.repeat(start - before, length)

@@ -1,4 +1,7 @@
-"""What the learner did not have to compute: rows that carry no loss, and tokens that rows share. Two separate factors."""
+"""What the learner did not have to compute: rows that carry no loss, and tokens that rows share.
+
+Two separate factors.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from appo.types import RolloutTree
 def sharing_counts(
     trees: Sequence[RolloutTree], batches: Sequence[PackedBatch], token_budget: int
 ) -> dict[str, float]:
-    """Counts of one mini-batch on one rank; they add up over mini-batches and ranks. Their ratios are the two factors:
-    all / rows is what leaving out rows without loss saved, rows / unique what storing shared tokens once saved.
+    """Counts of one mini-batch on one rank; they add up over mini-batches and ranks.
+
+    Their ratios are the two factors: all / rows is what leaving out rows without loss saved, rows /
+    unique what storing shared tokens once saved.
 
     pack/tokens_all      tokens of all leaves as independent sequences
     pack/tokens_rows     tokens of the trained rows as independent sequences

@@ -1,8 +1,9 @@
 """Rewards: what a finished trajectory is worth.
 
-`format` reads what the policy wrote, the graders compare answers, `workers` runs them where they can be killed, and
-`compose` adds the parts up. A grader is a function `(answer, gold, meta) -> score in [0, 1]`; one of your own is named
-by its import string `module:function` wherever a grader name is expected.
+`format` reads what the policy wrote, the graders compare answers, `workers` runs them where they
+can be killed, and `compose` adds the parts up. A grader is a function
+`(answer, gold, meta) -> score in [0, 1]`; one of your own is named by its import string
+`module:function` wherever a grader name is expected.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""From spans and a grade to one number: correctness behind a format gate, plus small terms that are off by default."""
+"""From spans and a grade to one number.
+
+Correctness behind a format gate, plus small terms that are off by default.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ RewardConfig = RewardSettings  # one definition: the `reward:` section of the co
 
 
 def grade_item(task: Task, spans: Spans, config: RewardConfig | None = None) -> GradeItem:
-    """What the grader pool needs for one trajectory of `task`. spans: (text, sampled) of the response, in order."""
+    """What the grader pool needs for one trajectory of `task`.
+
+    spans: (text, sampled) of the response, in order.
+    """
     config = config or RewardConfig()
     grader = config.grader or task.grader
     if grader == "paper":  # its own format rule reads the whole response
@@ -25,7 +31,9 @@ def grade_item(task: Task, spans: Spans, config: RewardConfig | None = None) -> 
 def score_leaf(
     task: Task, spans: Spans, n_tool_ok: int, grade: Grade, config: RewardConfig | None = None
 ) -> tuple[float | None, dict[str, float]]:
-    """(reward, parts). The parts correct + format + tool add up to the reward; `accuracy` is the raw score.
+    """(reward, parts).
+
+    The parts correct + format + tool add up to the reward; `accuracy` is the raw score.
 
     n_tool_ok  successful tool calls of the trajectory, counted from its record and never from text
     A grader error gives (None, …): no reward is known, so the leaf must be left out and counted.

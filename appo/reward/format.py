@@ -32,7 +32,10 @@ class FormatCheck:
 
 @dataclass(frozen=True)
 class Block:
-    """A block in sampled run number `run`: text[start:stop] lies between its tags; stop is None when never closed."""
+    """A block in sampled run number `run`: text[start:stop] lies between its tags.
+
+    Stop is None when never closed.
+    """
 
     tag: str
     run: int
@@ -41,7 +44,10 @@ class Block:
 
 
 def sampled_runs(spans: Spans) -> list[tuple[str, bool]]:
-    """Join neighbours of the same kind: a fork may cut a tag in two, and both halves were sampled."""
+    """Join neighbours of the same kind.
+
+    A fork may cut a tag in two, and both halves were sampled.
+    """
     runs: list[tuple[str, bool]] = []
     for text, sampled in spans:
         if runs and runs[-1][1] == sampled:
@@ -84,9 +90,10 @@ def format_ok(
     """Does the trajectory keep the protocol? tools: names of those it may call.
 
     none     always
-    answer   exactly one `<answer>` block, sampled, closed, with something in it, and nothing behind it
-    full     also: every block closed, `<think>` balanced and never around an answer, no stray closing tag,
-             and no `<result>` written by the policy itself
+    answer   exactly one `<answer>` block, sampled, closed, with something in it, and nothing behind
+             it
+    full     also: every block closed, `<think>` balanced and never around an answer, no stray
+             closing tag, and no `<result>` written by the policy itself
     """
     if strictness == "none":
         return FormatCheck(True)
@@ -135,7 +142,9 @@ def _balanced(runs: Spans, found: list[Block], tag_of: re.Pattern[str]) -> Forma
 def extract_answer(
     spans: Spans, *, anywhere: bool = False, tools: tuple[str, ...] = ()
 ) -> str | None:
-    r"""Text of the last closed, sampled `<answer>` block, with an inner `\boxed{…}` unwrapped; None when there is none.
+    r"""Text of the last closed, sampled `<answer>` block, with an inner `\boxed{…}` unwrapped.
+
+    None when there is none.
 
     anywhere: without such a block, take the last `\boxed{…}` of the last sampled run (strictness
     "none").
@@ -153,7 +162,10 @@ def extract_answer(
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Inside of the last `\boxed{…}`, braces matched (`\{` and `\}` do not count); None when absent or open."""
+    r"""Inside of the last `\boxed{…}`, braces matched (`\{` and `\}` do not count).
+
+    None when absent or open.
+    """
     start = text.rfind(r"\boxed{")
     if start < 0:
         return None

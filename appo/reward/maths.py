@@ -1,7 +1,8 @@
 """Mathematical equality: exact for plain numbers, by math-verify (sympy) for everything else.
 
-The number path compares decimal strings digit by digit, so it needs no big integers and cannot hang; it may run in
-the trainer's own process. The rest runs in a worker that may be killed: sympy will happily try `9**9**9`.
+The number path compares decimal strings digit by digit, so it needs no big integers and cannot
+hang; it may run in the trainer's own process. The rest runs in a worker that may be killed: sympy
+will happily try `9**9**9`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ _WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
 
 def canonical_number(text: str) -> str | None:
-    """`-1,024.50` → `-1024.5`; None for anything but a plain decimal number. Linear time for any length."""
+    """`-1,024.50` → `-1024.5`; None for anything but a plain decimal number.
+
+    Linear time for any length.
+    """
     text = (
         _unwrap(text)
         .replace("\u2212", "-")
@@ -44,7 +48,10 @@ def _unwrap(text: str) -> str:
 
 
 def quick_maths(answer: str, gold: Any) -> float | None:
-    """The verdict when it needs no algebra: same text or number, two different integers, or far too long; else None."""
+    """The verdict when it needs no algebra.
+
+    Same text or number, two different integers, or far too long; else None.
+    """
     accepted = golds(gold)
     ours = canonical_number(answer)
     theirs = [canonical_number(g) for g in accepted]
@@ -58,9 +65,12 @@ def quick_maths(answer: str, gold: Any) -> float | None:
 
 
 def maths(answer: str, gold: Any, meta: dict[str, Any] | None = None) -> float:
-    """1.0 when the answer equals one of the golds as mathematics, else 0.0. Only call it where it can be killed.
+    """1.0 when the answer equals one of the golds as mathematics, else 0.0.
 
-    Raises GraderError when the verdict could not be reached (memory, recursion), never for what the model wrote.
+    Only call it where it can be killed.
+
+    Raises GraderError when the verdict could not be reached (memory, recursion), never for what the
+    model wrote.
     """
     quick = quick_maths(answer, gold)
     if quick is not None:
@@ -73,7 +83,8 @@ def maths(answer: str, gold: Any, meta: dict[str, Any] | None = None) -> float:
         if not theirs or not ours:
             continue
         try:
-            # The order matters: gold first. Our deadline replaces the library's, which needs signals.
+            # The order matters: gold first. Our deadline replaces the library's, which needs
+            # signals.
             if verify(theirs, ours, timeout_seconds=None, raise_on_error=True):
                 return 1.0
         except (MemoryError, RecursionError) as error:
@@ -84,7 +95,10 @@ def maths(answer: str, gold: Any, meta: dict[str, Any] | None = None) -> float:
 
 
 def _parse(text: str) -> list[Any]:
-    r"""Expressions of `text`: as the inside of `\boxed{}` first, because bare LaTeX has no anchor."""
+    r"""Expressions of `text`.
+
+    As the inside of `\boxed{}` first, because bare LaTeX has no anchor.
+    """
     from math_verify import parse
 
     for form in (f"\\boxed{{{text}}}", text):

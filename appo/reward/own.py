@@ -13,7 +13,9 @@ EXPECTED = "a function my_grader(answer: str, gold, meta: dict | None) -> float 
 def own_grader(
     text: str, where: str, *, here: bool = True
 ) -> Callable[[str, Any, dict[str, Any] | None], float]:
-    """The function that `text` names, for the key `where`; ConfigError when it cannot be called as a grader is.
+    """The function that `text` names, for the key `where`.
+
+    ConfigError when it cannot be called as a grader is.
 
     here: look in the current folder too.
     """

@@ -1,7 +1,8 @@
 """Reward rules of published code, for comparison only.
 
-`paper_score` is the rule of the APPO/ARPO authors. It looks at the whole text, so it cannot tell a tag in a tool
-result from one the policy wrote, and it strips signs from numbers: the default scoring does neither.
+`paper_score` is the rule of the APPO/ARPO authors. It looks at the whole text, so it cannot tell a
+tag in a tool result from one the policy wrote, and it strips signs from numbers: the default
+scoring does neither.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from appo.reward.qa import token_f1
 
 
 def paper_score(text: str, gold: Any, meta: dict[str, Any] | None = None) -> float:
-    """-1 for a bad format, else token F1, +0.1 when F1 > 0 and both tools were called. `text`: the whole response."""
+    """-1 for a bad format, else token F1, +0.1 when F1 > 0 and both tools were called.
+
+    `text`: the whole response.
+    """
     if not _well_formed(text):
         return -1.0
     start = text.index("<answer>")

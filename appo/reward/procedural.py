@@ -1,7 +1,8 @@
 """Scores of reasoning-gym tasks by their own scorers.
 
-The entry is not sent to the worker: it is made again from (dataset, params, seed, index), which is exact, small and
-survives JSON (metadata of an entry may hold tuples that its scorer wants back as tuples).
+The entry is not sent to the worker: it is made again from (dataset, params, seed, index), which is
+exact, small and survives JSON (metadata of an entry may hold tuples that its scorer wants back as
+tuples).
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ def reasoning_gym_entry(recipe: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def reasoning_gym_score(answer: str, gold: Any, meta: dict[str, Any] | None = None) -> float:
-    """Score in [0, 1] by the data set's own scorer. `meta["reasoning_gym"]` says which entry it is."""
+    """Score in [0, 1] by the data set's own scorer.
+
+    `meta["reasoning_gym"]` says which entry it is.
+    """
     recipe = (meta or {}).get("reasoning_gym")
     if not recipe:
         raise GraderError(
@@ -44,4 +48,5 @@ def reasoning_gym_score(answer: str, gold: Any, meta: dict[str, Any] | None = No
     try:
         return float(dataset.score_answer(answer=answer, entry=entry))
     except (ArithmeticError, AttributeError, LookupError, SyntaxError, TypeError, ValueError):
-        return 0.0  # some scorers raise for an answer they cannot read, such as letters where digits belong
+        # some scorers raise for an answer they cannot read, such as letters where digits belong
+        return 0.0

@@ -1,4 +1,7 @@
-"""Question answering: exact match and token F1 after SQuAD normalisation (Rajpurkar et al., 2016), best gold wins."""
+"""Question answering.
+
+Exact match and token F1 after SQuAD normalisation (Rajpurkar et al., 2016), best gold wins.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ _CLOSED = {"yes", "no", "noanswer"}  # answers that earn nothing for partial ove
 
 
 def golds(gold: Any) -> list[str]:
-    """The accepted answers as strings. Raises GraderError when there is none: nothing could ever be right."""
+    """The accepted answers as strings.
+
+    Raises GraderError when there is none: nothing could ever be right.
+    """
     values = list(gold) if isinstance(gold, (list, tuple)) else [gold]
     out = [str(v) for v in values if v is not None and str(v).strip()]
     if not out:

@@ -1,4 +1,6 @@
-"""The grader process: reads one JSON line per item, writes one JSON line per verdict. Imports no torch.
+"""The grader process: reads one JSON line per item, writes one JSON line per verdict.
+
+Imports no torch.
 
 python -m appo.reward.worker        # started by appo.reward.workers, ends when its input ends
 """
@@ -74,7 +76,8 @@ def main() -> None:
     for line in sys.stdin:
         reply = _answer(json.loads(line))
         if reply.get("ready") and not quiet:
-            # From here on only verdicts matter; chatter of parsers would fill the disk over a long run.
+            # From here on only verdicts matter; chatter of parsers would fill the disk over a long
+            # run.
             quiet = True
             silence = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silence, 1)

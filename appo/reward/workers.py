@@ -1,8 +1,8 @@
 """A pool of grader processes with a deadline per item.
 
-Graders run foreign code (sympy, a user's function) on text that a policy under optimisation pressure wrote. A worker
-that hangs, dies or eats memory is killed and replaced, its item becomes an error that is counted, and the others go
-on. An error is `Grade.score is None`; it is never a 0.
+Graders run foreign code (sympy, a user's function) on text that a policy under optimisation
+pressure wrote. A worker that hangs, dies or eats memory is killed and replaced, its item becomes an
+error that is counted, and the others go on. An error is `Grade.score is None`; it is never a 0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ IN_PROCESS = ("exact", "qa_em", "qa_f1", "paper")  # linear in the length of the
 
 @dataclass(frozen=True)
 class GradeItem:
-    """One answer to grade. `answer` None means that there was none: score 0.0 without asking the grader."""
+    """One answer to grade.
+
+    `answer` None means that there was none: score 0.0 without asking the grader.
+    """
 
     grader: str  # name in GRADERS or "module:function"
     answer: str | None
@@ -100,7 +103,10 @@ class GraderPool:
         return grades
 
     def describe(self) -> str:
-        """What each busy worker does, with its Python stack. Takes no lock: a watchdog asks when all else stands still."""
+        """What each busy worker does, with its Python stack.
+
+        Takes no lock: a watchdog asks when all else stands still.
+        """
         busy = [w for w in list(self._workers) if w.item is not None]
         places = [w.ask_stack() for w in busy]
         if busy:
@@ -270,7 +276,10 @@ class _Worker:
         return reply
 
     def ask_stack(self) -> int | None:
-        """Have it write its Python stack to its stderr; where that will begin, None if it cannot be asked."""
+        """Have it write its Python stack to its stderr.
+
+        Where that will begin, None if it cannot be asked.
+        """
         if (
             self.loading or not self.alive
         ):  # one that still starts has no handler, and the signal would end it
@@ -320,7 +329,10 @@ class _Worker:
 
 
 def _ready_or_late(workers: list[_Worker]) -> list[_Worker]:
-    """Busy workers that have written, died or missed their deadline; waits for the first of them."""
+    """Busy workers that have written, died or missed their deadline.
+
+    Waits for the first of them.
+    """
     busy = [w for w in workers if w.item is not None]
     ready = _wait(busy, max(0.0, min(w.deadline for w in busy) - time.monotonic()))
     now = time.monotonic()

@@ -81,7 +81,10 @@ class RolloutEngine(Protocol):
         """
 
     def append(self, seq: int, token_ids: Sequence[int]) -> None:
-        """Add given tokens (a tool result); they are prefilled when the sequence is next submitted."""
+        """Add given tokens (a tool result).
+
+        They are prefilled when the sequence is next submitted.
+        """
 
     def submit(self, seq: int, params: SamplingParams, seed: int) -> None:
         """Start decoding.
@@ -97,7 +100,10 @@ class RolloutEngine(Protocol):
         """
 
     def step(self) -> list[SequenceStopped]:
-        """One forward for what is runnable (prefill chunks + one token of each decoding sequence)."""
+        """One forward for what is runnable.
+
+        Prefill chunks + one token of each decoding sequence.
+        """
 
     def has_work(self) -> bool:
         """True while any submitted sequence has not stopped."""

@@ -302,7 +302,8 @@ class Rollouts:
 def _locate(tree: RolloutTree, leaf_node: int, split: int) -> tuple[int, int, int, int]:
     """Where response position `split` is, and what precedes it.
 
-    Returns (node that holds it, offset in the node, tool results before it, sampled tokens before it).
+    Returns (node that holds it, offset in the node, tool results before it, sampled tokens before
+    it).
 
     `split` may be one past the end of the leaf's last node.
     """

@@ -1,4 +1,7 @@
-"""Accuracy on held-out tasks: one sampled trajectory per question, the same agent and tools as in training."""
+"""Accuracy on held-out tasks.
+
+One sampled trajectory per question, the same agent and tools as in training.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,11 @@ EVAL_STEP = -1
 
 @dataclass(frozen=True)
 class EvalResult:
-    """trees: of this rank's questions. metrics: over all ranks; accuracy and tool_use are means over the graded questions,
-    errors (graders that failed) are left out of both."""
+    """trees: of this rank's questions.
+
+    metrics: over all ranks; accuracy and tool_use are means over the graded questions, errors
+    (graders that failed) are left out of both.
+    """
 
     trees: list[RolloutTree]
     metrics: dict[str, float]
@@ -32,7 +38,10 @@ def evaluate_policy(
     on_progress: Callable[[int], None] | None = None,
     ranks: Ranks | None = None,
 ) -> EvalResult:
-    """Sample, grade and count; rank r answers tasks r::world. Seeds depend on the question only. Collective."""
+    """Sample, grade and count; rank r answers tasks r::world.
+
+    Seeds depend on the question only. Collective.
+    """
     ranks, begin = ranks or Ranks(), time.perf_counter()
     mine = list(zip(tasks, prompts, strict=True))[ranks.rank :: ranks.world]
     tree_rollouts = [rollouts.start(task, ids, 1, EVAL_STEP) for task, ids in mine]

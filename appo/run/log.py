@@ -1,6 +1,9 @@
-"""What a run writes while it goes: metrics.jsonl, branches.jsonl and trees.jsonl, by rank 0 and for all ranks.
+"""What a run writes while it goes.
 
-Lines stand in the order of the tasks of a step, so that the files do not tell how many ranks have written them.
+metrics.jsonl, branches.jsonl and trees.jsonl, by rank 0 and for all ranks.
+
+Lines stand in the order of the tasks of a step, so that the files do not tell how many ranks have
+written them.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ if TYPE_CHECKING:  # they load torch, and a user's mistake is found sooner witho
     from appo.algo.branching import BranchPlan
     from appo.trainer.trainer import StepResult
 
-# Counters of the engine that a step's record holds the differences of; not every engine has all of them.
+# Counters of the engine that a step's record holds the differences of; not every engine has all of
+# them.
 ENGINE_WORK = (
     "prefill_tokens", "decode_tokens", "scored_tokens", "prefix_hits_tokens", "forks", "tokens_saved", "preemptions",
     "evicted_tokens",
@@ -28,7 +32,9 @@ ENGINE_WORK = (
 
 
 class RunLog:
-    """The three logs in `folder`. `resume_after`: step of the checkpoint the run goes on from; later lines are cut off.
+    """The three logs in `folder`.
+
+    `resume_after`: step of the checkpoint the run goes on from; later lines are cut off.
 
     text: ids → readable text · save_trees: how many trees of a step are kept
     """
@@ -45,7 +51,8 @@ class RunLog:
         self.folder, self.text, self.ranks, self.save_trees = folder, text, ranks, save_trees
         if not ranks.main:
             return
-        # The metrics of a resumed run continue after its checkpoint; what was written past it is drawn again.
+        # The metrics of a resumed run continue after its checkpoint; what was written past it is
+        # drawn again.
         self._metrics = MetricsWriter(folder, resume_after=resume_after)
         self._branches = BranchLog(folder, resume_after=resume_after)
         if resume_after is not None:
@@ -109,9 +116,12 @@ def branch_rows(tree: RolloutTree, found: BranchPlan, text: Any) -> list[dict[st
 def engine_work(
     before: Mapping[str, float], now: Mapping[str, float], ranks: Ranks
 ) -> dict[str, float]:
-    """What the engines of all ranks did between two `stats()`: differences, so that a resumed run writes the same.
+    """What the engines of all ranks did between two `stats()`.
 
-    `memory/kv_*` is what a rank has needed at most so far, hence not the same after a resumption. Collective.
+    Differences, so that a resumed run writes the same.
+
+    `memory/kv_*` is what a rank has needed at most so far, hence not the same after a resumption.
+    Collective.
     """
     work = {f"engine/{k}": float(now[k] - before[k]) for k in ENGINE_WORK if k in now}
     peaks = {}

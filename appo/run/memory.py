@@ -1,8 +1,9 @@
 """What a run needs in memory, computed from shapes before anything is loaded: bytes on each rank.
 
-The formulas are those of what the code really keeps: the states of DeepSpeed's optimisers as `appo.learner.zero` sets
-them up, and what autograd saves of a Llama or Qwen layer between forward and backward. `bench/learner/memory.py` prints them
-for large models and compares them with what is measured on small ones. Sizes are bytes, lengths tokens.
+The formulas are those of what the code really keeps: the states of DeepSpeed's optimisers as
+`appo.learner.zero` sets them up, and what autograd saves of a Llama or Qwen layer between forward
+and backward. `bench/learner/memory.py` prints them for large models and compares them with what is
+measured on small ones. Sizes are bytes, lengths tokens.
 
 With P parameters of w bytes (2 for bfloat16), of which T are trained, on R ranks:
 
@@ -14,8 +15,9 @@ With P parameters of w bytes (2 for bfloat16), of which T are trained, on R rank
 | 2 | wP | 4T/R | 4T/R | 8T/R |
 | 3 | wP/R | 4T/R | 4T/R | 8T/R |
 
-Stage 2, and 1 in float32, keep one more copy of the first trained tensor (an embedding that is not tied). Offloading moves masters,
-moments and gradients to the host and adds buffers there: `staging`.
+Stage 2, and 1 in float32, keep one more copy of the first trained tensor (an embedding that is not
+tied). Offloading moves masters, moments and gradients to the host and adds buffers there:
+`staging`.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
 
 WIDTH = {"bfloat16": 2, "float32": 4}
 
-# DeepSpeed's settings, in elements: the largest buffer that gradients are summed in and the largest parameter that ZeRO-3
-# does not divide (both as appo.learner.zero has them), and what ZeRO-3 gathers at a time (its own choice).
+# DeepSpeed's settings, in elements: the largest buffer that gradients are summed in and the largest
+# parameter that ZeRO-3 does not divide (both as appo.learner.zero has them), and what ZeRO-3
+# gathers at a time (its own choice).
 BUCKET = 50_000_000
 KEPT_WHOLE = 100_000
 LIVE = 1_000_000_000
@@ -44,8 +47,8 @@ LIVE = 1_000_000_000
 class Training:
     """What decides how much the learner keeps.
 
-    lora_r 0: all parameters are trained. fused: norms and MLPs in one pass (`appo.learner.fused_layers`, on a CPU), which keep
-    less than the modules of transformers do.
+    lora_r 0: all parameters are trained. fused: norms and MLPs in one pass
+    (`appo.learner.fused_layers`, on a CPU), which keep less than the modules of transformers do.
     """
 
     dtype: str = "bfloat16"
@@ -66,7 +69,10 @@ class Training:
 
 @dataclass(frozen=True)
 class State:
-    """What the learner keeps between steps, on one rank, in bytes. `host`: names of rows that `offload` moves there."""
+    """What the learner keeps between steps, on one rank, in bytes.
+
+    `host`: names of rows that `offload` moves there.
+    """
 
     weights: float
     gradients: float
@@ -122,15 +128,16 @@ def state(shape: ModelShape, t: Training) -> State:
     return State(weights, gradients, 4.0 * part, 8.0 * part, copy, staging, frozenset(host))
 
 
-# -- one micro-batch -----------------------------------------------------------------------------------------------
+# -- one micro-batch -------------------------------------------------------------------------------
 
 
 def layer_token(shape: ModelShape, t: Training) -> int:
     """Bytes that one transformer layer saves for its backward, per token.
 
-    A norm keeps its input, 1/rms and (in the modules of transformers, for the gradient of its weight) the normalised row,
-    the linear layers their input; attention q, k, v, its output and a log-sum-exp per head; the MLP its two inner rows
-    (in transformers: three) and their product. Frozen weights need no inputs: with LoRA only what adapters read is kept.
+    A norm keeps its input, 1/rms and (in the modules of transformers, for the gradient of its
+    weight) the normalised row, the linear layers their input; attention q, k, v, its output and a
+    log-sum-exp per head; the MLP its two inner rows (in transformers: three) and their product.
+    Frozen weights need no inputs: with LoRA only what adapters read is kept.
     """
     w, q, k, i = t.width, shape.query, shape.key, shape.ff
 
@@ -156,10 +163,12 @@ def _norm(t: Training, size: int, rows: int) -> int:
 
 
 def saved(shape: ModelShape, t: Training, tokens: int, edges: int | None = None) -> float:
-    """Bytes alive between forward and backward of a packed stream of `tokens` with `edges` targets (default: as many).
+    """Bytes alive between forward and backward of a packed stream of `tokens` with `edges` targets.
 
-    With gradient checkpointing a layer keeps its input alone. No [tokens, vocabulary] tensor is part of it; what the
-    head keeps for its backward on a CPU: `head_kept`.
+    default: as many.
+
+    With gradient checkpointing a layer keeps its input alone. No [tokens, vocabulary] tensor is
+    part of it; what the head keeps for its backward on a CPU: `head_kept`.
     """
     edges = tokens if edges is None else edges
     w, h = t.width, shape.hidden
@@ -171,14 +180,20 @@ def saved(shape: ModelShape, t: Training, tokens: int, edges: int | None = None)
 
 
 def recomputed(shape: ModelShape, t: Training, tokens: int) -> float:
-    """Bytes beyond `saved` while the backward of one layer runs: its saved rows again where it was checkpointed, and
-    the gradients of a row of the MLP and of a hidden state; the others take the place of saved rows that are done."""
+    """Bytes beyond `saved` while the backward of one layer runs.
+
+    Its saved rows again where it was checkpointed, and the gradients of a row of the MLP and of a
+    hidden state; the others take the place of saved rows that are done.
+    """
     again = layer_token(shape, t) if t.checkpointing else 0
     return float(tokens * (again + t.width * (shape.ff + shape.hidden)))
 
 
 def head_kept(shape: ModelShape, t: Training, edges: int, room: int = 128 << 20) -> float:
-    """Bytes the fused head keeps on a CPU in bfloat16, within `room` (`appo._kernels.linear_logprob.op`); none elsewhere."""
+    """Bytes the fused head keeps on a CPU in bfloat16, within `room`; none elsewhere.
+
+    See `appo._kernels.linear_logprob.op`.
+    """
     if t.dtype != "bfloat16":
         return 0.0
     whole = edges * (64 + -(-shape.vocab // 256) * 576)
@@ -186,15 +201,21 @@ def head_kept(shape: ModelShape, t: Training, edges: int, room: int = 128 << 20)
 
 
 def bucket(shape: ModelShape, t: Training) -> float:
-    """Bytes of the float32 buffer that gradients are summed in, which DeepSpeed also makes for one rank."""
+    """Bytes of the float32 buffer that gradients are summed in.
+
+    DeepSpeed also makes it for one rank.
+    """
     if t.zero_stage == 0 or (t.zero_stage == 1 and t.dtype == "bfloat16" and t.offload == "none"):
         return 0.0
     return 4.0 * min(BUCKET, sum(adapters(shape, t) if t.lora_r else shape.tensors()))
 
 
 def exchanged(shape: ModelShape, t: Training) -> float:
-    """Bytes for talking to other ranks: `bucket`, and from two ranks on the largest gradient before it is divided and,
-    under ZeRO-3, the weights that are whole at a time."""
+    """Bytes for talking to other ranks.
+
+    `bucket`, and from two ranks on the largest gradient before it is divided and, under ZeRO-3, the
+    weights that are whole at a time.
+    """
     buffer = bucket(shape, t)
     if t.world == 1 or not buffer:
         return buffer
@@ -203,11 +224,14 @@ def exchanged(shape: ModelShape, t: Training) -> float:
     return buffer + (4.0 + t.width) * largest + whole
 
 
-# -- the engine ----------------------------------------------------------------------------------------------------
+# -- the engine ------------------------------------------------------------------------------------
 
 
 def packed(shape: ModelShape, dtype: str) -> int:
-    """Bytes of the native engine's second copy, laid out for the CPU: linear layers and head, without padding."""
+    """Bytes of the native engine's second copy, laid out for the CPU.
+
+    Linear layers and head, without padding.
+    """
     layer = sum(a * b for a, b in shape.linears().values())
     return WIDTH[dtype] * (layer * shape.layers + shape.vocab * shape.hidden)
 
@@ -219,7 +243,10 @@ def kv_token(shape: ModelShape, dtype: str) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what, how many bytes on one rank, and whether they lie in the host's memory."""
+    """One line of the table.
+
+    What, how many bytes on one rank, and whether they lie in the host's memory.
+    """
 
     name: str
     bytes: float
@@ -245,10 +272,13 @@ def estimate(
     context: int,
     gpu: bool = False,
 ) -> list[Row]:
-    """The large tensors of one rank when everything is in use at once, largest possible batch and longest rollouts.
+    """The large tensors of one rank when everything is in use at once.
 
-    context: the longest sequence the model can have. gpu: on an accelerator the native engine keeps no second copy of
-    its weights and the head nothing for its backward; without one, all of it is host memory anyway.
+    That is with the largest possible batch and the longest rollouts.
+
+    context: the longest sequence the model can have. gpu: on an accelerator the native engine keeps
+    no second copy of its weights and the head nothing for its backward; without one, all of it is
+    host memory anyway.
     """
     t = training_of(cfg, world, gpu)
     s, tokens = state(shape, t), cfg.learner.token_budget
@@ -271,7 +301,10 @@ def estimate(
 
 
 def _kv_tokens(cfg: Config, algo: Algorithm, world: int, context: int) -> int:
-    """Tokens with keys and values if every rollout of a step runs to its limit; rollout.kv_tokens is the most."""
+    """Tokens with keys and values if every rollout of a step runs to its limit.
+
+    rollout.kv_tokens is the most.
+    """
     prompts = -(-cfg.prompts_per_step // world)
     longest = min(2 * cfg.rollout.max_new_tokens, context)
     most = longest * algo.rollouts * prompts * (1 + cfg.staleness)

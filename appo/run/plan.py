@@ -1,4 +1,7 @@
-"""Configuration → checked plan: every mistake that can be found without loading a model is found here, in seconds."""
+"""Configuration → checked plan.
+
+Every mistake that can be found without loading a model is found here, in seconds.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +59,9 @@ def plan(
 ) -> Plan:
     """Check everything that can be checked early. Raises ConfigError and its kin; loads no weights.
 
-    Collective. Rank 0 goes first: it chooses the folder and fetches the model; then the first rank of each other machine,
-    whose model cache may be another one; then all others, which find the model there.
+    Collective. Rank 0 goes first: it chooses the folder and fetches the model; then the first rank
+    of each other machine, whose model cache may be another one; then all others, which find the
+    model there.
     """
     ranks = ranks or Ranks()
     mine = 0 if ranks.main else 1 if ranks.local_rank == 0 else 2

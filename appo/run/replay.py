@@ -1,9 +1,12 @@
-"""One step of a run learned again from its saved trees: no engine, no tools, no graders, and nothing is written.
+"""One step of a run learned again from its saved trees.
 
-The weights and the optimiser of the step before come from its checkpoint, the trees of the step from trees.jsonl
-(`save_trees: all`) with rewards, log-probs and policy versions as they were. Credit, old log-probs, packing and the updates of
-all mini-batches are computed anew by the code that trained (`Trainer.learn`), so the numbers must be those of
-metrics.jsonl: to the last bit on the same machine with the same number of ranks and threads, within rounding otherwise.
+No engine, no tools, no graders, and nothing is written.
+
+The weights and the optimiser of the step before come from its checkpoint, the trees of the step
+from trees.jsonl (`save_trees: all`) with rewards, log-probs and policy versions as they were.
+Credit, old log-probs, packing and the updates of all mini-batches are computed anew by the code
+that trained (`Trainer.learn`), so the numbers must be those of metrics.jsonl: to the last bit on
+the same machine with the same number of ranks and threads, within rounding otherwise.
 """
 
 from __future__ import annotations
@@ -31,10 +34,12 @@ from appo.run.build import make_learner, make_trainer
 from appo.run.plan import Plan, usable_cores
 from appo.types import RolloutTree
 
-# How far a number may be from the recorded one where sums are taken in another order: |Δ| ≤ CLOSE · max(1, |recorded|).
+# How far a number may be from the recorded one where sums are taken in another order: |Δ| ≤ CLOSE ·
+# max(1, |recorded|).
 CLOSE = {"float32": 1e-6, "bfloat16": 1e-2}
 
-# What the trees themselves say, and the record too: that they are those of the step, and that nobody has changed them.
+# What the trees themselves say, and the record too: that they are those of the step, and that
+# nobody has changed them.
 SIZES = ("tokens/unique", "tokens/total", "tokens/generated")
 REWARDS = ("reward/mean", "reward/roots", "reward/std")
 
@@ -58,7 +63,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay found. `minibatches`: the learner's answers one by one; `compared`: names of the step's numbers."""
+    """What a replay found.
+
+    `minibatches`: the learner's answers one by one; `compared`: names of the step's numbers.
+    """
 
     step: int
     checkpoint: Path
@@ -85,9 +93,12 @@ class Replay:
 def replay(
     run: Path | str, step: int, console: Console | None = None, ranks: Ranks | None = None
 ) -> Replay:
-    """Learn `step` of the run in folder `run` again. Collective: any number of ranks, whatever the run had.
+    """Learn `step` of the run in folder `run` again.
 
-    Raises ConfigError, CheckpointError or DataError that says what is missing and what would have kept it.
+    Collective: any number of ranks, whatever the run had.
+
+    Raises ConfigError, CheckpointError or DataError that says what is missing and what would have
+    kept it.
     """
     console, ranks, run = console or Console(), ranks or Ranks(), Path(run)
     with agree_or_raise(ranks, console):
@@ -114,7 +125,10 @@ def replay(
 
 
 def rows(found: Replay) -> list[tuple[str, str]]:
-    """The replay as lines for a card: each mini-batch, recorded against replayed, and what follows."""
+    """The replay as lines for a card.
+
+    Each mini-batch, recorded against replayed, and what follows.
+    """
     then, now = found.ranks
     out = [
         ("checkpoint", f"{found.checkpoint} ({_ranks(then)}); replayed on {_ranks(now)}"),
@@ -154,7 +168,7 @@ def _verdict(found: Replay) -> str:
     )
 
 
-# -- what is needed --------------------------------------------------------------------------------------------------
+# -- what is needed --------------------------------------------------------------------------------
 
 
 def _config(run: Path) -> Config:
@@ -174,7 +188,10 @@ def _record(run: Path, step: int) -> dict[str, float]:
 
 
 def _checkpoint(run: Path, step: int, cfg: Config, check: bool) -> tuple[Path, dict[str, Any]]:
-    """Folder and state of the checkpoint of exactly `step`. check: its files are those that were written."""
+    """Folder and state of the checkpoint of exactly `step`.
+
+    check: its files are those that were written.
+    """
     from appo.learner.checkpoint import FOLDER
     from appo.learner.manifest import STATE, verify
 
@@ -231,7 +248,10 @@ def _same_trees(
 
 
 def _plan(cfg: Config, ranks: Ranks, console: Console) -> Plan:
-    """A plan of learning alone: data, tools and engine need not be there, and nothing is written into the run."""
+    """A plan of learning alone.
+
+    Data, tools and engine need not be there, and nothing is written into the run.
+    """
     family = own_family(cfg.model.family)
     source = resolve_model(
         cfg.model.name, offline=cfg.model.offline, log=console.note, family=family
@@ -243,7 +263,7 @@ def _plan(cfg: Config, ranks: Ranks, console: Console) -> Plan:
     )  # fmt: skip
 
 
-# -- comparing -------------------------------------------------------------------------------------------------------
+# -- comparing -------------------------------------------------------------------------------------
 
 
 def _comparable(name: str, same_ranks: bool) -> bool:
@@ -251,7 +271,10 @@ def _comparable(name: str, same_ranks: bool) -> bool:
 
 
 def _same(recorded: Any, replayed: float, name: str) -> bool:
-    """NaN was recorded as null. Rewards are added up here in the order of the file, there by rank."""
+    """NaN was recorded as null.
+
+    Rewards are added up here in the order of the file, there by rank.
+    """
     if recorded is None:
         return not math.isfinite(replayed)
     if name in REWARDS:

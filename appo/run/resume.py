@@ -1,5 +1,6 @@
-"""Which settings a resumed run may change: the checkpoint's configuration against the one of now,
-key by key.
+"""Which settings a resumed run may change.
+
+The checkpoint's configuration against the one of now, key by key.
 
 A run that goes on must compute what it would have computed. Keys that cannot change that are free;
 keys that change it within rounding only are allowed and named; every other difference is refused.
@@ -29,15 +30,17 @@ class Change(NamedTuple):
 
 
 def flatten(cfg: Config) -> dict[str, Any]:
-    """{"learner.lr": 1e-6, …}: every key of a configuration with its value, fit for JSON. Part of a
-    checkpoint.
+    """{"learner.lr": 1e-6, …}: every key of a configuration with its value, fit for JSON.
+
+    Part of a checkpoint.
     """
     return dict(_leaves("", dataclasses.asdict(cfg)))
 
 
 def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Keys whose values differ, in the order of `now`. A key that the checkpoint is too old to know
-    had its default.
+    """Keys whose values differ, in the order of `now`.
+
+    A key that the checkpoint is too old to know had its default.
     """
     defaults = flatten(Config())
     keys = [*now, *(k for k in saved if k not in now)]
@@ -46,8 +49,9 @@ def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 
 def check_config(saved: Mapping[str, Any], cfg: Config, run: str) -> list[str]:
-    """Refuse a configuration that does not continue the run whose checkpoint holds `saved` (made by
-    `flatten`).
+    """Refuse a configuration that does not continue the run whose checkpoint holds `saved`.
+
+    Made by `flatten`.
 
     run: the run folder, for the message. Returns notes about differences that are accepted. Raises
     CheckpointError that lists the others with old and new values.

@@ -1,4 +1,7 @@
-"""The start-up card of a run: what will happen, in words, and what its user should know before it does."""
+"""The start-up card of a run.
+
+What will happen, in words, and what its user should know before it does.
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class TrainingRun:
         self.no_signal = NoSignal()
         self._probe = [session.builder.ids(self.cursor.tasks[i]) for i in range(2)]
 
-    # -- the run -------------------------------------------------------------------------------------------------
+    # -- the run -----------------------------------------------------------------------------------
 
     def run(self) -> None:
         """From the newest checkpoint (if resumed) to the last step, then the report."""
@@ -207,7 +207,7 @@ class TrainingRun:
             except (OSError, AppoError) as error:
                 self.console.warn(f"the report could not be written: {error}")
 
-    # -- weights and state ---------------------------------------------------------------------------------------
+    # -- weights and state -------------------------------------------------------------------------
 
     def _push(self, version: int) -> dict[str, float]:
         from appo.learner.push_weights import push

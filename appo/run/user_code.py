@@ -36,7 +36,9 @@ def describe(imports: list[tuple[str, str]]) -> str:
 
 
 def check_graders(cfg: Config, tasks: list[Task]) -> list[tuple[str, str]]:
-    """Check the graders of the configuration and of these tasks; → import strings that only the tasks name.
+    """Check the graders of the configuration and of these tasks.
+
+    → import strings that only the tasks name.
 
     What a row of a data file names is not imported here: no one who started the run has written it.
     Raises ConfigError for an unknown grader and for a function that cannot be called as one.

@@ -1,4 +1,7 @@
-"""What a tool is: a name, the tag that calls it, and a function from text to text that may fail in a typed way."""
+"""What a tool is.
+
+A name, the tag that calls it, and a function from text to text that may fail in a typed way.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class ToolResult:
-    """Outcome of one call. `output` is what the model will read; `ok` is False when the tool reported a failure.
+    """Outcome of one call.
+
+    `output` is what the model will read; `ok` is False when the tool reported a failure.
 
     error_kind  None, "crash", "timeout", "unavailable", "bad_request" or "nonzero_exit"
     """
@@ -22,7 +27,9 @@ class ToolResult:
 
 
 class Tool(Protocol):
-    """A tool is safe to call from several threads at once and never raises for what the model wrote.
+    """What a model may call.
+
+    A tool is safe to call from several threads at once and never raises for what the model wrote.
 
     Tools that ship with the package keep this contract themselves; `appo.tools.own` makes a user's
     function keep it.

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 TAGS = ("think", "python", "search", "result", "answer", "tool_call", "tool_response", "tools")
 CUT = " … [{n} characters cut] … "
 
-# <|im_end|>, <|endoftext|>, <|eot_id|>, also the full-width bars of the DeepSeek family; <s>, </s>, <bos>, <eos>, <pad>
+# <|im_end|>, <|endoftext|>, <|eot_id|>, also the full-width bars of the DeepSeek family; <s>, </s>,
+# <bos>, <eos>, <pad>
 _SPECIAL = re.compile(
     r"[<＜](?=\s*[|｜]|\s*/?\s*(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn)\s*>)", re.IGNORECASE
 )
@@ -22,7 +23,9 @@ _INST = re.compile(r"\[(?=/?(?:INST|SYS|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS)
 
 
 def escape_tags(text: str, tools: Iterable[str] = ()) -> str:
-    """`text` with the opening bracket of every protocol tag and special token replaced by `&lt;` (or `&#91;`).
+    """`text` with the opening bracket of every protocol tag and special token replaced by `&lt;`.
+
+    Or `&#91;`.
 
     tools  names of tools whose tags are protocol too, beside those of TAGS
     Comparisons such as `a < b`, HTML and code are left alone. Escaping twice changes nothing.
@@ -38,13 +41,19 @@ def escape_tags(text: str, tools: Iterable[str] = ()) -> str:
 
 @functools.cache
 def _tag(tools: tuple[str, ...]) -> re.Pattern[str]:
-    """The bracket of <tag>, </tag>, < / tag >, <tag attr="…">, full-width ones too: some normalisers fold them."""
+    """The bracket of <tag>, </tag>, < / tag >, <tag attr="…">, full-width ones too.
+
+    Some normalisers fold them.
+    """
     names = "|".join(dict.fromkeys((*TAGS, *tools)))
     return re.compile(rf"[<＜](?=\s*[/／]?\s*(?:{names})\b)", re.IGNORECASE)
 
 
 def shorten(text: str, most: int) -> tuple[str, bool]:
-    """`text` within `most` characters, the middle cut out with a marker that counts; and whether it was cut."""
+    """`text` within `most` characters, the middle cut out with a marker that counts.
+
+    And whether it was cut.
+    """
     if len(text) <= most:
         return text, False
     marker = CUT.format(n=len(text) - most)

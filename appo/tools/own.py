@@ -34,7 +34,9 @@ _JSON = {str: "string", int: "integer", float: "number", bool: "boolean", list: 
 
 
 class OwnTool:
-    """A `Tool` around the user's code: reads the argument, keeps time, escapes and cuts what comes back.
+    """A `Tool` around the user's code.
+
+    Reads the argument, keeps time, escapes and cuts what comes back.
 
     parameters  JSON schema of the call's arguments; None: one plain text
     What `call` raises goes through to the pool, which makes a result of it that the model reads.
@@ -52,7 +54,10 @@ class OwnTool:
         self.max_chars, self._call = max_chars, call
 
     def __call__(self, argument: str) -> ToolResult:
-        """One call. Raises what the user's code raises, and TypeError for a result that is no text."""
+        """One call.
+
+        Raises what the user's code raises, and TypeError for a result that is no text.
+        """
         started = time.monotonic()
         try:
             args, kwargs = read_argument(argument, self.parameters)
@@ -75,7 +80,10 @@ class OwnTool:
 
 
 def own_spec(thing: Any, text: str) -> ToolSpec:
-    """The specification of a user's tool that has no `problem`; `text` is its import string, for errors."""
+    """The specification of a user's tool that has no `problem`.
+
+    `text` is its import string, for errors.
+    """
     name, parameters = _name(thing), schema(thing)
     description = f"{_description(thing)} {usage(name, parameters)}"
     if f"<{name}>" in _description(thing):
@@ -152,7 +160,10 @@ def usage(name: str, parameters: Mapping[str, Any] | None) -> str:
 def read_argument(
     argument: str, parameters: Mapping[str, Any] | None
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """(positional, keyword) arguments of the call that `argument` writes. Raises ValueError with what is wrong."""
+    """(positional, keyword) arguments of the call that `argument` writes.
+
+    Raises ValueError with what is wrong.
+    """
     if parameters is None:
         return (argument.strip(),), {}
     if not argument.strip() and not parameters["required"]:

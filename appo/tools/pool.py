@@ -1,8 +1,11 @@
-"""Tool calls run here while the engine decodes other nodes: threads, a deadline per call, and results by key.
+"""Tool calls run here while the engine decodes other nodes.
 
-Threads, since tools wait (for a child process, for a network). A thread cannot be killed: when a call passes its
-deadline the pool reports a timeout, leaves the thread to itself and starts another, so a tool that never returns costs
-a thread and not the run. All threads are daemons: none keeps the interpreter from ending.
+Threads, a deadline per call, and results by key.
+
+Threads, since tools wait (for a child process, for a network). A thread cannot be killed: when a
+call passes its deadline the pool reports a timeout, leaves the thread to itself and starts another,
+so a tool that never returns costs a thread and not the run. All threads are daemons: none keeps the
+interpreter from ending.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ class _Call:
 
 
 class ToolPool:
-    """Runs calls of `tools` on `workers` threads; each call may take `timeout_s` seconds from when it starts.
+    """Runs calls of `tools` on `workers` threads.
+
+    Each call may take `timeout_s` seconds from when it starts.
 
     Results come from `poll`, `wait` or `wait_all`, each exactly once. To be used from one thread.
 
@@ -63,7 +68,10 @@ class ToolPool:
         self._queued_s = self._run_s = self._waited_s = 0.0
 
     def submit(self, key: Key, tool: str, argument: str) -> None:
-        """Queue a call. Raises ToolError("bad_request") on a closed pool or a key that is still out."""
+        """Queue a call.
+
+        Raises ToolError("bad_request") on a closed pool or a key that is still out.
+        """
         with self._changed:
             if self._closed:
                 raise ToolError("the tool pool is closed", "bad_request")
@@ -92,7 +100,10 @@ class ToolPool:
             return self._take()
 
     def wait(self, timeout: float | None = None) -> list[tuple[Key, ToolResult]]:
-        """Like `poll`, but waits up to `timeout` seconds for a first result; at once if no call is out."""
+        """Like `poll`, but waits up to `timeout` seconds for a first result.
+
+        At once if no call is out.
+        """
         until = float("inf") if timeout is None else time.monotonic() + timeout
         return self._wait(until, lambda: bool(self._done) or not self._open)
 
@@ -101,7 +112,10 @@ class ToolPool:
         return sorted(self._wait(float("inf"), lambda: not self._open), key=lambda item: item[0])
 
     def cancel(self, key: Key) -> None:
-        """Forget a call: a result of `key`, finished or not, is not delivered. Unknown keys are ignored."""
+        """Forget a call: a result of `key`, finished or not, is not delivered.
+
+        Unknown keys are ignored.
+        """
         with self._changed:
             self._done = [(k, r) for k, r in self._done if k != key]
             call = self._open.pop(key, None)
@@ -115,14 +129,20 @@ class ToolPool:
             self._changed.notify_all()
 
     def stats(self) -> dict[str, float]:
-        """Counts and seconds so far: calls, failed_<kind>, queued_s, run_s (finished calls), waited_s (of the caller)."""
+        """Counts and seconds so far.
+
+        Calls, failed_<kind>, queued_s, run_s (finished calls), waited_s (of the caller).
+        """
         with self._changed:
             out = {f"failed_{kind}": float(n) for kind, n in sorted(self._failures.items())}
             times = {"queued_s": self._queued_s, "run_s": self._run_s, "waited_s": self._waited_s}
             return {"calls": float(self._calls), "failures": sum(out.values()), **out, **times}
 
     def describe(self) -> str:
-        """Calls that are out, one per line. Takes no lock: a watchdog asks while everything else stands still."""
+        """Calls that are out, one per line.
+
+        Takes no lock: a watchdog asks while everything else stands still.
+        """
         now = time.monotonic()
         return "\n".join(
             f"{c.tool} {c.key}: "
@@ -132,7 +152,10 @@ class ToolPool:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Drop what is queued and let idle threads end. Does not wait for calls that run. Closes the tools."""
+        """Drop what is queued and let idle threads end.
+
+        Does not wait for calls that run. Closes the tools.
+        """
         with self._changed:
             if self._closed:
                 return

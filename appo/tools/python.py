@@ -1,7 +1,10 @@
-"""The python tool: the model writes a program, the sandbox runs it, the model reads what it printed.
+"""The python tool.
 
-As in a notebook, a last expression is shown when nothing was printed. On an error the model reads the last line of the
-traceback (`ZeroDivisionError: division by zero`): that is what it needs to correct itself, in few tokens.
+The model writes a program, the sandbox runs it, the model reads what it printed.
+
+As in a notebook, a last expression is shown when nothing was printed. On an error the model reads
+the last line of the traceback (`ZeroDivisionError: division by zero`): that is what it needs to
+correct itself, in few tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ WHY = {  # what the model reads when a limit ended its program
 class PythonTool:
     """A `Tool` that runs Python code behind the best wall this machine has.
 
-    level, allow_unsafe   see `appo.tools.sandbox.choose_level`, asked once, here; raises its SandboxError
+    level, allow_unsafe   see `appo.tools.sandbox.choose_level`, asked once, here; raises its
+                          SandboxError
     max_chars             characters of output that the model gets to read; head and tail are kept
 
     >>> PythonTool()("print(6 * 7)").output
@@ -69,7 +73,10 @@ class PythonTool:
         self.max_chars = max_chars
 
     def __call__(self, argument: str) -> ToolResult:
-        """Run the program in `argument` (bare, or fenced as Markdown). Never raises for what the model wrote."""
+        """Run the program in `argument` (bare, or fenced as Markdown).
+
+        Never raises for what the model wrote.
+        """
         started = time.monotonic()
         code = clean(argument)
         if not code.strip():

@@ -17,7 +17,9 @@ TOOLS: dict[str, Callable[[ToolsConfig], ToolSpec]] = {"python": python_spec}
 
 
 def tool_specs(cfg: ToolsConfig) -> dict[str, ToolSpec]:
-    """Name → specification of every enabled tool, in the order of `tools.enabled`. Nothing is started.
+    """Name → specification of every enabled tool, in the order of `tools.enabled`.
+
+    Nothing is started.
 
     Raises ConfigError for an unknown name, an import string that cannot be used, and two tools of
     one name.

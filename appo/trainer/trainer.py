@@ -101,7 +101,7 @@ class Trainer(Generic[T]):
         assert self.sampler is not None, "this trainer learns from trees that exist"
         return self.sampler
 
-    # -- one step ------------------------------------------------------------------------------------------------
+    # -- one step ----------------------------------------------------------------------------------
 
     def step(
         self, number: int, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]
@@ -153,7 +153,7 @@ class Trainer(Generic[T]):
             self._train(trees, log)
         return log.finish(self.ranks) | {"policy/version": self.version}, log.learned
 
-    # -- roots and branches --------------------------------------------------------------------------------------
+    # -- roots and branches ------------------------------------------------------------------------
 
     def missing(self, number: int, steps: int) -> list[int]:
         """The steps whose roots must be given to `prefetch` before step `number` of a run of `steps`, in order."""
@@ -226,7 +226,7 @@ class Trainer(Generic[T]):
                 self.rollouts.run(on_progress=lambda left: self.on_phase("branch", 0, left))
         return self.rollouts.finish(part.tree_rollouts)
 
-    # -- learning ------------------------------------------------------------------------------------------------
+    # -- learning ----------------------------------------------------------------------------------
 
     def _start(self, parts: Sequence[Sequence[RolloutTree]], log: StepMetrics) -> None:
         """Before the first update: old log-probs of what will be trained after it. (Of the first they are its own forward.)"""

@@ -98,8 +98,9 @@ def layers_in_torch(m: Model, rows: int) -> Callable[[], Tensor]:
 
 
 class Products:
-    """Every linear of every layer as nothing but a packed product: bfloat16 numbers in, float32
-    sums out.
+    """Every linear of every layer as nothing but a packed product.
+
+    bfloat16 numbers in, float32 sums out.
     """
 
     def __init__(self, m: Model, threads: int):

@@ -113,8 +113,9 @@ def logprob_error(engine: NativeEngine, model) -> float:
 
 
 def forks(engine: NativeEngine, quick: bool) -> list[Case]:
-    """A fork at the end of a prefix of `depth` tokens: the call itself, then fork + first token;
-    prefill as the peer.
+    """A fork at the end of a prefix of `depth` tokens: the call itself, then fork + first token.
+
+    Prefill as the peer.
     """
     cases = []
     for depth in (256,) if quick else (256, 1024, 4096):

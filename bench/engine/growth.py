@@ -141,8 +141,9 @@ def trees(quick: bool, vocab: int) -> dict[str, Workload]:
 
 
 def growth(args: Namespace, folder: Path, gguf: Path) -> dict[str, list[Case]]:
-    """Raises SystemExit if rows differ from the formula of the tree: then something is computed
-    twice, or not at all.
+    """Raises SystemExit if rows differ from the formula of the tree.
+
+    Then something is computed twice, or not at all.
     """
     notes: dict[str, str] = {}
     running = start([OURS], args.venvs, settings_of(folder, gguf, 64), notes)

@@ -88,8 +88,9 @@ def settings_of(folder: Path, gguf: Path, work: Workload, threads: int) -> dict[
 def play(
     running: list[Running], work: Workload, repeats: int, end: float, notes: dict[str, str]
 ) -> Rounds:
-    """Alternating rounds after a small one to warm up; a peer that fails drops out and its note
-    says why.
+    """Alternating rounds after a small one to warm up.
+
+    A peer that fails drops out and its note says why.
 
     end: after this time (time.monotonic) no round is begun but the first.
     """
@@ -118,8 +119,9 @@ def play(
 
 
 def check_logprobs(folder: Path, work: Workload, rounds: Rounds) -> None:
-    """Adds "error" to every round: the mean difference of a rollout's log-probs from the float32
-    model's.
+    """Adds "error" to every round.
+
+    The mean difference of a rollout's log-probs from the float32 model's.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -151,8 +153,9 @@ def cases(rounds: Rounds) -> list[Case]:
 
 
 def merged(notes: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Section → engine → remark as one table: an engine's remarks, each with the sections it is
-    true of if not all.
+    """Section → engine → remark as one table.
+
+    An engine's remarks, each with the sections it is true of if not all.
     """
     out: dict[str, str] = {}
     for name in dict.fromkeys(name for about in notes.values() for name in about):

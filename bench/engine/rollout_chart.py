@@ -19,8 +19,9 @@ OURS, PEER, GREY = "#1f5fa8", "#b8bec6", "#5a5a5a"
 
 
 def draw(sections: Mapping[str, Sequence[Case]], path: Path) -> None:
-    """PNG or SVG by the name. sections: thread count → cases "drawn" and "computed" (see
-    bench/engine/rollout.py).
+    """PNG or SVG by the name.
+
+    sections: thread count → cases "drawn" and "computed" (see bench/engine/rollout.py).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

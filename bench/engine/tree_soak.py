@@ -88,7 +88,10 @@ def weights(tree: Any, live: list[int], rng: random.Random) -> None:
 
 
 def step(tree: Any, live: list[int], rng: random.Random) -> None:
-    """Plan a forward pass and commit it, or now and then not; make room first if the pool is full."""
+    """Plan a forward pass and commit it, or now and then not.
+
+    Make room first if the pool is full.
+    """
     seqs = [seq for seq in rng.sample(live, min(16, len(live))) if not tree.stale(seq)]
     layout = tree.plan(seqs, 512)
     if not isinstance(layout, Layout):
@@ -194,8 +197,9 @@ def memory_per_node(count: int) -> float:
 
 
 def plan_cases(quick: bool) -> list[Case]:
-    """Planning a decode step of 32 rows under a prompt: tree of four levels, as a layout in
-    tensors.
+    """Planning a decode step of 32 rows under a prompt.
+
+    Tree of four levels, as a layout in tensors.
     """
     cases = []
     for tokens in (256,) if quick else (256, 4096, 16384):
@@ -210,8 +214,9 @@ def plan_cases(quick: bool) -> list[Case]:
 
 
 def planner(make: Callable[[], Any], tokens: int) -> Callable[[], None]:
-    """A call that plans one decode step of the 32 leaves of a tree (4 · 2 · 4 forks, 64 tokens
-    each) and aborts it.
+    """A call that plans one decode step of the 32 leaves of a tree and aborts it.
+
+    The tree has 4 · 2 · 4 forks, 64 tokens each.
     """
     tree, root = prefix(make, tokens)
     level = [root]

@@ -1,10 +1,13 @@
-"""Do the tests notice a broken kernel, or a broken tree? Plants one fault at a time in a copy of the sources and looks.
+"""Do the tests notice a broken kernel, or a broken tree?
+
+Plants one fault at a time in a copy of the sources and looks.
 
     python bench/evidence/seeded_faults.py [--quick] [--json FILE]
 
-Each fault replaces one piece of text in one file. If the text is not there exactly once the script stops: a fault that
-no longer applies must be rewritten, not skipped. C++ is rebuilt in the copy; --quick leaves those faults out. The
-control, all the same tests without a fault, must be green. Exit status 1 if a fault goes unnoticed.
+Each fault replaces one piece of text in one file. If the text is not there exactly once the script
+stops: a fault that no longer applies must be rewritten, not skipped. C++ is rebuilt in the copy;
+--quick leaves those faults out. The control, all the same tests without a fault, must be green.
+Exit status 1 if a fault goes unnoticed.
 """
 
 from __future__ import annotations
@@ -30,13 +33,17 @@ TESTS = "tests/kernels/linear_logprob/test_matrix.py"
 ATTENTION = "tests/kernels/tree_attention/test_op.py"
 FOREIGN = "tests/kernels/tree_attention/test_foreign.py"
 TRAINING = "tests/learner/test_tree_training.py"
-TREE = "tests/rollout/native/test_segment_tree.py"  # faults in the Python definition of the tree: tests/rollout/native/test_tree_faults.py
+# faults in the Python definition of the tree: tests/rollout/native/test_tree_faults.py
+TREE = "tests/rollout/native/test_segment_tree.py"
 LOW = "[](float x) { uint32_t b; __builtin_memcpy(&b, &x, 4); b &= 0xffff0000u; __builtin_memcpy(&x, &b, 4); return x; }"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`old` becomes `new` in `file`; of the tests in `tests` those that the expression `select` names must fail."""
+    """`old` becomes `new` in `file`.
+
+    Of the tests in `tests` those that the expression `select` names must fail.
+    """
 
     name: str
     file: str
@@ -348,7 +355,10 @@ FAULTS = [
 
 
 def patched(root: Path, fault: Fault) -> str:
-    """The text of the file with the fault in it; ValueError unless there is exactly one place for it."""
+    """The text of the file with the fault in it.
+
+    ValueError unless there is exactly one place for it.
+    """
     text = (root / fault.file).read_text()
     if text.count(fault.old) != 1:
         raise ValueError(
@@ -359,7 +369,10 @@ def patched(root: Path, fault: Fault) -> str:
 
 
 class Copy:
-    """The sources in a folder of their own, with the native library of this checkout or, rebuilt, with its own."""
+    """The sources in a folder of their own.
+
+    With the native library of this checkout or, rebuilt, with its own.
+    """
 
     def __init__(self, root: Path):
         self.root = root
@@ -398,7 +411,10 @@ class Copy:
         self._run(["cmake", "--build", str(build), "--target", "install"], env)
 
     def pytest(self, faults: Sequence[Fault]) -> tuple[str, str]:
-        """("green" | "red" | "skipped", name of the first failed test). Raises RuntimeError for anything else."""
+        """("green" | "red" | "skipped", name of the first failed test).
+
+        Raises RuntimeError for anything else.
+        """
         expression = " or ".join(f"({s})" for s in dict.fromkeys(f.select for f in faults))
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", "-rf"]
         command += [*dict.fromkeys(f.tests for f in faults), "-k", expression]
@@ -422,9 +438,12 @@ class Copy:
 
 
 def examine(faults: Sequence[Fault], folder: Path) -> list[dict[str, str]]:
-    """Plant each fault in a copy under `folder`; rows {name, file, result, test}, the control first.
+    """Plant each fault in a copy under `folder`.
 
-    result is "caught" (test names the first one that failed), "MISSED", or "cannot run here" (the tests are skipped).
+    Rows {name, file, result, test}, the control first.
+
+    result is "caught" (test names the first one that failed), "MISSED", or "cannot run here" (the
+    tests are skipped).
     """
     for fault in faults:
         patched(ROOT, fault)  # all of them, before anything takes time

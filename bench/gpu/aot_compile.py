@@ -1,7 +1,10 @@
-"""Compile one Triton kernel for a GPU that is not here, and read from the binary what it would cost on it.
+"""Compile one Triton kernel for a GPU that is not here.
 
-Needs no driver: the Triton wheel brings ptxas, cuobjdump and the AMD back end. Must run without TRITON_INTERPRET: a kernel
-is either interpreted or compiled in a process, never both. Results are cached in TRITON_CACHE_DIR (Triton's own cache).
+The binary tells what it would cost on it.
+
+Needs no driver: the Triton wheel brings ptxas, cuobjdump and the AMD back end. Must run without
+TRITON_INTERPRET: a kernel is either interpreted or compiled in a process, never both. Results are
+cached in TRITON_CACHE_DIR (Triton's own cache).
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from triton.compiler import ASTSource
 
 from appo._kernels.common.gpu.aot import AotCase
 
-# Dynamic shared memory that one block may ask for; registers of one multiprocessor (NVIDIA) or of one lane over all the
-# waves of a SIMD (AMD); columns of tensor memory. A kernel over any of them compiles and then fails at its first launch.
+# Dynamic shared memory that one block may ask for; registers of one multiprocessor (NVIDIA) or of
+# one lane over all the waves of a SIMD (AMD); columns of tensor memory. A kernel over any of them
+# compiles and then fails at its first launch.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 REGISTER_FILE = 65_536
 VGPRS_PER_LANE = 512
@@ -31,7 +35,10 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 @dataclass
 class Compiled:
-    """One row of the table. Registers are per thread, sizes in bytes, instruction counts are static (loops not unrolled)."""
+    """One row of the table.
+
+    Registers are per thread, sizes in bytes, instruction counts are static (loops not unrolled).
+    """
 
     name: str
     arch: str
@@ -53,7 +60,10 @@ class Compiled:
 
 
 def compile_case(case: AotCase, arch: str) -> Compiled:
-    """Compile `case` for `arch` and list every budget that it breaks; a compiler error is a problem, not an exception."""
+    """Compile `case` for `arch` and list every budget that it breaks.
+
+    A compiler error is a problem, not an exception.
+    """
     row = Compiled(case.name, arch, case.num_warps, case.num_stages)
     start = time.perf_counter()
     try:
@@ -82,7 +92,8 @@ def _compile(case: AotCase, arch: str) -> Any:
     if unknown:
         raise ValueError(f"{unknown} in divisible, but the launcher never specialises on them")
     signature = {n: case.signature[n] for n in names}
-    # What the just-in-time launcher would specialise on; without it there are no vector loads and no cp.async.
+    # What the just-in-time launcher would specialise on; without it there are no vector loads and
+    # no cp.async.
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in case.divisible}
     source = ASTSource(case.kernel, signature, case.constexprs, attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
@@ -110,7 +121,8 @@ def _read_nvidia(row: Compiled, binary: Any) -> None:
         row.registers = max(int(n) for n in re.findall(r"\bREG:(\d+)", used))
         row.stack = max(int(n) for n in re.findall(r"\bSTACK:(\d+)", used))
         if row.stack:
-            # Assembling again shows what went to the stack. The stack itself is the gate: ptxas has its own flags here.
+            # Assembling again shows what went to the stack. The stack itself is the gate: ptxas has
+            # its own flags here.
             source = Path(folder, "kernel.ptx")
             source.write_text(ptx)
             target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
@@ -158,7 +170,8 @@ def _broken_budgets(row: Compiled, case: AotCase, binary: Any) -> list[str]:
             problems.append(f"{used:,} registers per block, there are {REGISTER_FILE:,}")
     if (columns := getattr(binary.metadata, "tmem_size", 0) or 0) > TENSOR_MEMORY_COLUMNS:
         problems.append(f"{columns} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}")
-    # An exact float32 product has no tensor-core instruction, and that is right only where the inputs are float32.
+    # An exact float32 product has no tensor-core instruction, and that is right only where the
+    # inputs are float32.
     products = re.findall(r"\btt\.dot\b.*", binary.asm["ttir"])
     half = any(re.search("bf16|fp16", t) for t in case.signature.values())
     exact = not half and not any("inputPrecision" in p for p in products)

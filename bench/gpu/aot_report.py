@@ -1,11 +1,14 @@
-"""Every shipped GPU kernel compiled for GPUs that are not here: registers, spills, shared memory, tensor-core use.
+"""Every shipped GPU kernel compiled for GPUs that are not here.
+
+Registers, spills, shared memory, tensor-core use.
 
     python bench/gpu/aot_report.py [--quick] [--arch sm_90] [--only NAME] [--json FILE]
                                    [--markdown docs/kernels/index.md]
 
-Collects `aot_cases(arch)` of the modules of kernels/*/gpu; --quick takes the first case of each kernel, which is its default
-configuration. TRITON_CACHE_DIR keeps what was compiled. Exit code 0: every budget holds. 1: a kernel spills, wants more
-than the device has, multiplies without tensor cores, or does not compile. 2: the report could not be made at all.
+Collects `aot_cases(arch)` of the modules of kernels/*/gpu; --quick takes the first case of each
+kernel, which is its default configuration. TRITON_CACHE_DIR keeps what was compiled. Exit code 0:
+every budget holds. 1: a kernel spills, wants more than the device has, multiplies without tensor
+cores, or does not compile. 2: the report could not be made at all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Every backend against float64 on the same inputs, on the device: values, gradients, repeatability."""
+"""Every backend against float64 on the same inputs, on the device.
+
+Values, gradients, repeatability.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
-"""One measuring part of bench/gpu/suite.py, in a process of its own, so that a broken device ends one part only.
+"""One measuring part of bench/gpu/suite.py, in a process of its own.
+
+So a broken device ends one part only.
 
     python bench/gpu/parts.py PART --rows FILE [--quick] [--seconds N]
 
-Rows are appended to FILE as JSON, one a line, as soon as they are known: {"case", "values"} and, where something of ours is
-wrong, "error", of others, "unavailable"; {"note"} for a remark. A part that runs out of time says what it left out.
+Rows are appended to FILE as JSON, one a line, as soon as they are known: {"case", "values"} and,
+where something of ours is wrong, "error", of others, "unavailable"; {"note"} for a remark. A part
+that runs out of time says what it left out.
 """
 
 from __future__ import annotations

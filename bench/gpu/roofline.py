@@ -1,11 +1,14 @@
-"""What the GPU kernels must move and compute, and how long an H100 would need at least. **Estimates: nothing is run.**
+"""What the GPU kernels must move and compute, and how long an H100 would need at least.
+
+**Estimates: nothing is run.**
 
     python bench/gpu/roofline.py [--quick] [--json FILE]
 
-Bytes and operations come from the kernels' own `traffic` formulas, each launch reading every operand once (a perfect
-cache inside a launch, none between launches). Peaks: 798 TFLOP/s (a bf16 product of 8192³) and 3.0 TB/s (a copy), both
-measured by others on an H100. `minimum` is any implementation that keeps no logits: h, w and 16 bytes per token.
-tests/bench/test_roofline.py holds the formulas against what a call really allocates.
+Bytes and operations come from the kernels' own `traffic` formulas, each launch reading every
+operand once (a perfect cache inside a launch, none between launches). Peaks: 798 TFLOP/s (a bf16
+product of 8192³) and 3.0 TB/s (a copy), both measured by others on an H100. `minimum` is any
+implementation that keeps no logits: h, w and 16 bytes per token. tests/bench/test_roofline.py holds
+the formulas against what a call really allocates.
 """
 
 from __future__ import annotations
@@ -49,7 +52,10 @@ class Work:
 
 
 def minimum(n: int, hidden: int, v: int) -> Work:
-    """Forward without logits in memory: h and w read once, four float32 numbers per token written."""
+    """Forward without logits in memory.
+
+    H and w read once, four float32 numbers per token written.
+    """
     return Work(2 * (n + v) * hidden + 16 * n, 2 * n * v * hidden)
 
 

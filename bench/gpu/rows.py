@@ -1,4 +1,7 @@
-"""What the parts of bench/gpu/suite.py share: the rows they write, the time they may take, shapes and inputs."""
+"""What the parts of bench/gpu/suite.py share.
+
+The rows they write, the time they may take, shapes and inputs.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,11 @@ class Rows:
     started: float = field(default_factory=time.monotonic)
 
     def add(self, case: str, wrong: str | None = None, ours: bool = True, **values: Any) -> None:
-        """A row; what is wrong with it counts as an error where it is ours, and as unavailable where it is not."""
+        """A row of the report.
+
+        What is wrong with it counts as an error where it is ours, and as unavailable where it is
+        not.
+        """
         remark = {"error" if ours else "unavailable": wrong} if wrong else {}
         self._write({"case": case, "values": values, **remark})
 
@@ -44,9 +51,12 @@ class Rows:
             out.write(json.dumps(row) + "\n")
 
     def timed(self, case: str, watch: Stopwatch, runs: Runs, flop: float, repeats: int) -> None:
-        """One row per name of `runs`; TFLOP/s count `flop` for all of them, whatever they really do.
+        """One row per name of `runs`.
 
-        Only "default" and "ours…" must work: a peer may be broken, a tile may ask for more than the device has.
+        TFLOP/s count `flop` for all of them, whatever they really do.
+
+        Only "default" and "ours…" must work: a peer may be broken, a tile may ask for more than the
+        device has.
         """
         found = watch.measure(runs, repeats, self.out_of_time)
         best = min(

@@ -1,4 +1,7 @@
-"""Sweeps over our own settings, and one table against everybody else's implementation, in CUDA-event milliseconds."""
+"""Sweeps over our own settings, and one table against everybody else's implementation.
+
+Times are CUDA-event milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,11 @@ def call_of(shape: Shape) -> LinearCall:
 
 
 def forward(rows: Rows, quick: bool, watch: Stopwatch) -> None:
-    """The fused kernel: how token blocks are grouped, in how many pieces the epilogue runs, warps, stages, one at a time."""
+    """The fused kernel.
+
+    How token blocks are grouped, in how many pieces the epilogue runs, warps, stages, one at a
+    time.
+    """
     run = module("triton").partial_stats
     for shape in SWEEP_QUICK if quick else SWEEP:
         if rows.out_of_time():
@@ -58,7 +65,10 @@ def default_tile(table: str, call: LinearCall) -> Any:
 
 
 def neighbours(tile: Any) -> Iterator[tuple[str, Any]]:
-    """Tiles that differ from the shipped one in one setting; those it has no room for fail and are listed as such."""
+    """Tiles that differ from the shipped one in one setting.
+
+    Those it has no room for fail and are listed as such.
+    """
     settings = {
         "group": (4, 8, 16, 32),
         "pieces": (1, 2, 4),
@@ -122,7 +132,10 @@ def upstream(call: LinearCall) -> Upstream:
 
 
 def peers(rows: Rows, quick: bool, watch: Stopwatch) -> None:
-    """Forward, and forward with backward: log-prob with entropy for those who can, log-prob alone for all."""
+    """Forward, and forward with backward.
+
+    log-prob with entropy for those who can, log-prob alone for all.
+    """
     torch.set_default_device(
         "cuda"
     )  # peers written for a CPU make their buffers where they are told to
@@ -151,7 +164,10 @@ def peers(rows: Rows, quick: bool, watch: Stopwatch) -> None:
 
 
 def on_a_gpu() -> tuple[list[Implementation], dict[str, str]]:
-    """bench/kernels/peers.py with our GPU backends for our CPU one, and Cut-Cross-Entropy's kernels for its CPU path."""
+    """bench/kernels/peers.py on a GPU.
+
+    With our GPU backends for our CPU one, and Cut-Cross-Entropy's kernels for its CPU path.
+    """
     found, missing = implementations()
     mine = []
     for backend in ("triton", "cublas32", "torch"):

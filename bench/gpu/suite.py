@@ -1,4 +1,6 @@
-"""Everything that only a GPU can answer, in one command: tests, accuracy, sweeps, and a table against other packages.
+"""Everything that only a GPU can answer, in one command.
+
+Tests, accuracy, sweeps, and a table against other packages.
 
     python bench/gpu/suite.py [--quick] [--only PART] [--minutes N] [--json FILE] [--report FILE.md] [--require-gpu]
 
@@ -6,12 +8,15 @@ Parts, each in a process of its own, so that a crash or a hang is reported and t
 
     tests     pytest -m gpu
     matrix    every backend against float64 on the same inputs, on the device
-    forward, cublas32, backward   sweeps over tile settings and block sizes; the tables of kernels/common/gpu/config.py come from here
-    peers     PyTorch eager, torch.compile, F.linear_cross_entropy, Liger, Cut-Cross-Entropy: those that are installed
+    forward, cublas32, backward   sweeps over tile settings and block sizes; the tables of
+                                  kernels/common/gpu/config.py come from here
+    peers     PyTorch eager, torch.compile, F.linear_cross_entropy, Liger, Cut-Cross-Entropy: those
+              that are installed
 
-Times are medians of CUDA events with a cold L2, alternating, with the SM clock beside them. --minutes (default 8) is shared
-out over the parts. Without a CUDA device nothing is measured and the report says so: exit code 0, or 2 with --require-gpu.
-Exit code 1: a test, a comparison or a part failed.
+Times are medians of CUDA events with a cold L2, alternating, with the SM clock beside them.
+--minutes (default 8) is shared out over the parts. Without a CUDA device nothing is measured and
+the report says so: exit code 0, or 2 with --require-gpu. Exit code 1: a test, a comparison or a
+part failed.
 """
 
 from __future__ import annotations
@@ -52,7 +57,10 @@ GRACE = 15.0  # seconds between the moment a part should stop by itself and the 
 
 @dataclass
 class Result:
-    """What came of one part: status "ok", "failed" or "skipped", why, and its rows (see gpu_parts.py)."""
+    """What came of one part.
+
+    Status "ok", "failed" or "skipped", why, and its rows (see gpu_parts.py).
+    """
 
     part: str
     status: str
@@ -208,7 +216,10 @@ def document(results: Sequence[Result], args: argparse.Namespace) -> dict[str, A
 
 
 def _case(part: str, row: dict[str, Any]) -> dict[str, Any]:
-    """A row in the form that all benchmarks share; `values` has every figure, ours is the one called so, if any."""
+    """A row in the form that all benchmarks share.
+
+    `values` has every figure, ours is the one called so, if any.
+    """
     values = row["values"]
     ours = values.get("ours")
     rest = {"peers": {}, "unit": "", "ratio_best_peer": None, "error": None}
@@ -234,7 +245,10 @@ def as_markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A Markdown table with a column for every key of the rows' values, and one for remarks if there are any."""
+    """A Markdown table with a column for every key of the rows' values.
+
+    Remarks have a column if there are any.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row["values"]))
     remarks = [row.get("error") or row.get("unavailable", "") for row in rows]
     told = any(remarks)

@@ -1,4 +1,7 @@
-"""Time of CUDA work: events around each call, a cold L2, alternating medians, the clock the chip ran at meanwhile."""
+"""Time of CUDA work.
+
+Events around each call, a cold L2, alternating medians, the clock the chip ran at meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ import torch
 
 @dataclass(frozen=True)
 class Measured:
-    """Median and fastest milliseconds of one call, the MiB it held at its peak beyond what was there before it."""
+    """Median and fastest milliseconds of one call, and the MiB it held at its peak.
+
+    What was there before it is not counted.
+    """
 
     median: float
     fastest: float
@@ -22,7 +28,10 @@ class Measured:
 
 
 class DeviceLost(RuntimeError):
-    """A kernel broke the CUDA context; nothing measured after it in this process would mean anything."""
+    """A kernel broke the CUDA context.
+
+    Nothing measured after it in this process would mean anything.
+    """
 
 
 class Stopwatch:
@@ -40,7 +49,10 @@ class Stopwatch:
         repeats: int,
         out_of_time: Callable[[], bool] = lambda: False,
     ) -> dict[str, Measured | str]:
-        """Per name a figure, or why there is none. Two warm-up calls each, then `repeats` rounds through all of them."""
+        """Per name a figure, or why there is none.
+
+        Two warm-up calls each, then `repeats` rounds through all of them.
+        """
         found: dict[str, Measured | str] = {}
         peaks: dict[str, float] = {}
         for name, run in runs.items():
@@ -94,7 +106,10 @@ class Stopwatch:
 
 
 def explain(error: Exception) -> str:
-    """The error in one line; its memory is given back. Raises DeviceLost if it left the device unusable."""
+    """The error in one line; its memory is given back.
+
+    Raises DeviceLost if it left the device unusable.
+    """
     text = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
     error.__traceback__ = None  # its frames hold the tensors of the call
     gc.collect()

@@ -1,16 +1,20 @@
-"""Branch scores and selection for a whole batch of rollouts, against the published algorithm in its own form.
+"""Branch scores and selection for a whole batch of rollouts.
+
+Compared with the published algorithm in its own form.
 
     OMP_NUM_THREADS=1 python bench/kernels/branching.py [--quick] [--json FILE]
 
-The size is that of the authors' 7B runs: 768 rollouts of 6,144 response tokens, 8 roots to a prompt, 8 branches pooled
-over them. Both sides start from entropies, log-ratios, masks and token ids, and end with positions; the selections of
-the rows that both computed must be equal (`variant="released"`), or the script stops.
+The size is that of the authors' 7B runs: 768 rollouts of 6,144 response tokens, 8 roots to a
+prompt, 8 branches pooled over them. Both sides start from entropies, log-ratios, masks and token
+ids, and end with positions; the selections of the rows that both computed must be equal
+(`variant="released"`), or the script stops.
 
-"published" is written here from the paper and the description of the released code: for each row an L × L matrix of
-γ^(k-i), sum, clamp, exp, clip; z-scores over the valid tokens; one decode() a token to find blank text; stable sorts in
-Python per prompt. At full size it takes minutes, so some rows are timed and the median row is multiplied: the unit says
-which. "one matrix, table of blanks" is the same with two repairs that change no result: the matrix is built once for rows
-of equal length, and every id is decoded once, before the clock starts. Ours also gets its table of ids that way.
+"published" is written here from the paper and the description of the released code: for each row an
+L × L matrix of γ^(k-i), sum, clamp, exp, clip; z-scores over the valid tokens; one decode() a token
+to find blank text; stable sorts in Python per prompt. At full size it takes minutes, so some rows
+are timed and the median row is multiplied: the unit says which. "one matrix, table of blanks" is
+the same with two repairs that change no result: the matrix is built once for rows of equal length,
+and every id is decoded once, before the clock starts. Ours also gets its table of ids that way.
 """
 
 from __future__ import annotations
@@ -39,7 +43,10 @@ ROOTS, BRANCHES = 8, 8  # per prompt
 
 
 class Batch(NamedTuple):
-    """entropy, log_ratio float32, mask bool, ids int64: each [R, L]; row r belongs to prompt r // ROOTS."""
+    """entropy, log_ratio float32, mask bool, ids int64: each [R, L].
+
+    Row r belongs to prompt r // ROOTS.
+    """
 
     entropy: Tensor
     log_ratio: Tensor
@@ -51,7 +58,10 @@ class Batch(NamedTuple):
 
 
 def batch(rows: int, length: int, vocab: int) -> Batch:
-    """Tool results (a fifth of the tokens) come in runs of 64; one token in twenty is the policy's own whitespace."""
+    """Tool results (a fifth of the tokens) come in runs of 64.
+
+    One token in twenty is the policy's own whitespace.
+    """
     g = torch.Generator().manual_seed(0)
     entropy = torch.rand(rows, length, generator=g).square_().mul_(3)
     log_ratio = torch.randn(rows, length, generator=g).mul_(0.02)
@@ -171,7 +181,10 @@ def repaired(b: Batch, table: Tensor) -> list[list[int]]:
 
 
 def memory(which: str, rows: int, length: int) -> int | None:
-    """Peak resident bytes beyond the inputs, in a fresh process; the published form needs one row for its peak."""
+    """Peak resident bytes beyond the inputs, in a fresh process.
+
+    The published form needs one row for its peak.
+    """
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     table = not_blank(tokenizer)

@@ -1,9 +1,12 @@
-"""Segmented reverse discounted scan against the T × T decay matrix: time and memory for packed root rollouts.
+"""Segmented reverse discounted scan against the T × T decay matrix.
+
+Time and memory for packed root rollouts.
 
     OMP_NUM_THREADS=1 python bench/kernels/future_value.py [--quick] [--json FILE]
 
-The matrix form is the usual way to write the sum: build γ^(k-i) for all pairs, multiply. Two peers: a matrix per row
-(memory for one row at a time), and the best case for it, one matrix built once and reused for every row of equal length.
+The matrix form is the usual way to write the sum: build γ^(k-i) for all pairs, multiply. Two peers:
+a matrix per row (memory for one row at a time), and the best case for it, one matrix built once and
+reused for every row of equal length.
 """
 
 from __future__ import annotations
@@ -56,7 +59,8 @@ def main() -> None:
             "ours": ours,
             "matrix, built once": lambda: matrix_once(x, mask, gamma),
         }
-        # The matrix per row takes seconds per call: timed over a few rows and scaled to all of them.
+        # The matrix per row takes seconds per call: timed over a few rows and scaled to all of
+        # them.
         few = min(rows, 4)
         slow = {"few": lambda few=few: matrix_per_row(x[:few], mask[:few], gamma)}
         seconds = medians(fast, repeats=5)

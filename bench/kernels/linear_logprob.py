@@ -1,16 +1,22 @@
-"""Log-prob and entropy from hidden states on a CPU, ours against every peer in one run: time, memory, error.
+"""Log-prob and entropy from hidden states on a CPU, ours against every peer in one run.
+
+Time, memory, error.
 
     OMP_NUM_THREADS=1 python bench/kernels/linear_logprob.py [--quick] [--json FILE] [--threads N] [--repeats N] [--limit SECONDS]
                                            [--only TEXT] [--peers NAME,…]
 
-Sections: forward and forward+backward (gradients of h and w, the gradient of the entropy included) with those that can;
-log-prob only, so that peers without an entropy take part; memory at 32,768 tokens. Columns:
+Sections: forward and forward+backward (gradients of h and w, the gradient of the entropy included)
+with those that can; log-prob only, so that peers without an entropy take part; memory at 32,768
+tokens. Columns:
 
-    wall, CPU          medians of alternating calls; CPU is summed over threads and suffers less from neighbours
+    wall, CPU          medians of alternating calls; CPU is summed over threads and suffers less
+                       from neighbours
     GF/s per core      2·T·H·V (8·T·H·V with backward) over CPU-seconds, the same count for all
-    extra, kept        resident memory in a fresh process: what a call holds at its peak, results included, and what the
-                       first call leaves behind (packed weights, compiled code)
-    errors             largest against float64 on the same bf16 inputs; for gradients the relative L2 distance
+    extra, kept        resident memory in a fresh process: what a call holds at its peak, results
+                       included, and what the first call leaves behind (packed weights, compiled
+                       code)
+    errors             largest against float64 on the same bf16 inputs; for gradients the relative
+                       L2 distance
 
 Peers that are not installed or fail are listed below the tables. `ours` is backend "auto".
 """
@@ -127,7 +133,10 @@ def errors(out: tuple[Tensor, ...], want: Exact, backward: bool) -> list[float]:
 
 
 def memory(name: str, shape: Shape, backward: bool, threads: int) -> Resident | None:
-    """To be run in a fresh process; a small call before loads the code, so that it is not counted as kept."""
+    """To be run in a fresh process.
+
+    A small call before loads the code, so that it is not counted as kept.
+    """
     torch.set_num_threads(threads)
     chosen = next(i for i in implementations()[0] if i.name == name)
     step = train if backward else score
@@ -165,7 +174,10 @@ def section(
     notes: dict[str, str],
     args: argparse.Namespace,
 ) -> list[Case]:
-    """Time all implementations that can do this, alternating; then their errors and, in full, their memory."""
+    """Time all implementations that can do this, alternating.
+
+    Then their errors and, in full, their memory.
+    """
     p = problem(shape)
     want = exact(p, with_entropy)
     step = train if backward else score
@@ -213,7 +225,10 @@ def _only_logp(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> 
 def _affordable(
     name: str, step: partial[tuple[Tensor, ...]], p: Problem, limit: float, notes: dict[str, str]
 ) -> bool:
-    """Time 1/16 of the tokens first; a call that would take longer than `limit` seconds is left out, and said so."""
+    """Time 1/16 of the tokens first.
+
+    A call that would take longer than `limit` seconds is left out, and said so.
+    """
     few = max(1, p.y.shape[0] // 16)
     part = p._replace(h=p.h[:few], y=p.y[:few], d_logp=p.d_logp[:few], d_entropy=p.d_entropy[:few])
     start = time.process_time()

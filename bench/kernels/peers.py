@@ -1,13 +1,18 @@
-"""Ways to get log-prob and entropy of given tokens from hidden states: ours and those of others, behind one signature.
+"""Ways to get log-prob and entropy of given tokens from hidden states.
 
-Those named after a package call it; the others are written here from what other trainers do, in plain PyTorch:
+Ours and those of others, behind one signature.
+
+Those named after a package call it; the others are written here from what other trainers do, in
+plain PyTorch:
 
     eager bf16, eager fp32   the [T, V] logits in one piece
     torch.compile            the same in bf16, compiled
     T-chunk bf16             blocks of 128 tokens, recomputed in backward by checkpointing
-    V-chunk bf16             blocks of 4,096 columns with running maximum, sum and Σ e·x; backward recomputes each block
+    V-chunk bf16             blocks of 4,096 columns with running maximum, sum and Σ e·x; backward
+                             recomputes each block
 
-bf16 chunks in use elsewhere often give the entropy no gradient; these two do, which makes them stronger opponents.
+bf16 chunks in use elsewhere often give the entropy no gradient; these two do, which makes them
+stronger opponents.
 """
 
 from __future__ import annotations
@@ -33,7 +38,8 @@ Run = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 class Implementation:
     """`both` gives logp and an entropy with a gradient, `logp` only logp; None: it cannot.
 
-    slow: a call takes many times what the others take; compiled: the first call of a shape takes half a minute.
+    slow: a call takes many times what the others take; compiled: the first call of a shape takes
+    half a minute.
     """
 
     name: str
@@ -71,7 +77,10 @@ def token_chunks(
 
 
 class VocabChunks(torch.autograd.Function):
-    """bf16 products of `size` columns at a time, float32 running statistics, G rounded to bf16 in backward."""
+    """bf16 products of `size` columns at a time.
+
+    Running statistics are float32, G is rounded to bf16 in backward.
+    """
 
     @staticmethod
     def forward(

@@ -1,12 +1,16 @@
-"""From hidden states to tokens, logprobs and entropies: the fused head against a product followed by a sampler.
+"""From hidden states to tokens, logprobs and entropies.
+
+The fused head against a product followed by a sampler.
 
     OMP_NUM_THREADS=1 python bench/kernels/sampling.py [--quick] [--json FILE] [--threads N]
 
-The output head of SmolLM2-135M (49,152 x 576) and one of 151,936 x 896 (Qwen2.5-0.5B), random bfloat16 weights, float32
-hidden states, temperature 0.9, per row. "ours": one pass, tile by tile. "head alone": the same product, logits written
-and nothing drawn, so ours minus this is what drawing costs. "ours, two passes": the logits are written, then drawn from
-in C++. "torch": the same packed product, then softmax, entropy and an inverse-CDF draw in PyTorch. "torch head": the
-whole in PyTorch, with oneDNN's packed product where it has one. The error is that of logp and entropy against float64.
+The output head of SmolLM2-135M (49,152 x 576) and one of 151,936 x 896 (Qwen2.5-0.5B), random
+bfloat16 weights, float32 hidden states, temperature 0.9, per row. "ours": one pass, tile by tile.
+"head alone": the same product, logits written and nothing drawn, so ours minus this is what drawing
+costs. "ours, two passes": the logits are written, then drawn from in C++. "torch": the same packed
+product, then softmax, entropy and an inverse-CDF draw in PyTorch. "torch head": the whole in
+PyTorch, with oneDNN's packed product where it has one. The error is that of logp and entropy
+against float64.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A peer of bench/kernels/tree_attention.py: torch's SDPA over a packed tree, one call per subtree under the prompt.
+"""A peer of bench/kernels/tree_attention.py.
+
+torch's SDPA over a packed tree, one call per subtree under the prompt.
 
 The prompt's keys are copied before each subtree; where a subtree is a chain no mask is needed.
 """
@@ -16,9 +18,12 @@ from appo.packing.pack import interval_mask
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries [start, stop) of the stream; they see [prefix, prefix_stop) and, causally or by `mask`, each other.
+    """Queries [start, stop) of the stream.
 
-    mask is bool[stop-start+P, same] over prefix (P tokens) + segment, or None when all of it is one causal chain.
+    They see [prefix, prefix_stop) and, causally or by `mask`, each other.
+
+    mask is bool[stop-start+P, same] over prefix (P tokens) + segment, or None when all of it is one
+    causal chain.
     """
 
     prefix: int
@@ -29,10 +34,12 @@ class Segment:
 
 
 def plan_attention(subtree_end: Tensor) -> list[Segment]:
-    """Cut a stream into segments from the ends of its subtrees, int32[T]. Segments come in stream order.
+    """Cut a stream into segments from the ends of its subtrees, int32[T].
 
-    A tree starts with the tokens that all of it sees (prompt); each subtree after them is one segment. The first
-    takes the prompt's own queries with it.
+    Segments come in stream order.
+
+    A tree starts with the tokens that all of it sees (prompt); each subtree after them is one
+    segment. The first takes the prompt's own queries with it.
     """
     ends = subtree_end.cpu()
     segments: list[Segment] = []
@@ -60,7 +67,10 @@ def _leading(ends: Tensor, value: int) -> int:
 
 
 def _mask(ends: Tensor, prefix: int, start: int, stop: int) -> Tensor | None:
-    """None for a chain, else the interval mask of `prefix` tokens seen by all + the segment, in local coordinates."""
+    """None for a chain, else the interval mask in local coordinates.
+
+    It covers the `prefix` tokens seen by all and the segment.
+    """
     own = ends[start:stop]
     if bool((own >= stop).all()):
         return None

@@ -1,18 +1,23 @@
-"""Attention of one layer over a tree of sequences: what they share is read once, or once per sequence.
+"""Attention of one layer over a tree of sequences.
+
+What they share is read once, or once per sequence.
 
     OMP_NUM_THREADS=1 python bench/kernels/segment_attention.py [--quick] [--json FILE]
 
-siblings  a decode step of sequences below one prefix, each with 64 tokens of its own; sibling counts, prefix lengths and
-          head shapes vary around SmolLM2-135M's (9 query heads, 3 key heads of 64, bfloat16)
-tree      a decode step of the tree workload: 16 sequences, a prompt of 512 tokens and 300 tokens of their own each
+siblings  a decode step of sequences below one prefix, each with 64 tokens of its own; sibling
+          counts, prefix lengths and head shapes vary around SmolLM2-135M's (9 query heads, 3 key
+          heads of 64, bfloat16)
+tree      a decode step of the tree workload: 16 sequences, a prompt of 512 tokens and 300 tokens of
+          their own each
 prefill   512 tokens of one prompt at once, with and without tokens before them
 
-"ours" reads the pool through the tree. "per sequence" is the same kernel over a cache of its own for every sequence,
-as engines without a tree keep it; "one cache" reads the shared blocks once per sequence. "torch" is one call of
-scaled_dot_product_attention over padded caches, one per sequence, that lie ready for it. Layers are attended in turn,
-as a model does, so that a cache comes from memory where it does not fit the processor's. Times are CPU time. "memory" is
-the time in which one thread adds up as many bytes as are read, from end to end: a bound for a step.
-The error is the largest against float64.
+"ours" reads the pool through the tree. "per sequence" is the same kernel over a cache of its own
+for every sequence, as engines without a tree keep it; "one cache" reads the shared blocks once per
+sequence. "torch" is one call of scaled_dot_product_attention over padded caches, one per sequence,
+that lie ready for it. Layers are attended in turn, as a model does, so that a cache comes from
+memory where it does not fit the processor's. Times are CPU time. "memory" is the time in which one
+thread adds up as many bytes as are read, from end to end: a bound for a step. The error is the
+largest against float64.
 """
 
 from __future__ import annotations
@@ -51,7 +56,10 @@ class Reads:
 
     @classmethod
     def of(cls, rows: int, parts: list[tuple[list[int], int, list[int]]]) -> Reads:
-        """parts: (blocks, first row, limits) of each read; a row's keys go where its last read ends."""
+        """parts: (blocks, first row, limits) of each read.
+
+        A row's keys go where its last read ends.
+        """
         slots, sizes, blocks, reads, limits = [-1] * rows, [], [], [], []
         for number, (some, first, counts) in enumerate(parts):
             sizes.append((len(blocks), max(counts)))
@@ -65,7 +73,10 @@ class Reads:
 
 
 class Sequences:
-    """Rows of sequences that share a prefix, in a pool of random numbers: prefix blocks first, then their own."""
+    """Rows of sequences that share a prefix, in a pool of random numbers.
+
+    Prefix blocks first, then their own.
+    """
 
     def __init__(
         self, new: list[int], prefix: int, own: int, shape: Shape, dtype: torch.dtype, layers: int
@@ -100,7 +111,10 @@ class Sequences:
         return torch.cat(parts, dim=2)
 
     def reads(self, how: str) -> Reads:
-        """`shared`: one read of the prefix · `one cache`: a read per sequence · `copies`: a cache per sequence."""
+        """`shared`: one read of the prefix · `one cache`.
+
+        A read per sequence · `copies`: a cache per sequence.
+        """
         rows, parts = sum(self.new), []
         if how == "shared" and self.prefix:
             parts.append((self.shared, 0, [self.prefix] * rows))
@@ -184,7 +198,7 @@ def case(name: str, s: Sequences, repeats: int) -> Case:
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """(name, new rows per sequence, prefix, own tokens, heads, layers)"""
+    """(name, new rows per sequence, prefix, own tokens, heads, layers)."""
     wide: Shape = (32, 8, 128)
     some = [
         ("16 siblings, prefix 3072", [1] * 16, 3072, 64, SMOL, 4),

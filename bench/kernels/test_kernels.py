@@ -1,4 +1,6 @@
-"""The cases of bench/kernels/linear_logprob.py for pytest-benchmark, at small sizes: `pytest bench --benchmark-only`.
+"""The cases of bench/kernels/linear_logprob.py for pytest-benchmark, at small sizes.
+
+`pytest bench --benchmark-only`.
 
 Not part of the tests: `pytest` alone collects tests/ and nothing else.
 """

@@ -1,16 +1,21 @@
-"""Attention over a packed tree for training: ours against masks, independent sequences and FlexAttention.
+"""Attention over a packed tree for training.
+
+Ours against masks, independent sequences and FlexAttention.
 
     OMP_NUM_THREADS=1 python bench/kernels/tree_attention.py [--quick] [--json FILE] [--only TEXT] [--repeats N] [--no-memory]
 
-Trees of one prompt, N rollouts and B branches of each, forked evenly; every sequence ends after the same number of response
-tokens. Heads of SmolLM2-135M (9 query heads, 3 key heads of 64), bfloat16. Rows:
+Trees of one prompt, N rollouts and B branches of each, forked evenly; every sequence ends after the
+same number of response tokens. Heads of SmolLM2-135M (9 query heads, 3 key heads of 64), bfloat16.
+Rows:
 
     wall, CPU   ms of one layer, medians of alternating calls; CPU suffers less from neighbours
-    memory      MiB of resident memory that a call holds at its peak, in a fresh process, results included
+    memory      MiB of resident memory that a call holds at its peak, in a fresh process, results
+                included
 
-Columns: `sdpa mask` torch's SDPA with the N × N boolean mask · `sdpa plan` SDPA per subtree
-under the prompt, which is copied before each · `sdpa sequences` every sequence for itself, shared tokens again and again · `flex`
-FlexAttention with a block mask, compiled. Peers that fail are listed below the table.
+Columns: `sdpa mask` torch's SDPA with the N × N boolean mask · `sdpa plan` SDPA per subtree under
+the prompt, which is copied before each · `sdpa sequences` every sequence for itself, shared tokens
+again and again · `flex` FlexAttention with a block mask, compiled. Peers that fail are listed below
+the table.
 """
 
 from __future__ import annotations
@@ -60,7 +65,10 @@ class Tree(NamedTuple):
 
 
 def tree(shape: Shape) -> Tree:
-    """Branch b of a rollout leaves it after a share b / (B + 1) of its response; the latest fork comes first."""
+    """Branch b of a rollout leaves it after a share b / (B + 1) of its response.
+
+    The latest fork comes first.
+    """
     prompt, response = shape.prompt, shape.response
     forks = [response * b // (shape.branches + 1) for b in range(shape.branches, 0, -1)]
     own = response + sum(response - f for f in forks)

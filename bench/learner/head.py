@@ -1,12 +1,14 @@
-"""What the head backend is worth to a training step: the quickstart's learner phase, "torch" against the default.
+"""What the head backend is worth to a training step.
+
+The quickstart's learner phase, "torch" against the default.
 
     OMP_NUM_THREADS=1 python bench/learner/head.py [--quick] [--json FILE] [--threads N]
 
-One mini-batch of the quickstart recipe as the learner gets it: two prompts of 134 tokens with four root rollouts of 60
-each, packed into one stream of 748 tokens; LoRA on the last layers, the tied head frozen. Timed in one process,
-alternating: the whole `train_minibatch` (model and head, forward, backward, optimiser step), and the head alone with the
-gradient of the hidden states. APPO_BENCH_MODEL=folder uses a real model; by default random weights in the shape of
-SmolLM2-135M.
+One mini-batch of the quickstart recipe as the learner gets it: two prompts of 134 tokens with four
+root rollouts of 60 each, packed into one stream of 748 tokens; LoRA on the last layers, the tied
+head frozen. Timed in one process, alternating: the whole `train_minibatch` (model and head,
+forward, backward, optimiser step), and the head alone with the gradient of the hidden states.
+APPO_BENCH_MODEL=folder uses a real model; by default random weights in the shape of SmolLM2-135M.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-"""The memory table: what the large recipes need on each of 8 GPUs, and how far the formulas are from what is measured.
+"""The memory table.
+
+What the large recipes need on each of 8 GPUs, and how far the formulas are from what is measured.
 
     OMP_NUM_THREADS=1 python bench/learner/memory.py [--quick] [--json FILE]
 
-The table is computed by `appo.run.memory` from the models' published shapes; nothing of that size is loaded. The formulas are
-then compared with small models: tensors of a DeepSpeed engine between backward and step (ZeRO 0 to 3, on one rank and, by
-torchrun, on two), storages that autograd saves in a forward, the native engine's own KV pool, and the most that was alive
-at once in a forward and backward (PyTorch's profiler). `error` is (formula - measured) / measured.
+The table is computed by `appo.run.memory` from the models' published shapes; nothing of that size
+is loaded. The formulas are then compared with small models: tensors of a DeepSpeed engine between
+backward and step (ZeRO 0 to 3, on one rank and, by torchrun, on two), storages that autograd saves
+in a forward, the native engine's own KV pool, and the most that was alive at once in a forward and
+backward (PyTorch's profiler). `error` is (formula - measured) / measured.
 """
 
 from __future__ import annotations
@@ -45,7 +48,9 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # the checkout, for `
 from bench.common import _write, parser, peak_bytes
 
 BUDGET = 80e9  # bytes of one GPU
-RESERVE = 6e9  # CUDA context, kernels' workspace, vLLM's activations and graphs, fragments: an allowance, not measured
+# CUDA context, kernels' workspace, vLLM's activations and graphs, fragments: an allowance, not
+# measured
+RESERVE = 6e9
 WORLD = 8
 
 # Published config.json of the models that the recipes name.
@@ -76,7 +81,10 @@ FAMILIES = {
 
 @dataclass
 class Check:
-    """One comparison, in bytes. `bound`: the largest |error| that counts as agreement; None: shown only."""
+    """One comparison, in bytes.
+
+    `bound`: the largest |error| that counts as agreement; None: shown only.
+    """
 
     name: str
     formula: float
@@ -108,7 +116,7 @@ def stream(tokens: int) -> PackedBatch:
     return pack_sequences([list(range(64))] * (tokens // 64))
 
 
-# -- what the learner keeps ----------------------------------------------------------------------------------------
+# -- what the learner keeps ------------------------------------------------------------------------
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -136,7 +144,10 @@ def loss(stats: Any, batch: PackedBatch, counts: Counts) -> tuple[Tensor, dict]:
 
 
 def state_checks(folder: Path, family: str, dtype: str, settings: LearnerConfig) -> list[Check]:
-    """Weights, masters and moments tensor by tensor; then everything that is alive between two micro-batches."""
+    """Weights, masters and moments tensor by tensor.
+
+    Then everything that is alive between two micro-batches.
+    """
     before = storages(alive())
     batches, counts = [stream(64), stream(64)], Counts(128, 2, 2)
     found: list[dict[int, int]] = []
@@ -229,11 +240,14 @@ def on_two_ranks(scratch: Path, quick: bool) -> list[Check]:
     return [Check(**row) for row in json.loads(result.read_text())]
 
 
-# -- one micro-batch, one cache ------------------------------------------------------------------------------------
+# -- one micro-batch, one cache --------------------------------------------------------------------
 
 
 def saved_by_autograd(policy: Policy, batch: PackedBatch) -> float:
-    """Bytes of the storages that a forward saves, each once; weights and the batch itself are not counted."""
+    """Bytes of the storages that a forward saves, each once.
+
+    Weights and the batch itself are not counted.
+    """
     known = storages([*policy.parameters(), *policy.buffers(), *vars_of(batch)])
     kept: list[Tensor] = []
 
@@ -330,7 +344,7 @@ def small_checks(scratch: Path, quick: bool) -> list[Check]:
     return out
 
 
-# -- the table -----------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 def table() -> dict[str, dict[str, memory.Row]]:

@@ -1,12 +1,16 @@
-"""Packing speed: trees of a large mini-batch into token streams, in tokens of the streams per second.
+"""Packing speed.
+
+Trees of a large mini-batch into token streams, in tokens of the streams per second.
 
     OMP_NUM_THREADS=1 python bench/learner/packing.py [--quick] [--json FILE] [--old FILE]
 
-16 prompts × 16 leaves × about 2,000 tokens in four shapes: flat roots of one node each; agents (4 roots and 12 branches,
-model turns of 60 tokens between tool results of 100); deep trees of small nodes (8 tokens a turn, hundreds of nodes on a
-path); chains of nodes of one token. Every row trains. --old FILE times another version of appo/packing/pack.py beside
-it, e.g. one that `git show COMMIT:appo/packing/pack.py` wrote to FILE. Every rank packs its own trees: the notes compare
-with one of eight GPUs that train 100,000 tokens a second together (a CPU core trains a few thousand).
+16 prompts × 16 leaves × about 2,000 tokens in four shapes: flat roots of one node each; agents (4
+roots and 12 branches, model turns of 60 tokens between tool results of 100); deep trees of small
+nodes (8 tokens a turn, hundreds of nodes on a path); chains of nodes of one token. Every row
+trains. --old FILE times another version of appo/packing/pack.py beside it, e.g. one that
+`git show COMMIT:appo/packing/pack.py` wrote to FILE. Every rank packs its own trees: the notes
+compare with one of eight GPUs that train 100,000 tokens a second together (a CPU core trains a few
+thousand).
 """
 
 from __future__ import annotations
@@ -60,7 +64,10 @@ def grow(
 def tree(
     shape: tuple[int, int, int, int], length: int, prompt: int, rng: np.random.Generator
 ) -> RolloutTree:
-    """Roots of `length` response tokens; each branch leaves a random node of a random root and is as long in all."""
+    """Roots of `length` response tokens.
+
+    Each branch leaves a random node of a random root and is as long in all.
+    """
     roots, branches, model, tool = shape
     nodes = [Node(None, "prompt", 0, rng.integers(50_000, size=prompt).tolist())]
     leaves = [

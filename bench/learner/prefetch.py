@@ -1,14 +1,18 @@
-"""What drawing roots beside the learner gains: seconds per step with staleness 0 and 1, and how often Ω says something.
+"""What drawing roots beside the learner gains.
+
+Seconds per step with staleness 0 and 1, and how often Ω says something.
 
     python bench/learner/prefetch.py [--quick] [--json FILE] [--tool SECONDS]
 
-The tiny recipe, and in full the quickstart too (SmolLM2-135M), each with its Python tool and with one that takes some
-seconds longer, as a search would. Runs alternate, each in a fresh process; medians over steps that draw roots for a later
-one, so not over the first and the last. On a CPU learner and engine share the cores, so what can be gained is the time in
-which one of them waits (for tools, for single-threaded code); on a machine where the learner has a device of its own it
-is the smaller of the two.
+The tiny recipe, and in full the quickstart too (SmolLM2-135M), each with its Python tool and with
+one that takes some seconds longer, as a search would. Runs alternate, each in a fresh process;
+medians over steps that draw roots for a later one, so not over the first and the last. On a CPU
+learner and engine share the cores, so what can be gained is the time in which one of them waits
+(for tools, for single-threaded code); on a machine where the learner has a device of its own it is
+the smaller of the two.
 
-"hidden": the part of the drawing that took no time of the step. "flat": branch points chosen without Ω (goal: none).
+"hidden": the part of the drawing that took no time of the step. "flat": branch points chosen
+without Ω (goal: none).
 """
 
 from __future__ import annotations

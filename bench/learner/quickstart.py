@@ -1,7 +1,8 @@
 """Seconds of a quickstart step by phase, and the peak memory of the whole process.
 
-Runs `appo train` in a process of its own, so that the memory is that of a user's run. `--quick` uses the tiny recipe.
-There is no peer: no other trainer has these phases. Ours is given per step, evaluation apart.
+Runs `appo train` in a process of its own, so that the memory is that of a user's run. `--quick`
+uses the tiny recipe. There is no peer: no other trainer has these phases. Ours is given per step,
+evaluation apart.
 """
 
 from __future__ import annotations

@@ -1,20 +1,26 @@
-"""A learner step on packed trees against padded rows, rows without sharing, and TRL: time, tokens a second, memory.
+"""A learner step on packed trees against padded rows, rows without sharing, and TRL.
+
+Time, tokens a second, memory.
 
     OMP_NUM_THREADS=1 python bench/learner/step.py [--quick] [--json FILE] [--only steps,memory,zero] [--repeats 2]
                                               [--model FOLDER] [--venvs FOLDER]
 
-One prompt group, SmolLM2-135M, all weights trained in bfloat16 with float32 masters, AdamW, one thread. Every response ends
-after the same number of tokens, so padding costs nobody anything. Works: N roots with B branches each, of which the roots
-train; the same with every row training; an agent's tree, forked at three depths, every row training. Columns:
+One prompt group, SmolLM2-135M, all weights trained in bfloat16 with float32 masters, AdamW, one
+thread. Every response ends after the same number of tokens, so padding costs nobody anything.
+Works: N roots with B branches each, of which the roots train; the same with every row training; an
+agent's tree, forked at three depths, every row training. Columns:
 
-    tokens read     what the transformer was run on; its ratio to ours is the most that sharing can be worth
+    tokens read     what the transformer was run on; its ratio to ours is the most that sharing can
+                    be worth
     CPU, wall       seconds of a step: forward, backward, clipping, AdamW
     trained tokens  of the responses that carry loss, a second; the same tokens for everybody
 
-`rows` is our learner on rows that share nothing; `padded` is what the method's released code does, all rows through forward and
-backward (bench/peers/learner/peer_padded.py); `TRL` its GRPOTrainer, on all rows and on those that train (peer_trl.py says what
-is timed). These three are timed on a few rows, all of one length, and scaled to the rows of the step; ours is timed whole.
-Each lives in a process of its own; rounds alternate, medians. TRL is looked for in FOLDER/trl (default: ~/.cache/appo/bench):
+`rows` is our learner on rows that share nothing; `padded` is what the method's released code does,
+all rows through forward and backward (bench/peers/learner/peer_padded.py); `TRL` its GRPOTrainer,
+on all rows and on those that train (peer_trl.py says what is timed). These three are timed on a few
+rows, all of one length, and scaled to the rows of the step; ours is timed whole. Each lives in a
+process of its own; rounds alternate, medians. TRL is looked for in FOLDER/trl (default:
+~/.cache/appo/bench):
 
     python -m venv FOLDER/trl && FOLDER/trl/bin/pip install -r requirements/bench-trl.txt
 """

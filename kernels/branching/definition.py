@@ -1,5 +1,6 @@
-"""Eq. 3 to 5 of arXiv 2606.12384 in PyTorch, float64: the formulas that every backend is tested
-against.
+"""Eq. 3 to 5 of arXiv 2606.12384 in PyTorch, float64.
+
+The formulas that every backend is tested against.
 
 Everything works on *packed* roots: vectors of N tokens and offsets[B+1] that cut them into B
 segments, one per root. The torch backends call these functions. The policy loss calls
@@ -21,8 +22,9 @@ RULE_STRICT, RULE_ENTROPY, RULE_PRODUCT = 0, 1, 2
 
 
 def future_value_torch(log_ratio: Tensor, mask: Tensor, offsets: Tensor, gamma: float) -> Tensor:
-    """S_t = Σ_{k ≥ t} γ^(k-t) · mask_k · d_k inside each segment (Eq. 4); [N] in the dtype of
-    log_ratio.
+    """S_t = Σ_{k ≥ t} γ^(k-t) · mask_k · d_k inside each segment (Eq. 4).
+
+    [N] in the dtype of log_ratio.
 
     By doubling: after step j every token holds the sum of its next 2^j terms. O(N log L).
     """
@@ -45,15 +47,16 @@ def future_value_torch(log_ratio: Tensor, mask: Tensor, offsets: Tensor, gamma: 
 
 
 def omega(future: Tensor, low: float, high: float) -> Tensor:
-    """clip(exp(clamp(S, ±20)), low, high): Ω of Eq. 5, and f of Eq. 7. [N] → [N]"""
+    """clip(exp(clamp(S, ±20)), low, high): Ω of Eq. 5, and f of Eq. 7. [N] → [N]."""
     return future.clamp(-SUM_CLAMP, SUM_CLAMP).exp().clamp(low, high)
 
 
 def standardise(
     x: Tensor, mask: Tensor, segment: Tensor, segments: int, variant: str
 ) -> tuple[Tensor, Tensor]:
-    """z = (x - mean) / (std + 1e-6) over the mask tokens of each segment, population std, two
-    passes.
+    """z = (x - mean) / (std + 1e-6) over the mask tokens of each segment.
+
+    Population std, in two passes.
 
     x[N] float64, mask[N] bool, segment[N] → (z[N], 0 where the mask is False; uninformative[B]).
     "paper": a vector whose deviation is rounding is standardized to exactly 0; "released": the bare
@@ -78,7 +81,7 @@ def standardise(
 
 
 def branching_score(z_entropy: Tensor, z_omega: Tensor) -> Tensor:
-    """BS = z(clip(Ω)) · z(H) (Eq. 5). [N] → [N]"""
+    """BS = z(clip(Ω)) · z(H) (Eq. 5). [N] → [N]."""
     return z_entropy * z_omega
 
 

@@ -1,9 +1,10 @@
-"""The segmented reverse discounted scan: what lies ahead of each token, in O(N) and without a T × T
-matrix.
+"""The segmented reverse discounted scan.
+
+What lies ahead of each token, in O(N) and without a T × T matrix.
 
 Along one segment (`future_value`) and along a tree of segments (`tree_future_value`). The native
-code (csrc/branching/future_value.cpp), the Triton kernels (kernels/branching/gpu/scan.py) and the PyTorch definitions
-compute the same sums in float64 and are tested against each other.
+code (csrc/branching/future_value.cpp), the Triton kernels (kernels/branching/gpu/scan.py) and the
+PyTorch definitions compute the same sums in float64 and are tested against each other.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ def future_value(
     backend: str = "auto",
     threads: int | None = None,
 ) -> Tensor:
-    """S_i = Σ_{k≥i} γ^(k-i) · mask_k · log_ratio_k over the raw positions of each segment. O(N),
-    float64 inside.
+    """S_i = Σ_{k≥i} γ^(k-i) · mask_k · log_ratio_k over the raw positions of each segment.
+
+    O(N), float64 inside.
 
     log_ratio[N] floating point; mask[N]; offsets[B+1] from 0 to N, not decreasing; 0 ≤ gamma ≤ 1
-    backend  "auto" | "torch" | "cpu" (RuntimeError without the native library) | "triton"; see `packed`
-    threads  upper bound for the native code (default torch's); it uses one per 65,536 tokens at most
+    backend  "auto" | "torch" | "cpu" (RuntimeError without the native library) | "triton"; see
+             `packed`
+    threads  upper bound for the native code (default torch's); it uses one per 65,536 tokens at
+             most
     Returns [N] in the dtype of log_ratio. No gradient. NaN spreads to the earlier tokens of its segment, unless masked.
     Raises ValueError for shapes, offsets or a gamma that do not fit; "triton" trusts offsets that lie on
     the GPU, because to look at them would wait for it.
@@ -52,8 +56,9 @@ def _future_value(
     backend: str,
     threads: int | None,
 ) -> Tensor:
-    """`future_value` as an operator that is opaque to torch.compile: a compiled graph does not
-    break at it.
+    """`future_value` as an operator that is opaque to torch.compile.
+
+    A compiled graph does not break at it.
     """
     how = packed.choose(backend, log_ratio)
     if how == "torch":
@@ -86,16 +91,20 @@ def tree_future_value(
     weights: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The same sum along a tree: what lies ahead of a node's last token is the weighted sum over
-    its children.
+    """The same sum along a tree.
+
+    What lies ahead of a node's last token is the weighted sum over its children.
 
         F_i = mask_i · log_ratio_i + γ · F_{i+1}                          inside a node
         F_i = mask_i · log_ratio_i + γ · Σ_{children c} w_c · F_first(c)  at the last token of a node
 
-    offsets[B+1]   cuts the tokens into B nodes; an empty node hands on what lies ahead of it, undiscounted
-    parents[B]     integer, the node before this one on its path, or -1; a parent comes before its children
-    weights[B]     w_c, finite, of each node in its parent's sum; None: the mean over the children. With all weights 1 and
-                   no forks this is `future_value` of the joined segments. A child of weight 0 does not count, NaN or not.
+    offsets[B+1]   cuts the tokens into B nodes; an empty node hands on what lies ahead of it,
+                   undiscounted
+    parents[B]     integer, the node before this one on its path, or -1; a parent comes before its
+                   children
+    weights[B]     w_c, finite, of each node in its parent's sum; None: the mean over the children.
+                   With all weights 1 and no forks this is `future_value` of the joined segments. A
+                   child of weight 0 does not count, NaN or not.
     The rest is as in `future_value`. "cpu" runs in one thread; "triton" looks at parents and offsets on the host, so it
     waits for the device, and again for the copy of each level of the tree.
     """
@@ -127,8 +136,9 @@ def tree_future_value(
 def _tree_torch(
     log_ratio: Tensor, mask: Tensor, offsets: Tensor, parents: Tensor, weights: Tensor, gamma: float
 ) -> Tensor:
-    """The definition: node by node, the last first; a node's carry enters as one more token behind
-    it.
+    """The definition: node by node, the last first.
+
+    A node's carry enters as one more token behind it.
     """
     packed.segment_lengths(offsets, log_ratio.shape[0])
     x = torch.where(mask.to(torch.bool), log_ratio.double(), 0.0)

@@ -1,5 +1,6 @@
-"""Where to branch: the Branching Score (arXiv 2606.12384, Eq. 5). The choice of positions is in
-`selection`.
+"""Where to branch: the Branching Score (arXiv 2606.12384, Eq. 5).
+
+The choice of positions is in `selection`.
 
 Everything works on *packed* roots: vectors of N tokens and offsets[B+1] that cut them into B
 segments, one per root rollout. A mask marks tokens that the policy sampled; tool tokens add nothing
@@ -80,8 +81,9 @@ def _branch_scores(
     variant: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`branch_scores` as an operator that is opaque to torch.compile: a compiled graph does not
-    break at it.
+    """`branch_scores` as an operator that is opaque to torch.compile.
+
+    A compiled graph does not break at it.
     """
     how = packed.choose(backend, log_ratio)
     if how == "torch":

@@ -1,5 +1,6 @@
-"""The choice of positions to branch at: the best k of every group by strictness, value and
-position.
+"""The choice of positions to branch at.
+
+The best k of every group by strictness, value and position.
 
 The order is total, so selection has one result, whatever computes it: `_select_torch` by
 `definition.ranking`, csrc/branching/selection.cpp or kernels/branching/gpu/topk.py.
@@ -21,7 +22,9 @@ RULE_EMPTY, RULE_REPEAT = -1, 3  # the others: `definition`
 
 @dataclass(frozen=True)
 class BranchPoints:
-    """index[G, k] int64 packed positions (-1: slot not filled), count[G] filled slots, rule[G, k]
+    """The positions chosen in each segment.
+
+    index[G, k] int64 packed positions (-1: slot not filled), count[G] filled slots, rule[G, k]
     which rule filled it.
 
     Rules: 0 strict, 1 entropy, and for `released` only 2 raw product, 3 repeat of an earlier slot;
@@ -44,8 +47,9 @@ def select_branch_points(
     *,
     backend: str = "auto",
 ) -> BranchPoints:
-    """The k positions to branch at in every group of segments (default: each segment is a group of
-    its own).
+    """The k positions to branch at in every group of segments.
+
+    default: each segment is a group of its own.
 
     eligible[N] bool: sampled, not blank, not the end, room left; groups[B] integers number each
     segment's group, 0 … G-1 "paper": strict candidates (z_entropy > 0 and z_omega > 0) by score,
@@ -164,7 +168,10 @@ def _select_torch(
 
 
 def _repeat(index: Tensor, rule: Tensor, count: Tensor) -> Chosen:
-    """Fill free slots with the chosen ones over again, cyclically; a group with none stays empty."""
+    """Fill free slots with the chosen ones over again, cyclically.
+
+    A group with none stays empty.
+    """
     k = index.shape[1]
     slot = torch.arange(k, device=index.device).expand_as(index)
     source = slot % count.clamp(min=1)[:, None]

@@ -1,4 +1,7 @@
-"""What this machine can run: the instruction set of the native matrix kernels, and whether Triton fits the device."""
+"""What this machine can run.
+
+The instruction set of the native matrix kernels, and whether Triton fits the device.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,19 @@ TRITON_NEEDED = (3, 7)
 
 
 def linear_isa() -> str | None:
-    """The instruction set of the native matrix kernels on this machine; None: they cannot run here."""
+    """The instruction set of the native matrix kernels on this machine.
+
+    None: they cannot run here.
+    """
     run = native.function("linear_isa")
     return (str(run()) or None) if run is not None else None
 
 
 def triton_runs(device: torch.device) -> bool:
-    """Whether "auto" takes Triton on a GPU: 3.7 or newer, and a device that multiplies bfloat16 (sm_80, gfx90a or newer)."""
+    """Whether "auto" takes Triton on a GPU.
+
+    3.7 or newer, and a device that multiplies bfloat16 (sm_80, gfx90a or newer).
+    """
     found = triton_version()
     if found is None or tuple(int(x) for x in found.split(".")[:2]) < TRITON_NEEDED:
         return False

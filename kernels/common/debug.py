@@ -1,10 +1,13 @@
-"""Debug mode: non-finite statistics are counted on the device, without waiting for it, and read when you ask.
+"""Debug mode: non-finite statistics are counted on the device, and read when you ask.
+
+Counting does not wait for the device.
 
     with debug.watch() as seen:
         ...                       # any number of kernel calls
     seen.non_finite()             # one synchronisation, here
 
-While a watch is open, ids on a GPU are checked as well, as they always are on a CPU (this one does wait).
+While a watch is open, ids on a GPU are checked as well, as they always are on a CPU (this one does
+wait).
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ class Watch:
         self._counts: dict[torch.device, Tensor] = {}
 
     def add(self, stats: Tensor) -> None:
-        """stats[k, N]: counts tokens with a non-finite entry; a few launches, no synchronisation."""
+        """stats[k, N]: counts tokens with a non-finite entry.
+
+        A few launches, no synchronisation.
+        """
         wrong = (~torch.isfinite(stats)).any(dim=0).sum()
         before = self._counts.get(stats.device)
         self._counts[stats.device] = wrong if before is None else before + wrong
@@ -43,7 +49,10 @@ def active() -> bool:
 
 @contextmanager
 def watch() -> Iterator[Watch]:
-    """Open a watch over the kernel calls of this process until the block ends; watches may be nested."""
+    """Open a watch over the kernel calls of this process until the block ends.
+
+    Watches may be nested.
+    """
     found = Watch()
     _open.append(found)
     try:

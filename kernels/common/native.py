@@ -1,10 +1,12 @@
 """Finding and loading the native library, and saying plainly what was found.
 
-The library is `appo/_native/libappo_native.*`, beside the package in a wheel and in a checkout alike. Where it is
-absent the PyTorch definitions are used; where it is present but does not load, that is a fault and is reported.
+The library is `appo/_native/libappo_native.*`, beside the package in a wheel and in a checkout
+alike. Where it is absent the PyTorch definitions are used; where it is present but does not load,
+that is a fault and is reported.
 
 APPO_NO_NATIVE=1   the library is not used
-APPO_NATIVE_DIR    folder of another library, such as one built to be tested (tests/sanitizer/run.sh)
+APPO_NATIVE_DIR    folder of another library, such as one built to be tested
+                   (tests/sanitizer/run.sh)
 """
 
 from __future__ import annotations
@@ -35,14 +37,20 @@ def library_path() -> Path:
 
 
 def build_info() -> dict[str, Any]:
-    """What the build wrote down: {"native": bool, "reason"|"compiler"|"flags"|"target": str, "sources": hash}."""
+    """What the build wrote down.
+
+    {"native": bool, "reason"|"compiler"|"flags"|"target": str, "sources": hash}.
+    """
     path = _native_dir() / "build_info.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 @functools.cache
 def load() -> tuple[Any | None, str | None]:
-    """(module, None) or (None, reason). A library that exists but fails to load also raises a RuntimeWarning, once."""
+    """(module, None) or (None, reason).
+
+    A library that exists but fails to load also raises a RuntimeWarning, once.
+    """
     if os.environ.get("APPO_NO_NATIVE", "") not in ("", "0"):
         return None, "switched off: APPO_NO_NATIVE is set"
     path = library_path()
@@ -101,8 +109,9 @@ def _source_digest(root: Path) -> str:
 def backend_info() -> dict[str, Any]:
     """Which code runs the kernels on the CPU, for `appo doctor`.
 
-    backend "cpu" (native) | "torch"; library: path or None; reason: why the native library is not used, or None;
-    stale: the checkout's C++ changed after the build; build: compiler and flags; torch, torch_threads.
+    backend "cpu" (native) | "torch"; library: path or None; reason: why the native library is not
+    used, or None; stale: the checkout's C++ changed after the build; build: compiler and flags;
+    torch, torch_threads.
     """
     import torch
 

@@ -1,6 +1,9 @@
-"""Registration of our operators with torch: opaque to torch.compile, with a fake implementation for tracing.
+"""Registration of our operators with torch.
 
-`torch.library.custom_op` would do the same, but imports the whole compiler at its first call: 4 s, compiled code or not.
+Opaque to torch.compile, with a fake implementation for tracing.
+
+`torch.library.custom_op` would do the same, but imports the whole compiler at its first call: 4 s,
+compiled code or not.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ def operator(
 ) -> Callable[..., Any]:
     """`function` as torch.ops.appo.<name>, for every device; `fake` gives shapes and dtypes only.
 
-    The schema is read from the annotations. A parameter that is a named tuple becomes one argument per field:
-    the operator is called with `*value`, `function` and `fake` get the tuple.
-    The operator has no derivative of its own: call it inside an autograd.Function. Its results never alias its
-    inputs.
+    The schema is read from the annotations. A parameter that is a named tuple becomes one argument
+    per field: the operator is called with `*value`, `function` and `fake` get the tuple. The
+    operator has no derivative of its own: call it inside an autograd.Function. Its results never
+    alias its inputs.
     """
     signature, pack = _flattened(function)
 
@@ -45,7 +48,10 @@ def operator(
 def _flattened(
     function: Callable[..., Any],
 ) -> tuple[inspect.Signature, Callable[[tuple[Any, ...]], list[Any]]]:
-    """(signature with the fields of named tuples in their place, what makes the tuples of flat arguments)."""
+    """A signature without named tuples, and what makes the tuples of flat arguments.
+
+    Their fields stand in their place.
+    """
     hints = get_type_hints(function)
     signature = inspect.signature(function)
     flat: list[inspect.Parameter] = []

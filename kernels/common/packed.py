@@ -1,6 +1,9 @@
-"""What the kernels over packed tokens share: which code runs a call, checks of the layout, segment numbers.
+"""What the kernels over packed tokens share.
 
-Tokens are *packed*: vectors of N tokens and offsets[B+1] that cut them into B segments, one per rollout (or tree node).
+Which code runs a call, checks of the layout, segment numbers.
+
+Tokens are *packed*: vectors of N tokens and offsets[B+1] that cut them into B segments, one per
+rollout (or tree node).
 
 torch   the definition, every device        cpu     C++ (csrc/), float32 and float64
 triton  kernels/gpu, CUDA tensors, or CPU tensors in Triton's interpreter
@@ -23,8 +26,8 @@ BACKENDS = ("torch", "cpu", "triton")
 def choose(backend: str, x: Tensor) -> str:
     """The backend that `backend` means for tensors on the device of x.
 
-    auto: CPU → cpu when the native library is built; CUDA → triton when it is installed; else torch.
-    ValueError for a name that does not exist and for backend "cpu" with a tensor elsewhere.
+    auto: CPU → cpu when the native library is built; CUDA → triton when it is installed; else
+    torch. ValueError for a name that does not exist and for backend "cpu" with a tensor elsewhere.
     """
     if backend not in ("auto", *BACKENDS):
         expected = ", ".join(repr(b) for b in ("auto", *BACKENDS))
@@ -42,7 +45,10 @@ def choose(backend: str, x: Tensor) -> str:
 
 
 def gpu(module: str) -> Any:
-    """A module of Triton kernels by its place below kernels/; RuntimeError where Triton is missing."""
+    """A module of Triton kernels by its place below kernels/.
+
+    RuntimeError where Triton is missing.
+    """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("backend='triton' needs Triton: pip install 'triton>=3.7'")
     return import_module(f"appo._kernels.{module}")
@@ -89,7 +95,10 @@ def on_host(offsets: Tensor) -> Tensor:
 
 
 def on_device(offsets: Tensor, n: int, device: torch.device) -> Tensor:
-    """Contiguous int64 on a GPU. Offsets that come from the CPU are checked; to look at others would wait for the GPU."""
+    """Contiguous int64 on a GPU.
+
+    Offsets that come from the CPU are checked; to look at others would wait for the GPU.
+    """
     if offsets.device.type == "cpu":
         segment_lengths(offsets, n)
     elif n and offsets.shape[0] < 2:
@@ -98,7 +107,10 @@ def on_device(offsets: Tensor, n: int, device: torch.device) -> Tensor:
 
 
 def segment_lengths(offsets: Tensor, n: int) -> Tensor:
-    """Segment lengths [B]; ValueError unless the offsets run from 0 to n without going back. Waits for the device."""
+    """Segment lengths [B]; ValueError unless the offsets run from 0 to n without going back.
+
+    Waits for the device.
+    """
     lengths = offsets[1:] - offsets[:-1]
     if (
         offsets.shape[0] < 1

@@ -1,15 +1,18 @@
 """The statistics algebra of a softmax that is never held: base 2, centred, mergeable in any tree.
 
-Scaled logits are x2 = log2(e) · logit / temperature. A block of columns is summed up by four numbers per token:
+Scaled logits are x2 = log2(e) · logit / temperature. A block of columns is summed up by four
+numbers per token:
 
-    m = max x2        s = Σ 2^(x2-m)        u = Σ 2^(x2-m) · (x2-m) ≤ 0        z = x2[target] if it is here, else 0
+    m = max x2        s = Σ 2^(x2-m)        u = Σ 2^(x2-m) · (x2-m) ≤ 0        z = x2[target] if it
+                      is here, else 0
 
 Two blocks merge by shifting both to the larger maximum. In nats, with M, S, U, Z of all columns,
 
     logp = ln2 · ((Z-M) - log2 S)      entropy = ln2 · (log2 S - U/S)      lse = ln2 · (M + log2 S)
 
-Entropy is a sum of two non-negative terms, so nothing cancels and it is never negative; logp is never positive because
-z comes from the same accumulators and S ≥ 1. `EMPTY` stands for minus infinity: -inf minus -inf would be NaN.
+Entropy is a sum of two non-negative terms, so nothing cancels and it is never negative; logp is
+never positive because z comes from the same accumulators and S ≥ 1. `EMPTY` stands for minus
+infinity: -inf minus -inf would be NaN.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ EMPTY = -1e30
 
 
 class Stats(NamedTuple):
-    """Statistics of some columns for N tokens; each field is [N], float32 (float64 for float64 logits)."""
+    """Statistics of some columns for N tokens.
+
+    Each field is [N], float32 (float64 for float64 logits).
+    """
 
     m: Tensor
     s: Tensor
@@ -41,10 +47,12 @@ def empty(n: int, like: Tensor) -> Stats:
 
 
 def column_stats(x2: Tensor, column: Tensor) -> Stats:
-    """Statistics of a block of scaled logits. **Overwrites x2.**
+    """Statistics of a block of scaled logits.
 
-    x2[N, V] float32/float64; column[N] int64 is the target's column inside the block, any value outside 0 … V-1 if the
-    target is elsewhere. Finite inputs only; replace -inf by EMPTY first.
+    **Overwrites x2.**
+
+    x2[N, V] float32/float64; column[N] int64 is the target's column inside the block, any value
+    outside 0 … V-1 if the target is elsewhere. Finite inputs only; replace -inf by EMPTY first.
     """
     here = (column >= 0) & (column < x2.shape[1])
     picked = x2.gather(1, column.clamp(0, x2.shape[1] - 1)[:, None])[:, 0]

@@ -1,8 +1,10 @@
-"""What lies between the matrix products of a layer: RMSNorm, SwiGLU and rotary positions, forward and backward.
+"""What lies between the matrix products of a layer.
 
-On a CPU each is one pass over memory in native code (csrc/fused_layers); everywhere else, and in float64, the
-definitions below run. Both compute in float32 (float64 for float64) and round once. The inputs are saved for
-backward, and a float32 per row by RMSNorm.
+RMSNorm, SwiGLU and rotary positions, forward and backward.
+
+On a CPU each is one pass over memory in native code (csrc/fused_layers); everywhere else, and in
+float64, the definitions below run. Both compute in float32 (float64 for float64) and round once.
+The inputs are saved for backward, and a float32 per row by RMSNorm.
 """
 
 from __future__ import annotations
@@ -20,9 +22,12 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
-    """x / √(mean x² + eps) · weight along the last dimension, in the dtype of x. weight[H] of x's dtype or another.
+    """x / √(mean x² + eps) · weight along the last dimension, in the dtype of x.
 
-    backend  "auto" | "torch" | "cpu" (float32, bfloat16 and float16 on a CPU; RuntimeError without the native library)
+    weight[H] of x's dtype or another.
+
+    backend  "auto" | "torch" | "cpu" (float32, bfloat16 and float16 on a CPU; RuntimeError without
+             the native library)
     Gradients flow to x and weight. Same bits for any number of threads. Raises ValueError for shapes that do not fit.
     """
     if weight.ndim != 1 or not x.ndim or x.shape[-1:] != weight.shape:
@@ -47,8 +52,10 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") -> Tensor:
-    """Every head of x[T, heads, D] turned by its position's angles: with x1 and x2 the halves of a head,
-    (x1 · cos - x2 · sin, x2 · cos + x1 · sin). cos, sin[T, D/2] of one dtype; no gradient flows to them.
+    """Every head of x[T, heads, D] turned by its position's angles.
+
+    With x1 and x2 the halves of a head, (x1 · cos - x2 · sin, x2 · cos + x1 · sin). cos,
+    sin[T, D/2] of one dtype; no gradient flows to them.
 
     The rest is as in `rms_norm`.
     """

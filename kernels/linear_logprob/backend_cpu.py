@@ -1,10 +1,13 @@
-"""Backend "cpu": the native kernels of csrc/linear_logprob/. Logits exist as tiles of 48 KiB that never leave the cache.
+"""Backend "cpu": the native kernels of csrc/linear_logprob/.
 
-bf16 inputs are multiplied as bf16 with float32 sums where the machine has AVX512-BF16; all else as float32 (AVX-512 or
-AVX2), 16-bit numbers being widened on the way. w is read where it lies: each tile is packed as it is needed, and nothing
-is kept between calls.
+Logits exist as tiles of 48 KiB that never leave the cache.
 
-Same bits for any number of threads; the bits of a token depend on its row of h, on w and on the size of the vocabulary.
+bf16 inputs are multiplied as bf16 with float32 sums where the machine has AVX512-BF16; all else as
+float32 (AVX-512 or AVX2), 16-bit numbers being widened on the way. w is read where it lies: each
+tile is packed as it is needed, and nothing is kept between calls.
+
+Same bits for any number of threads; the bits of a token depend on its row of h, on w and on the
+size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ def partial_stats(
 ) -> Tensor:
     """(m, s, u, z) of all columns of w, [4, N] float32.
 
-    prob_cache  uint8 tensor of any size, overwritten with probabilities of the leading columns, as many as
+    prob_cache  uint8 tensor of any size, overwritten with probabilities of the leading columns, as
+                many as
              fit, for `gradients` of the same call; not used for float32 inputs or with a softcap
     isa      "avx512_bf16", "avx512", "avx2" or None, the best for these inputs
     threads  upper bound, default torch's
@@ -74,12 +78,15 @@ def gradients(
     isa: str | None = None,
     threads: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dh[T, H] in dh_dtype, dw[V, H] in the dtype of w, Σ_j g_j log2 p_j [N]); None for what was not asked.
+    """(dh[T, H] in dh_dtype, dw[V, H] in the dtype of w, Σ_j g_j log2 p_j [N]).
 
-    Sums are float32 and rounded once. G, the gradient of the logits, is rounded to bf16 for a bf16 product. Columns in
-    `prob_cache` need no logits: a quarter less work where all are there. Their p is rounded to 11 bits (fewer below
-    2^-29 of the largest), that of the target is not: the bits of dh depend on how many columns the cache holds.
-    Workspace: 10 to 20 MB, and the sums of dh: 4 B per number, 2 B for a bf16 dh above 8 million numbers.
+    None for what was not asked.
+
+    Sums are float32 and rounded once. G, the gradient of the logits, is rounded to bf16 for a bf16
+    product. Columns in `prob_cache` need no logits: a quarter less work where all are there. Their
+    p is rounded to 11 bits (fewer below 2^-29 of the largest), that of the target is not: the bits
+    of dh depend on how many columns the cache holds. Workspace: 10 to 20 MB, and the sums of dh: 4
+    B per number, 2 B for a bf16 dh above 8 million numbers.
     """
     order, users = _users(call)
     vectors = [up.m, up.log2s, up.p_factor, up.plogp_factor, up.d_logp]
@@ -88,7 +95,8 @@ def gradients(
     if need_h:
         # Rows without a target have gradient 0.
         new = torch.empty if users.rows is None else torch.zeros
-        # A large bf16 dh is summed in two halves, the upper one in the result: float32 sums would take twice its bytes.
+        # A large bf16 dh is summed in two halves, the upper one in the result: float32 sums would
+        # take twice its bytes.
         split = dh_dtype == torch.bfloat16 and call.h.numel() > _WIDE_SUMS
         dtype = torch.bfloat16 if split else torch.float32
         dh = new(call.h.shape, dtype=dtype)
@@ -104,7 +112,10 @@ def gradients(
 
 
 class _Users(NamedTuple):
-    """Targets by the row of h that they use: row rows[i] (row i if None) has the targets offsets[i] … offsets[i+1]-1."""
+    """Targets by the row of h that they use.
+
+    Row rows[i] (row i if None) has the targets offsets[i] … offsets[i+1]-1.
+    """
 
     rows: Tensor | None
     offsets: Tensor

@@ -1,9 +1,12 @@
-"""Backend "cublas32": blocks of float32 logits by the vendor's matrix product, and one row kernel over each of them.
+"""Backend "cublas32".
 
-The plain counterpart of "triton": every GPU, every shape, the same accuracy, and nothing to tune but the block, which is
-small enough to stay in L2. The library may sum in another order for another number of tokens, so bits depend on the batch
-even with deterministic=True; from run to run they do not. 16-bit inputs of one type give float32 logits directly (CUDA);
-mixed types, and the CPU interpreter, are widened first.
+Blocks of float32 logits by the vendor's matrix product, and one row kernel over each of them.
+
+The plain counterpart of "triton": every GPU, every shape, the same accuracy, and nothing to tune
+but the block, which is small enough to stay in L2. The library may sum in another order for another
+number of tokens, so bits depend on the batch even with deterministic=True; from run to run they do
+not. 16-bit inputs of one type give float32 logits directly (CUDA); mixed types, and the CPU
+interpreter, are widened first.
 """
 
 from __future__ import annotations
@@ -29,8 +32,9 @@ def float_logits(h: Tensor, w: Tensor) -> Tensor:
 def partial_stats(call: LinearCall, block: tuple[int, int] | None = None) -> Tensor:
     """(m, s, u, z) of all columns of w, [4, N] float32.
 
-    block  (tokens, columns) of logits at once, default `logit_block`. Workspace: one block of float32 logits (32 MiB)
-           and with `rows` the hidden states of one block of tokens. Never waits for the device.
+    block  (tokens, columns) of logits at once, default `logit_block`. Workspace: one block of
+           float32 logits (32 MiB) and with `rows` the hidden states of one block of tokens. Never
+           waits for the device.
     Raises TypeError for float64, or for bfloat16 in the interpreter; ValueError for tensors that are not on a GPU.
     """
     launch.check_tensors("cublas32", call.h, call.w)
@@ -58,10 +62,13 @@ def gradients(
     dh_dtype: torch.dtype,
     block: tuple[int, int] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dh[T, H] in dh_dtype, dw[V, H] in the dtype of w, Σ_j g_j log2 p_j [N]); None for what was not asked.
+    """(dh[T, H] in dh_dtype, dw[V, H] in the dtype of w, Σ_j g_j log2 p_j [N]).
 
-    G is rounded once, to bfloat16 for 16-bit inputs; sums are float32. block (tokens, columns) of a strip, instead of
-    `gradient_block`. Workspace: one block of float32 logits beside that of backward.gradients.
+    None for what was not asked.
+
+    G is rounded once, to bfloat16 for 16-bit inputs; sums are float32. block (tokens, columns) of a
+    strip, instead of `gradient_block`. Workspace: one block of float32 logits beside that of
+    backward.gradients.
     """
     launch.check_tensors("cublas32", call.h, call.w)
     column, scale, cap = call.column.contiguous(), call.scale.contiguous(), softcap_tensor(call)

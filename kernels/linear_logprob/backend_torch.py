@@ -1,8 +1,11 @@
-"""Backend "torch": the definition that every faster kernel is tested against; any device, block by block.
+"""Backend "torch": the definition that every faster kernel is tested against.
 
-The outer loop runs over blocks of the vocabulary, so that a bf16 head is widened to float32 once per pass; the inner one
-over blocks of tokens. Statistics are float32 for bf16 inputs as well: a bf16 matrix product would round every logit to
-8 bits (an error of 6e-2 in logp, which the discounted sums of the branching score then add up).
+Any device, block by block.
+
+The outer loop runs over blocks of the vocabulary, so that a bf16 head is widened to float32 once
+per pass; the inner one over blocks of tokens. Statistics are float32 for bf16 inputs as well: a
+bf16 matrix product would round every logit to 8 bits (an error of 6e-2 in logp, which the
+discounted sums of the branching score then add up).
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ from appo._kernels.linear_logprob.blocks import Blocks, LinearCall, Upstream, ad
 
 
 def partial_stats(call: LinearCall) -> Tensor:
-    """(m, s, u, z) of all columns of w, [4, N]. Workspace: two logit blocks and one widened block of w."""
+    """(m, s, u, z) of all columns of w, [4, N].
+
+    Workspace: two logit blocks and one widened block of w.
+    """
     run = Blocks(call)
     total = [empty(t1 - t0, call.scale) for t0, t1 in run.tokens()]
     for v0, v1 in run.columns():
@@ -34,10 +40,12 @@ def gradients(
     need_scale: bool,
     dh_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dh[T, H] in dh_dtype, dw[V, H] in the dtype of w, Σ_j g_j log2 p_j [N]); None for what was not asked.
+    """(dh[T, H] in dh_dtype, dw[V, H] in the dtype of w, Σ_j g_j log2 p_j [N]).
 
-    G = scale · g is the gradient of a capped logit; g from p, the softmax, by the formula of `Upstream`.
-    dh = G w and dw = Gᵀ h, summed in the dtype of `scale` and rounded once.
+    None for what was not asked.
+
+    G = scale · g is the gradient of a capped logit; g from p, the softmax, by the formula of
+    `Upstream`. dh = G w and dw = Gᵀ h, summed in the dtype of `scale` and rounded once.
     """
     run = Blocks(call)
     n, scale = call.scale.shape[0], call.scale

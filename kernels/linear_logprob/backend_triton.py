@@ -1,11 +1,13 @@
 """Backend "triton": matrix product and statistics in one kernel, no logits in memory.
 
-Forward is gpu/partial.py, then gpu/merge.py, in blocks of tokens that bound the workspace. Backward recomputes the
-logits tile by tile (gpu/dlogits.py) into a strip of gradients for two matrix products of the vendor's library.
+Forward is gpu/partial.py, then gpu/merge.py, in blocks of tokens that bound the workspace. Backward
+recomputes the logits tile by tile (gpu/dlogits.py) into a strip of gradients for two matrix
+products of the vendor's library.
 
-deterministic=True: statistics are summed per canonical unit of 1,024 columns and joined in order, so that a token's bits
-depend on that token and w alone (for given strides and GPU). The gradients are the same on every run; their matrix
-products may use another algorithm for another number of tokens.
+deterministic=True: statistics are summed per canonical unit of 1,024 columns and joined in order,
+so that a token's bits depend on that token and w alone (for given strides and GPU). The gradients
+are the same on every run; their matrix products may use another algorithm for another number of
+tokens.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from appo._kernels.linear_logprob.gpu.partial import partial
 
 
 def partial_stats(call: LinearCall, tile: Tile | None = None) -> Tensor:
-    """(m, s, u, z) of all columns of w, [4, N] float32. Workspace: `cut(…).workspace_bytes`, at most 80 MB.
+    """(m, s, u, z) of all columns of w, [4, N] float32.
 
-    tile: for another than that of the table. h and w with unit stride inside a row, or they are copied. Never waits for
-    the device.
-    Raises TypeError for float64, or for bfloat16 in the interpreter; ValueError for tensors that are not on a GPU.
+    Workspace: `cut(…).workspace_bytes`, at most 80 MB.
+
+    tile: for another than that of the table. h and w with unit stride inside a row, or they are
+    copied. Never waits for the device. Raises TypeError for float64, or for bfloat16 in the
+    interpreter; ValueError for tensors that are not on a GPU.
     """
     launch.check_tensors("triton", call.h, call.w)
     h, w = launch.contiguous_rows(call.h), launch.contiguous_rows(call.w)
@@ -59,10 +63,12 @@ def gradients(
     tile: Tile | None = None,
     block: tuple[int, int] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dh[T, H] in dh_dtype, dw[V, H] in the dtype of w, Σ_j g_j log2 p_j [N]); None for what was not asked.
+    """(dh[T, H] in dh_dtype, dw[V, H] in the dtype of w, Σ_j g_j log2 p_j [N]).
 
-    G is rounded once, to bfloat16 for 16-bit inputs; sums are float32. tile and block: for other sizes than those of the table.
-    Workspace: see backward.gradients.
+    None for what was not asked.
+
+    G is rounded once, to bfloat16 for 16-bit inputs; sums are float32. tile and block: for other
+    sizes than those of the table. Workspace: see backward.gradients.
     """
     launch.check_tensors("triton", call.h, call.w)
     call = call._replace(

@@ -1,4 +1,6 @@
-"""Which code runs a linear_logprob_entropy call: a name, a module with two functions, and the rule behind "auto".
+"""Which code runs a linear_logprob_entropy call.
+
+A name, a module with two functions, and the rule behind "auto".
 
 torch     the definition, every device
 cpu       C++ (csrc/linear_logprob), float32 and 16-bit inputs on x86-64
@@ -32,9 +34,12 @@ def check_name(name: str) -> None:
 
 
 def choose(name: str, h: Tensor, w: Tensor) -> str:
-    """The backend that `name` means for these inputs; a named one that cannot run them says so itself.
+    """The backend that `name` means for these inputs.
 
-    auto: float64 → torch; CUDA → triton where it runs (`triton_runs`), else torch; CPU → cpu when the native library runs here.
+    A named one that cannot run them says so itself.
+
+    auto: float64 → torch; CUDA → triton where it runs (`triton_runs`), else torch; CPU → cpu when
+    the native library runs here.
     """
     check_name(name)
     if name != "auto":

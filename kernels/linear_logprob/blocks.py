@@ -1,6 +1,9 @@
-"""What the backends of linear_logprob_entropy are handed, how the PyTorch one is cut into blocks, what input is accepted.
+"""What the backends of linear_logprob_entropy are handed, and what input is accepted.
 
-A backend is a module `linear_<name>` with two functions: `partial_stats(call) -> [4, N]` and `gradients(call, upstream, …)`.
+And how the PyTorch one is cut into blocks.
+
+A backend is a module `linear_<name>` with two functions: `partial_stats(call) -> [4, N]` and
+`gradients(call, upstream, …)`.
 """
 
 from __future__ import annotations
@@ -20,11 +23,15 @@ class LinearCall(NamedTuple):
     """One call as the backends see it: checked, N ≥ 1, no ignored targets.
 
     h[T, H], w[V, H]   hidden states and this rank's slice of the head, any strides
-    column[N]          int64, target id minus vocab_start; outside 0 … V-1: the target is in another slice
+    column[N]          int64, target id minus vocab_start; outside 0 … V-1: the target is in another
+                       slice
     rows[N]            int64, row of h for each target (repeats allowed); None: N = T
-    scale[N]           inverse temperature > 0; float32 (float64 when h or w is float64), the dtype of all statistics
-    softcap            logits are softcap · tanh(logits / softcap) before the temperature; None: as they are
-    deterministic      the bits of a token depend on that token and w alone, not on the batch around it
+    scale[N]           inverse temperature > 0; float32 (float64 when h or w is float64), the dtype
+                       of all statistics
+    softcap            logits are softcap · tanh(logits / softcap) before the temperature; None: as
+                       they are
+    deterministic      the bits of a token depend on that token and w alone, not on the batch around
+                       it
     block              (tokens, columns) per block of the PyTorch backend
     """
 
@@ -63,8 +70,8 @@ class Upstream(NamedTuple):
         return Upstream(m, log2s, p_factor, plogp_factor, change(self.d_logp))
 
 
-# Tokens and vocabulary columns per block. The logit block (2 MiB on a CPU) stays in cache between the matrix product
-# and the statistics; see bench/kernels/linear_logprob.py.
+# Tokens and vocabulary columns per block. The logit block (2 MiB on a CPU) stays in cache between
+# the matrix product and the statistics; see bench/kernels/linear_logprob.py.
 BLOCK = {"cpu": (256, 2048), "cuda": (4096, 4096)}
 _HEAD_BYTES = 16 << 20  # bound for the widened block of the head
 
@@ -91,16 +98,16 @@ class Blocks:
         return ((i, min(i + self.block_v, n)) for i in range(0, n, self.block_v))
 
     def head(self, v0: int, v1: int) -> Tensor:
-        """Rows v0 … v1 - 1 of the head in the dtype of the computation. [v, H]"""
+        """Rows v0 … v1 - 1 of the head in the dtype of the computation. [v, H]."""
         return self.w[v0:v1].to(self.dtype)
 
     def hidden(self, t0: int, t1: int) -> Tensor:
-        """Hidden states of tokens t0 … t1 - 1 in the dtype of the computation. [t, H]"""
+        """Hidden states of tokens t0 … t1 - 1 in the dtype of the computation. [t, H]."""
         h_th = self.h[t0:t1] if self.rows is None else self.h.index_select(0, self.rows[t0:t1])
         return h_th.to(self.dtype)
 
     def scaled_logits(self, t0: int, t1: int, h_th: Tensor, w_vh: Tensor) -> Tensor:
-        """A tile of capped logits, times scale and log2 e. [t, v]"""
+        """A tile of capped logits, times scale and log2 e. [t, v]."""
         x = h_th @ w_vh.T  # [t, v]
         if self.softcap is not None:
             x.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -170,7 +177,10 @@ def _integer(x: Tensor) -> bool:
 def check_values(
     targets: Tensor, rows: Tensor | None, scale: Tensor, tokens: int, vocabulary: tuple[int, int]
 ) -> None:
-    """A wrong id is an error here, not a wrong number later. Free on a CPU; a synchronisation on a GPU."""
+    """A wrong id is an error here, not a wrong number later.
+
+    Free on a CPU; a synchronisation on a GPU.
+    """
     low, high = vocabulary
     wrong = ((targets != IGNORE) & ((targets < low) | (targets >= high))).nonzero()
     if wrong.numel():
@@ -189,5 +199,8 @@ def check_values(
 
 
 def softcap_tensor(call: LinearCall) -> Tensor | None:
-    """The soft cap as a tensor [1]: a Python float would make one Triton binary per value. Filled on the device."""
+    """The soft cap as a tensor [1]: a Python float would make one Triton binary per value.
+
+    Filled on the device.
+    """
     return None if call.softcap is None else call.scale.new_full((1,), call.softcap)

@@ -1,8 +1,11 @@
-"""Log-probability and entropy of sampled tokens straight from hidden states: no [T, V] tensor, forward or backward.
+"""Log-probability and entropy of sampled tokens straight from hidden states.
 
-Two operators do the work, `appo::linear_stats` and `appo::linear_grads`; both are opaque to torch.compile and have fake
-implementations, so a compiled graph does not break at them. Between them lie a few lines on vectors of N tokens: the
-merge over ranks, logp, entropy and lse from the statistics, and the upstream factors of backward.
+No [T, V] tensor, forward or backward.
+
+Two operators do the work, `appo::linear_stats` and `appo::linear_grads`; both are opaque to
+torch.compile and have fake implementations, so a compiled graph does not break at them. Between
+them lie a few lines on vectors of N tokens: the merge over ranks, logp, entropy and lse from the
+statistics, and the upstream factors of backward.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ SAVED_BYTES = 128 << 20
 
 
 class LogProbEntropy(NamedTuple):
-    """logp, entropy (nats, ≥ 0) and log-sum-exp of the scaled logits; each [N], float32 (float64 for float64 inputs)."""
+    """logp, entropy (nats, ≥ 0) and log-sum-exp of the scaled logits.
+
+    Each [N], float32 (float64 for float64 inputs).
+    """
 
     logp: Tensor
     entropy: Tensor
@@ -41,7 +47,10 @@ class LogProbEntropy(NamedTuple):
 
 
 class HeadOptions(NamedTuple):
-    """What both operators are told beside tensors; the meaning of each is told at `linear_logprob_entropy`."""
+    """What both operators are told beside tensors.
+
+    The meaning of each is told at `linear_logprob_entropy`.
+    """
 
     softcap: float | None
     vocab_start: int
@@ -65,30 +74,35 @@ def linear_logprob_entropy(
     saved_bytes: int = SAVED_BYTES,
     block: tuple[int, int] | None = None,
 ) -> LogProbEntropy:
-    """Statistics of softmax(inv_temp · cap(h @ w.T)) at `targets`, without a [T, V] tensor, forward or backward.
+    """Statistics of softmax(inv_temp · cap(h @ w.T)) at `targets`.
 
-    h[T, H], w[V, H]  hidden states and output head: float32, bfloat16, float16 (statistics in float32) or float64
+    No [T, V] tensor is made, forward or backward.
+
+    h[T, H], w[V, H]  hidden states and output head: float32, bfloat16, float16 (statistics in
+                      float32) or float64
     targets[N]        integer ids in vocab_start … vocab_start+V-1, or IGNORE
     rows[N]           which rows of h belong to the targets (repeats allowed); None: all, N = T
     inv_temp          1/temperature > 0: a number, or a tensor [] or [N] (differentiable)
     softcap           logits become softcap · tanh(logits / softcap) before the temperature
-    vocab_start, group  w is this rank's contiguous slice of the vocabulary; statistics are merged over the process group
+    vocab_start, group  w is this rank's contiguous slice of the vocabulary; statistics are merged
+                        over the process group
                       in rank order, h and the upstream gradients must be the same on all its ranks, and the gradient of
                       h comes back summed
     backend           "auto" | "torch" | "cpu" | "triton" | "cublas32"; see `backends`
-    deterministic     the bits of a token's results do not depend on the batch around it (same bits on every run in any
-                      case; gradients are sums over the batch)
-    saved_bytes       bytes that forward may save for backward where a gradient is wanted: a cache of probabilities of
-                      the leading columns, for which backward then needs no logits (backend "cpu", 16-bit inputs).
-                      0: no cache. There is none either where less than half of the columns would fit
+    deterministic     the bits of a token's results do not depend on the batch around it (same bits
+                      on every run in any case; gradients are sums over the batch)
+    saved_bytes       bytes that forward may save for backward where a gradient is wanted: a cache
+                      of probabilities of the leading columns, for which backward then needs no
+                      logits (backend "cpu", 16-bit inputs). 0: no cache. There is none either where
+                      less than half of the columns would fit
     block             (tokens, columns) per block of the "torch" backend
 
-    Gradients flow from logp, entropy and lse to h, w and inv_temp; what needs none is not computed (a frozen head costs
-    no dW). They are summed in float32 and rounded once.
-    A logit of -inf lies outside the support; a row with a NaN or +inf logit gets NaN for all three, other rows are not
-    touched. IGNORE gets 0 for all three.
-    Raises ValueError or TypeError for shapes, dtypes, devices and ids that do not fit (ids on a GPU: in `debug` only,
-    because looking at them waits for the device).
+    Gradients flow from logp, entropy and lse to h, w and inv_temp; what needs none is not computed
+    (a frozen head costs no dW). They are summed in float32 and rounded once. A logit of -inf lies
+    outside the support; a row with a NaN or +inf logit gets NaN for all three, other rows are not
+    touched. IGNORE gets 0 for all three. Raises ValueError or TypeError for shapes, dtypes, devices
+    and ids that do not fit (ids on a GPU: in `debug` only, because looking at them waits for the
+    device).
     """
     backends.check_name(backend)
     check_inputs(h, w, targets, rows, softcap)
@@ -102,7 +116,8 @@ def linear_logprob_entropy(
     vocabulary = (vocab_start, vocab_start + w.shape[0])
     if group is not None:
         vocabulary = check_shards(vocab_start, w.shape[0], targets.device, group)
-    # A gradient of the temperature sums over all logits: half-precision probabilities would show in it.
+    # A gradient of the temperature sums over all logits: half-precision probabilities would show in
+    # it.
     wanted = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
     saved_bytes = saved_bytes if wanted and not scale.requires_grad else 0
     options = HeadOptions(softcap, vocab_start, backend, deterministic, block)
@@ -114,11 +129,12 @@ def linear_logprob_entropy(
 def logprob_entropy(
     logits: Tensor, targets: Tensor, *, inv_temp: float | Tensor = 1.0
 ) -> LogProbEntropy:
-    """The same statistics for logits[N, V] that exist anyway (a sampler's). -inf logits are outside the support
-    (as a target they get a logp near -7e29, never NaN).
+    """The same statistics for logits[N, V] that exist anyway (a sampler's).
 
-    targets[N] integer ids or IGNORE (0 for all three); inv_temp a number, [] or [N]. No gradient; logits are not changed.
-    Works in row blocks. On a GPU ids are looked at in `debug` only.
+    -inf logits are outside the support (as a target they get a logp near -7e29, never NaN).
+
+    targets[N] integer ids or IGNORE (0 for all three); inv_temp a number, [] or [N]. No gradient;
+    logits are not changed. Works in row blocks. On a GPU ids are looked at in `debug` only.
     """
     n, vocab = logits.shape
     if targets.shape != (n,) or targets.is_floating_point() or targets.dtype == torch.bool:
@@ -194,7 +210,8 @@ class _Fused(torch.autograd.Function):
                 dh = sum_ranks(dh, ctx.group).to(h.dtype)
             if need_scale:
                 d_scale = sum_ranks(d_scale, ctx.group)
-        # Σ_j G_j x_j with x_j = log p_j + lse and Σ_j G_j = d_lse: the large common part of x never enters a sum.
+        # Σ_j G_j x_j with x_j = log p_j + lse and Σ_j G_j = d_lse: the large common part of x never
+        # enters a sum.
         d_inv_temp = (LN2 * d_scale + d_lse * lse) / scale if need_scale else None
         return dh if need_h else None, dw if need_w else None, None, d_inv_temp, *([None] * 5)
 
@@ -210,7 +227,9 @@ def linear_stats(
     high: int,
     saved_bytes: int,
 ) -> tuple[Tensor, Tensor]:
-    """(statistics (m, s, u, z) over the columns of w, [4, N] in the dtype of `scale`; probabilities for backward, uint8).
+    """Statistics (m, s, u, z) over the columns of w, and probabilities for backward.
+
+    [4, N] in the dtype of `scale`, and uint8.
 
     low … high-1 is the vocabulary of all ranks. Rows without a target hold (0, 1, 0, 0).
     """
@@ -274,7 +293,9 @@ def linear_grads(
     need_scale: bool,
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh[T, H], dw[V, H], Σ_j g_j log2 p_j [N]) of one slice; an empty tensor for what is not needed.
+    """(dh[T, H], dw[V, H], Σ_j g_j log2 p_j [N]) of one slice.
+
+    An empty tensor for what is not needed.
 
     The vectors are those of `Upstream`. dh has the dtype of h, or with `wide` that of `scale`.
     """
@@ -329,8 +350,8 @@ def _call(
 ) -> tuple[Tensor | None, LinearCall]:
     """(positions that have a target, or None for all; the call for them).
 
-    On a CPU ignored targets cost nothing: only the others are computed. On a GPU to find them out would wait for the
-    device, so they are computed and masked; leave them out with `rows`.
+    On a CPU ignored targets cost nothing: only the others are computed. On a GPU to find them out
+    would wait for the device, so they are computed and masked; leave them out with `rows`.
     """
     block = None if options.block is None else (options.block[0], options.block[1])
     rows = None if rows is None else rows.to(torch.int64)

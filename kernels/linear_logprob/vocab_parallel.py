@@ -1,7 +1,7 @@
 """A head split over ranks by vocabulary: four numbers per token travel, never logits.
 
-Every rank sums up its own columns; one all-gather of [4, N] and the same `merge` in rank order give bit-equal results
-on all ranks. Backward needs one all-reduce of the gradient of h.
+Every rank sums up its own columns; one all-gather of [4, N] and the same `merge` in rank order give
+bit-equal results on all ranks. Backward needs one all-reduce of the gradient of h.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from appo._kernels.common.stats import Stats, merge
 
 
 def merge_ranks(stats: Stats, group: Any) -> Stats:
-    """Merge each rank's statistics of its own columns, in rank order: 16 bytes per token and rank (float32)."""
+    """Merge each rank's statistics of its own columns, in rank order.
+
+    16 bytes per token and rank (float32).
+    """
     mine = torch.stack(stats)  # [4, N]
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
@@ -33,7 +36,10 @@ def sum_ranks(x: Tensor, group: Any) -> Tensor:
 
 
 def check_shards(start: int, size: int, device: torch.device, group: Any) -> tuple[int, int]:
-    """(first, one past the last) id of the whole vocabulary; ValueError unless the slices tile it in rank order."""
+    """(first, one past the last) id of the whole vocabulary.
+
+    ValueError unless the slices tile it in rank order.
+    """
     mine = torch.tensor([start, size], device=device)
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)

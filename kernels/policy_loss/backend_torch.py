@@ -1,5 +1,6 @@
-"""The policy loss and its gradient in PyTorch: `definition`, put together. Every device, float64
-inside.
+"""The policy loss and its gradient in PyTorch: `definition`, put together.
+
+Every device, float64 inside.
 """
 
 from __future__ import annotations

@@ -23,32 +23,36 @@ CLAMP = branching.SUM_CLAMP  # on log-ratios before exp
 
 
 def log_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
-    """d_t = m_t (ℓ_t - o_t). [N] → float64[N]"""
+    """d_t = m_t (ℓ_t - o_t). [N] → float64[N]."""
     return torch.where(mask, logp.double() - old_logp.double(), 0.0)
 
 
 def ratio(d: Tensor) -> Tensor:
-    """r_t = exp(clamp(d_t, ±20)). [N] → [N]"""
+    """r_t = exp(clamp(d_t, ±20)). [N] → [N]."""
     return d.clamp(-CLAMP, CLAMP).exp()
 
 
 def future_factor(
     d: Tensor, mask: Tensor, offsets: Tensor, gamma: float, low: float, high: float
 ) -> Tensor:
-    """f_t = clip(exp(clamp(S_t, ±20)), low, high), S_t = Σ_{k ≥ t} γ^(k-t) d_k (Eq. 7). [N] → [N]"""
+    """f_t = clip(exp(clamp(S_t, ±20)), low, high), S_t = Σ_{k ≥ t} γ^(k-t) d_k (Eq. 7).
+
+    [N] → [N]
+    """
     return branching.omega(branching.future_value_torch(d, mask, offsets, gamma), low, high)
 
 
 def future_scale(f: Tensor, b: float) -> Tensor:
-    """1 + b f_t: what A_base is multiplied with (Eq. 7). [N] → [N]"""
+    """1 + b f_t: what A_base is multiplied with (Eq. 7). [N] → [N]."""
     return 1.0 + b * f
 
 
 def clipped_surrogate(
     a: Tensor, r: Tensor, clip_low: float, clip_high: float, dual_clip: float
 ) -> Tensor:
-    """u_t = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), at most -A · dual_clip where A < 0
-    (Eq. 8).
+    """u_t = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) (Eq. 8).
+
+    It is at most -A · dual_clip where A < 0.
 
     a[N], r[N] → [N]; dual_clip inf: no dual clip.
     """
@@ -60,8 +64,9 @@ def clipped_surrogate(
 def surrogate_slope(
     a: Tensor, d: Tensor, clip_low: float, clip_high: float, dual_clip: float
 ) -> Tensor:
-    """∂u_t / ∂d_t = -A r where the unclipped term is the maximum, within dual_clip and |d| ≤ 20;
-    else 0.
+    """∂u_t / ∂d_t = -A r where the unclipped term is the maximum, within dual_clip and |d| ≤ 20.
+
+    Else 0.
 
     a[N], d[N] → [N]. NaN stays NaN.
     """
@@ -73,13 +78,13 @@ def surrogate_slope(
 
 
 def is_clipped(advantage: Tensor, r: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """r > 1 + clip_high where A > 0, r < 1 - clip_low where A < 0. [N] → bool[N]"""
+    """r > 1 + clip_high where A > 0, r < 1 - clip_low where A < 0. [N] → bool[N]."""
     up, down = r > 1.0 + clip_high, r < 1.0 - clip_low
     return ((advantage > 0) & up) | ((advantage < 0) & down)
 
 
 def kl_estimate(d: Tensor, r: Tensor) -> Tensor:
-    """r - 1 - d, the k3 estimate of KL(old ‖ current). [N] → [N]"""
+    """r - 1 - d, the k3 estimate of KL(old ‖ current). [N] → [N]."""
     return r - 1.0 - d
 
 
@@ -90,8 +95,9 @@ def row_of(offsets: Tensor) -> Tensor:
 
 
 def row_sums(x: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Σ of each row: x[N], row[N] as `row_of` gives it → float64[R], differentiable, in a fixed
-    order.
+    """Σ of each row.
+
+    x[N], row[N] as `row_of` gives it → float64[R], differentiable, in a fixed order.
     """
     return x.new_zeros(rows, dtype=torch.float64).index_add(0, row, x.double())
 
@@ -99,8 +105,9 @@ def row_sums(x: Tensor, row: Tensor, rows: int) -> Tensor:
 def denominators(
     mode: Aggregate, mask: Tensor, offsets: Tensor, counts: Counts
 ) -> tuple[Tensor, float]:
-    """What a row's sum is divided by, and what the sum of rows is divided by: ([R] float64,
-    number).
+    """What a row's sum is divided by, and what the sum of rows is divided by.
+
+    ([R] float64, number).
 
     token-mean            1     tokens of the mini-batch
     seq-mean-token-mean   T_i   trained rows of the mini-batch
@@ -121,7 +128,10 @@ def denominators(
 def row_weight(
     mode: Aggregate, mask: Tensor, offsets: Tensor, counts: Counts, weight: Tensor
 ) -> Tensor:
-    """`denominators` as one factor per row, for `policy_loss`: weight[R] / T_i / total. float64[R]"""
+    """`denominators` as one factor per row, for `policy_loss`: weight[R] / T_i / total.
+
+    float64[R]
+    """
     tokens, total = denominators(mode, mask, offsets, counts)
     return weight.double() / tokens / total
 
@@ -129,8 +139,9 @@ def row_weight(
 def aggregate(
     x: Tensor, mask: Tensor, offsets: Tensor, mode: Aggregate, counts: Counts, weight: Tensor
 ) -> Tensor:
-    """Σ_rows weight_i · Σ_t m_t x_t / T_i / total: x[N], weight[R] → scalar, float64,
-    differentiable.
+    """Σ_rows weight_i · Σ_t m_t x_t / T_i / total.
+
+    x[N], weight[R] → scalar, float64, differentiable.
 
     Values outside the mask count nothing, NaN or not.
     """

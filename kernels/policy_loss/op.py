@@ -1,11 +1,12 @@
-"""The policy loss in one pass over the tokens: ratio, future-aware scale, clipped surrogate, its
-gradient, its metrics.
+"""The policy loss in one pass over the tokens.
+
+Ratio, future-aware scale, clipped surrogate, its gradient, its metrics.
 
 `definition` holds the formulas one by one. Composed by autograd they read the vectors a dozen
 times, once more for each metric, and keep their intermediates for backward. Here one pass reads
 logp, old_logp, advantage and mask and writes the gradient, so that backward is a single product.
-The native code (csrc/policy_loss/policy_loss.cpp), the Triton kernel (gpu/policy_loss.py) and `backend_torch`,
-which calls the definition, are tested against each other.
+The native code (csrc/policy_loss/policy_loss.cpp), the Triton kernel (gpu/policy_loss.py) and
+`backend_torch`, which calls the definition, are tested against each other.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from appo._kernels.policy_loss.rules import Rules, check, stored
 
 
 class PolicyLoss(NamedTuple):
-    """loss [] float64, differentiable by logp; the rest without gradient, float64, on the device
-    (no wait to compute it).
+    """loss [] float64, differentiable by logp.
 
-    future[N]       the future factor f in the dtype of logp, also behind the mask; no items without gamma
+    The rest without gradient, float64, on the device (no wait to compute it).
+
+    future[N]       the future factor f in the dtype of logp, also behind the mask; no items without
+                    gamma
     tokens          tokens in the mask
     clipped         of those, r > 1 + clip_high with A > 0 or r < 1 - clip_low with A < 0
     kl              Σ r - 1 - d, the k3 estimate of KL(old ‖ current)
@@ -59,8 +62,9 @@ def policy_loss(
     dual_clip: float | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
-    """Σ_rows w_row · Σ_{t in mask} max(-A'r, -A' clip(r, 1-clip_low, 1+clip_high)), at most -A' ·
-    dual_clip where A' < 0.
+    """Σ_rows w_row · Σ_{t in mask} max(-A'r, -A' clip(r, 1-clip_low, 1+clip_high)).
+
+    Each term is at most -A' · dual_clip where A' < 0.
 
         d = logp - old_logp in the mask, 0 elsewhere        r = exp(clamp(d, ±20))
         f = clip(exp(clamp(S, ±20)), *future_clip)           S_t = Σ_{k≥t} γ^(k-t) d_k over the raw positions of the row
@@ -68,10 +72,11 @@ def policy_loss(
 
     logp[N]          floating point; the only input with a gradient, which is 0 where |d| > 20
     old_logp[N], advantage[N]  constants; mask[N]; offsets[B+1] cut the tokens into rows
-    row_weight[B]    constant; None: 1. Holds the denominator: 1/tokens for a token mean, 1/(tokens of the row · rows)
-                     for the mean of row means
+    row_weight[B]    constant; None: 1. Holds the denominator: 1/tokens for a token mean, 1/(tokens
+                     of the row · rows) for the mean of row means
     gamma            None: no future term (future_weight must be 0)
-    backend          "auto" | "torch" | "cpu" | "triton"; see `packed`. "triton" trusts offsets on the GPU
+    backend          "auto" | "torch" | "cpu" | "triton"; see `packed`. "triton" trusts offsets on
+                     the GPU
     Arithmetic in float64 for every dtype: the sums are O(N), and the loss is a small difference of large parts.
     Not twice differentiable. NaN or infinite inputs in the mask show in the loss and in their own gradient.
     Raises ValueError for shapes, devices and numbers that do not fit.

@@ -24,8 +24,9 @@ class Rules(NamedTuple):
 
 
 def stored(logp: Tensor) -> torch.dtype:
-    """The dtype of the saved gradient: 1/tokens is below the range of float16, and a loss scale
-    comes only afterwards.
+    """The dtype of the saved gradient.
+
+    1/tokens is below the range of float16, and a loss scale comes only afterwards.
     """
     return torch.promote_types(logp.dtype, torch.float32)
 

@@ -1,7 +1,8 @@
 """Backend "cpu" of tree attention: the native kernels of csrc/tree_attention/.
 
-bfloat16 is multiplied as bf16 with float32 sums where the machine has AVX512-BF16 (weights and their gradients are rounded to
-bf16 before a product); all else as float32. Same bits for any number of threads.
+bfloat16 is multiplied as bf16 with float32 sums where the machine has AVX512-BF16 (weights and
+their gradients are rounded to bf16 before a product); all else as float32. Same bits for any number
+of threads.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), contiguous, in the dtype of q. Sums are float32 and rounded once.
 
-    Workspace: for the queries of one head of keys, four packed forms and a float32 dq; under 2 MiB per thread.
+    Workspace: for the queries of one head of keys, four packed forms and a float32 dq; under 2 MiB
+    per thread.
     """
     grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (call.q, call.k, call.v))
     run = _native("tree_attention_backward", call)

@@ -1,11 +1,15 @@
-"""Backend "flash" of tree attention: flash-attn's varlen kernels, one sequence per leaf, shared queries computed once.
+"""Backend "flash" of tree attention.
 
-The stream is cut into runs, each token of which is the child of the one before it. The queries of a run are its own tokens,
-its keys are their ancestors and themselves: a causal mask that ends bottom right, which is what flash-attn means by
-`causal`. Keys and values are copied for every run that sees them; the gradients of the copies are summed in float32.
+flash-attn's varlen kernels, one sequence per leaf, shared queries computed once.
 
-flash-attn is an optional extra, CUDA only, bfloat16 and float16. Its lse has no gradient, so ours has none either and says
-so. Unlike in our kernels a token that is not finite may reach others in its run (0 · NaN).
+The stream is cut into runs, each token of which is the child of the one before it. The queries of a
+run are its own tokens, its keys are their ancestors and themselves: a causal mask that ends bottom
+right, which is what flash-attn means by `causal`. Keys and values are copied for every run that
+sees them; the gradients of the copies are summed in float32.
+
+flash-attn is an optional extra, CUDA only, bfloat16 and float16. Its lse has no gradient, so ours
+has none either and says so. Unlike in our kernels a token that is not finite may reach others in
+its run (0 · NaN).
 """
 
 from __future__ import annotations
@@ -23,9 +27,12 @@ from appo._kernels.tree_attention.op import TreeCall
 
 
 class Runs(NamedTuple):
-    """keys[M] int64: stream indices, run after run, ancestors first; queries are the stream as it is.
+    """keys[M] int64: stream indices, run after run, ancestors first.
 
-    q_ends, k_ends[runs + 1] int32: where the queries and the keys of a run begin and end; most_*: the longest run.
+    Queries are the stream as it is.
+
+    q_ends, k_ends[runs + 1] int32: where the queries and the keys of a run begin and end; most_*:
+    the longest run.
     """
 
     keys: Tensor
@@ -36,7 +43,10 @@ class Runs(NamedTuple):
 
 
 def runs(subtree_end: Tensor) -> Runs:
-    """The plan of a stream, made on the host in the time that its M keys take. Waits for the device of subtree_end."""
+    """The plan of a stream, made on the host in the time that its M keys take.
+
+    Waits for the device of subtree_end.
+    """
     ends = subtree_end.cpu().long()
     n = ends.numel()
     forks = ends[:-1] == torch.arange(1, n)  # nobody follows on this token
@@ -56,7 +66,8 @@ def runs(subtree_end: Tensor) -> Runs:
 def attend(call: TreeCall) -> tuple[Tensor, Tensor]:
     """(o[N, Hq, D], lse[N, Hq] float32); o is differentiable by q, k and v.
 
-    Raises RuntimeError without flash-attn or a GPU, TypeError for other dtypes, ValueError for heads over 256.
+    Raises RuntimeError without flash-attn or a GPU, TypeError for other dtypes, ValueError for
+    heads over 256.
     """
     varlen = _varlen()
     _check(call)
@@ -100,7 +111,10 @@ def _varlen() -> Callable[..., Any]:
 
 
 class _Copies(torch.autograd.Function):
-    """x[N, H, D] → x[index]; the gradients of the copies of a row are summed in float32 and rounded once."""
+    """x[N, H, D] → x[index].
+
+    The gradients of the copies of a row are summed in float32 and rounded once.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
@@ -115,7 +129,8 @@ class _Copies(torch.autograd.Function):
         shape, dtype = ctx.like
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         total = grad.new_zeros(shape, dtype=wide)
-        # Not index_add_: on CUDA that adds in any order, while this sorts first and gives the same bits on every run.
+        # Not index_add_: on CUDA that adds in any order, while this sorts first and gives the same
+        # bits on every run.
         total.index_put_((index,), grad.to(wide), accumulate=True)
         return total.to(dtype), None
 

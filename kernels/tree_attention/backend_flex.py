@@ -1,9 +1,12 @@
-"""Backend "flex" of tree attention: torch's FlexAttention, compiled, with a block mask made directly from `subtree_end`.
+"""Backend "flex" of tree attention.
 
-The block mask comes from four numbers per block (first and last token, least and largest `subtree_end`), never from an N × N mask:
-O(N) and one entry per pair of blocks. Gradients are FlexAttention's own, on CUDA only: torch has none for the CPU.
-Unlike in our kernels a token that is not finite may reach others in its block (0 · NaN), and torch.compile specialises per
-dtype and head.
+torch's FlexAttention, compiled, with a block mask made directly from `subtree_end`.
+
+The block mask comes from four numbers per block (first and last token, least and largest
+`subtree_end`), never from an N × N mask: O(N) and one entry per pair of blocks. Gradients are
+FlexAttention's own, on CUDA only: torch has none for the CPU. Unlike in our kernels a token that is
+not finite may reach others in its block (0 · NaN), and torch.compile specialises per dtype and
+head.
 """
 
 from __future__ import annotations
@@ -53,10 +56,13 @@ def _function(device: str) -> Any:
 
 
 def block_mask(subtree_end: Tensor, block: int = BLOCK) -> flex.BlockMask:
-    """What `create_block_mask` would make of k ≤ q < subtree_end[k], without looking at pairs of tokens.
+    """What `create_block_mask` would make of k ≤ q < subtree_end[k].
 
-    Keys [k₀, k₁] and queries [q₀, q₁], both ends included: all seen iff k₁ ≤ q₀ and min subtree_end > q₁; none iff k₀ > q₁ or
-    max subtree_end ≤ q₀; else some, which the mask function decides one by one. A block that runs past the end is never "all".
+    Pairs of tokens are not looked at.
+
+    Keys [k₀, k₁] and queries [q₀, q₁], both ends included: all seen iff k₁ ≤ q₀ and min subtree_end
+    > q₁; none iff k₀ > q₁ or max subtree_end ≤ q₀; else some, which the mask function decides one
+    by one. A block that runs past the end is never "all".
     """
     n = subtree_end.shape[0]
     short = -n % block
@@ -79,7 +85,10 @@ def block_mask(subtree_end: Tensor, block: int = BLOCK) -> flex.BlockMask:
 
 
 def _listed(table: Tensor) -> tuple[Tensor, Tensor]:
-    """bool[queries, keys] as FlexAttention takes it: how many blocks of keys, and their numbers first in their row."""
+    """bool[queries, keys] as FlexAttention takes it.
+
+    How many blocks of keys, and their numbers first in their row.
+    """
     count = table.sum(1, dtype=torch.int32)
     order = table.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return count[None, None], order[None, None].contiguous()

@@ -1,7 +1,9 @@
-"""Backend "torch" of tree attention: the definition, on every device and in every dtype, a block of queries at a time.
+"""Backend "torch" of tree attention.
 
-`dense` says what is computed in one piece, with the N × N mask and by autograd; `forward` and `backward` are what is used, in
-O(N) memory. Sums are float32, float64 for float64.
+The definition, on every device and in every dtype, a block of queries at a time.
+
+`dense` says what is computed in one piece, with the N × N mask and by autograd; `forward` and
+`backward` are what is used, in O(N) memory. Sums are float32, float64 for float64.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ def visible(subtree_end: Tensor, first: int, last: int) -> Tensor:
 def dense(
     q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(o[N, Hq, D], lse[N, Hq]) for finite inputs, in their dtype: softmax with the mask, differentiable twice."""
+    """(o[N, Hq, D], lse[N, Hq]) for finite inputs, in their dtype.
+
+    Softmax with the mask, differentiable twice.
+    """
     n, group = q.shape[0], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))  # [Hq, N, D]
     x = scale * (q.transpose(0, 1) @ k.transpose(1, 2))  # [Hq, N, N]
@@ -87,7 +92,8 @@ def _blocks(subtree_end: Tensor) -> Iterator[tuple[int, int, Tensor]]:
 def _cleaned(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(x with zeros for rows that are not finite, NaN for those rows and 0 for the others).
 
-    A zero weight times NaN is NaN: what is not finite must reach those who see it through their softmax, and no one else.
+    A zero weight times NaN is NaN: what is not finite must reach those who see it through their
+    softmax, and no one else.
     """
     fine = torch.isfinite(x).all(-1)
     hurt = torch.where(fine, 0.0, torch.nan).to(dtype)
@@ -95,7 +101,10 @@ def _cleaned(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class _Heads(NamedTuple):
-    """Widened and cleaned: q[N, Hq, D], k[Hkv, N, D], v[Hkv, N, D], hurt_q[N, Hq], hurt_k[Hkv, N] (keys and values)."""
+    """Widened and cleaned.
+
+    q[N, Hq, D], k[Hkv, N, D], v[Hkv, N, D], hurt_q[N, Hq], hurt_k[Hkv, N] (keys and values).
+    """
 
     q: Tensor
     k: Tensor

@@ -1,7 +1,10 @@
-"""Backend "triton" of tree attention: kernels/gpu/tree_attention_{forward,backward}. Heads up to 128, not float64.
+"""Backend "triton" of tree attention: kernels/gpu/tree_attention_{forward,backward}.
 
-16-bit inputs are multiplied as they are with float32 sums (weights and their gradients rounded to the dtype before a product),
-float32 exactly. Inputs are handed over without what is not finite, see `cleaned`: a copy of each.
+Heads up to 128, not float64.
+
+16-bit inputs are multiplied as they are with float32 sums (weights and their gradients rounded to
+the dtype before a product), float32 exactly. Inputs are handed over without what is not finite, see
+`cleaned`: a copy of each.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ def backward(
     """(dq, dk, dv) in the dtype of q. Workspace: copies of q, k, v and d_o."""
     _check(call)
     (q, hurt_q), (g, hurt_g) = cleaned(call.q), cleaned(d_o)
-    # A query that is not finite, or its upstream, is to make NaN of all that it saw; who saw such a key has lse NaN already.
+    # A query that is not finite, or its upstream, is to make NaN of all that it saw; who saw such a
+    # key has lse NaN already.
     lse = saved.lse + hurt_q + hurt_g
     k, v = cleaned(call.k)[0], cleaned(call.v)[0]
     run = packed.gpu("tree_attention.gpu.backward").backward
@@ -35,7 +39,9 @@ def backward(
 
 
 def cleaned(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x[N, H, D] contiguous with zeros for what is not finite, hurt[N, H] float32: NaN for a row with such a number, else 0).
+    """x[N, H, D] contiguous with zeros for what is not finite, and hurt[N, H] float32.
+
+    hurt is NaN for a row with such a number, else 0.
 
     In a block that is seen in part a weight of 0 meets every row: NaN must not be in it.
     """

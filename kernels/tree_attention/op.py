@@ -1,12 +1,16 @@
-"""Attention over a packed tree, forward and backward, in memory that grows with the tokens and not with their square.
+"""Attention over a packed tree, forward and backward.
 
-A stream of N tokens in depth-first order, `subtree_end[i]` = where the subtree of token i ends: query i sees key j iff
-j ≤ i < subtree_end[j]. Nothing else is stored: a block of keys is seen as a whole, in part or not at all by a block of queries, and
-its first and last key and its least and largest `subtree_end` say which.
+Memory grows with the tokens and not with their square.
 
-Two operators do the work, `appo::tree_attention_forward` and `appo::tree_attention_backward`, opaque to torch.compile; a
-backend is a module `backend_<name>` with `forward(call) -> (o, lse)` and `backward(call, saved, d_o, d_lse)`. Kernels of
-others that bring their own gradients ("flex", "flash") are called outside of the operators: `attend(call) -> (o, lse)`.
+A stream of N tokens in depth-first order, `subtree_end[i]` = where the subtree of token i ends:
+query i sees key j iff j ≤ i < subtree_end[j]. Nothing else is stored: a block of keys is seen as a
+whole, in part or not at all by a block of queries, and its first and last key and its least and
+largest `subtree_end` say which.
+
+Two operators do the work, `appo::tree_attention_forward` and `appo::tree_attention_backward`,
+opaque to torch.compile; a backend is a module `backend_<name>` with `forward(call) -> (o, lse)` and
+`backward(call, saved, d_o, d_lse)`. Kernels of others that bring their own gradients ("flex",
+"flash") are called outside of the operators: `attend(call) -> (o, lse)`.
 """
 
 from __future__ import annotations
@@ -70,21 +74,25 @@ def tree_attention(
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """o_i = Σ_j softmax_j(scale · q_i·k_j) v_j over the keys j ≤ i < subtree_end[j]; [N, Hq, D] in the dtype of q.
+    """o_i = Σ_j softmax_j(scale · q_i·k_j) v_j over the keys j ≤ i < subtree_end[j].
+
+    [N, Hq, D] in the dtype of q.
 
     q[N, Hq, D]   float32, bfloat16, float16 (sums in float32) or float64; any strides
     k, v[N, Hkv, D]  Hkv divides Hq: neighbouring query heads share a head of keys
-    subtree_end[N]       integer, i < subtree_end[i] ≤ N; the intervals [i, subtree_end[i]) of a tree never cross
+    subtree_end[N]       integer, i < subtree_end[i] ≤ N; the intervals [i, subtree_end[i]) of a
+                         tree never cross
     scale         default 1/√D
-    backend       "auto" | "torch" | "cpu" (heads up to 256) | "triton" (up to 128) | "flex" | "flash", see `module`
+    backend       "auto" | "torch" | "cpu" (heads up to 256) | "triton" (up to 128) | "flex" |
+                  "flash", see `module`
     return_lse    also lse[N, Hq], log Σ exp of the scaled scores, float32 (float64 for float64)
 
-    Gradients flow from o and lse to q, k and v; a key's gradients are summed over all queries and heads that see it, in
-    float32, and rounded once. Every backend gives the same bits on every run, whatever the number of threads, so there is
-    no switch for it. o, lse and the inputs are saved for backward.
-    A token that is not finite makes NaN of those who see it, and of their gradients; nobody else is touched ("flex" and
-    "flash" may touch neighbours).
-    Raises ValueError or TypeError for shapes, dtypes, devices and a `subtree_end` that is no tree (on a GPU in `debug` only:
+    Gradients flow from o and lse to q, k and v; a key's gradients are summed over all queries and
+    heads that see it, in float32, and rounded once. Every backend gives the same bits on every run,
+    whatever the number of threads, so there is no switch for it. o, lse and the inputs are saved
+    for backward. A token that is not finite makes NaN of those who see it, and of their gradients;
+    nobody else is touched ("flex" and "flash" may touch neighbours). Raises ValueError or TypeError
+    for shapes, dtypes, devices and a `subtree_end` that is no tree (on a GPU in `debug` only:
     looking at it waits for the device).
     """
     check_inputs(q, k, v, subtree_end, backend)
@@ -101,7 +109,10 @@ def tree_attention(
 
 
 def _int32(subtree_end: Tensor) -> Tensor:
-    """Contiguous; what int32 does not hold becomes its largest or smallest number, which no stream has."""
+    """The ends as contiguous int32.
+
+    What int32 does not hold becomes its largest or smallest number, which no stream has.
+    """
     if subtree_end.dtype == torch.int64:
         limits = torch.iinfo(torch.int32)
         subtree_end = subtree_end.clamp(limits.min, limits.max)
@@ -200,10 +211,13 @@ backward_op = operator("tree_attention_backward", _backward, _fake_backward)
 
 
 def module(backend: str, q: Tensor) -> Any:
-    """The backend that a name means for these queries; a named one that cannot run them says so itself.
+    """The backend that a name means for these queries.
 
-    auto: float64 → torch; CUDA → triton where it runs and the head is short enough; CPU → cpu where it runs; else torch.
-    flex and flash are taken by name only: for a GPU whose Triton is too old for ours, for longer heads, and to compare.
+    A named one that cannot run them says so itself.
+
+    auto: float64 → torch; CUDA → triton where it runs and the head is short enough; CPU → cpu where
+    it runs; else torch. flex and flash are taken by name only: for a GPU whose Triton is too old
+    for ours, for longer heads, and to compare.
     """
     name = backend
     if backend == "auto":
@@ -249,7 +263,10 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, backend: 
 
 
 def check_tree(subtree_end: Tensor) -> None:
-    """ValueError unless i < subtree_end[i] ≤ N and no two intervals [i, subtree_end[i]) cross. O(N log N), vectorised."""
+    """ValueError unless i < subtree_end[i] ≤ N and no two intervals [i, subtree_end[i]) cross.
+
+    O(N log N), vectorised.
+    """
     n = subtree_end.shape[0]
     if n == 0:
         return
@@ -261,7 +278,8 @@ def check_tree(subtree_end: Tensor) -> None:
         raise ValueError(
             f"subtree_end[{i}] is {int(ends[i])}, expected {i + 1} … {n}: the token sees itself, and N = {n}"
         )
-    # The largest end inside an interval must be its own: looked up in two overlapping spans of 2^level tokens.
+    # The largest end inside an interval must be its own: looked up in two overlapping spans of
+    # 2^level tokens.
     spans = [ends]
     while 2 << (len(spans) - 1) <= n:
         half, last = 1 << (len(spans) - 1), spans[-1]

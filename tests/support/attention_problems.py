@@ -1,4 +1,7 @@
-"""What the tests of tree attention share: streams, inputs, and the dense definition in float64 to compare with."""
+"""What the tests of tree attention share.
+
+Streams, inputs, and the dense definition in float64 to compare with.
+"""
 
 import torch
 from support.head_backends import device_of
@@ -8,7 +11,10 @@ from appo.kernels import tree_attention
 
 
 def random_ends(n, seed):
-    """subtree_end of a random stream: trees side by side, each a chain under which further trees stand. Deep and uneven."""
+    """subtree_end of a random stream.
+
+    Trees side by side, each a chain under which further trees stand. Deep and uneven.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(most):
@@ -28,7 +34,10 @@ def random_ends(n, seed):
 
 
 def forks_at_both_ends():
-    """A chain of 5 with forks after its first token (two), after its third and after its last (two single tokens)."""
+    """A chain of 5 with forks after its first token (two), after its third and after its last.
+
+    Two single tokens.
+    """
     return torch.tensor([14, 9, 9, 7, 7, 6, 7, 9, 9, 11, 11, 14, 14, 14], dtype=torch.int32)
 
 
@@ -81,6 +90,9 @@ def exact(subtree_end, q, k, v, d_o, d_lse):
 
 
 def error(got, want):
-    """The largest relative distance of the results; of an absolute zero (one key: no gradient of q) the absolute one."""
+    """The largest relative distance of the results.
+
+    Of an absolute zero (one key: no gradient of q) the absolute one.
+    """
     pairs = zip(got, want, strict=True)
     return max(float((a.double() - b).norm()) / max(float(b.norm()), 1e-2) for a, b in pairs)

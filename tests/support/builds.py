@@ -17,7 +17,10 @@ SKIPPED = (".git", ".venv", "venv", "build", "dist", "_native", "*.egg-info", "_
 
 
 def copy_tree(target: Path) -> Path:
-    """The checkout without its environment, history and builds: packaging must not depend on those."""
+    """The checkout without its environment, history and builds.
+
+    Packaging must not depend on those.
+    """
     shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*SKIPPED), symlinks=True)
     return target
 
@@ -51,7 +54,10 @@ def unpack(sdist: Path, target: Path) -> Path:
 
 
 def names(archive: Path) -> list[str]:
-    """Files of a wheel or of an sdist (without its first folder), sorted; what is in it twice is named twice."""
+    """Files of a wheel or of an sdist (without its first folder), sorted.
+
+    What is in it twice is named twice.
+    """
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             return sorted(name for name in wheel.namelist() if not name.endswith("/"))

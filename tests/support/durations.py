@@ -1,9 +1,12 @@
-"""Which tests are slow: read off the report of a whole run, kept in tests/slow_tests.txt, marked by tests/conftest.py.
+"""Which tests are slow.
+
+Read off the report of a whole run, kept in tests/slow_tests.txt, marked by tests/conftest.py.
 
     pytest -q -n 2 --dist loadfile -o junit_family=xunit1 --junitxml=REPORT.xml
     python tests/support/durations.py REPORT.xml [--over 10]
 
-A report may also be the output of `pytest -vv --durations=0`. A test counts with its setup and teardown.
+A report may also be the output of `pytest -vv --durations=0`. A test counts with its setup and
+teardown.
 """
 
 from __future__ import annotations
@@ -46,7 +49,10 @@ def durations(report: Path) -> dict[str, float]:
 
 
 def node_id(case: dict[str, str]) -> str | None:
-    """`tests/a/test_b.py::Class::test[x]` of a JUnit test case; None where no file is named (a failed collection)."""
+    """`tests/a/test_b.py::Class::test[x]` of a JUnit test case.
+
+    None where no file is named (a failed collection).
+    """
     path = case.get("file")
     if path is None:
         return None

@@ -1,5 +1,6 @@
-"""A small tree of rollouts that can be grown in many ways: other arrival, forced preemption, a cold
-cache.
+"""A small tree of rollouts that can be grown in many ways.
+
+Other arrival, forced preemption, a cold cache.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A runner that looks over an engine's shoulder: what is written where, what is read, and the
-logits of every row.
+"""A runner that looks over an engine's shoulder.
+
+What is written where, what is read, and the logits of every row.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Watch:
                 self.logits[node, start + i] = logits[row + i]
 
     def along(self, seq: int) -> Tensor:
-        """Logits of positions 0 … length-2 of a sequence, as they were when the rows were run:
+        """Logits of positions 0 … length-2 of a sequence, as they were when the rows were run.
+
         [length - 1, V].
         """
         *path, (leaf, own) = self.engine.tree.path(seq)

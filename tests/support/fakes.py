@@ -47,7 +47,10 @@ class _Seq:
 
 
 class ScriptedEngine:
-    """`script(ids so far, seed) -> next id`; log-probs and entropies are a hash of (prefix, version)."""
+    """`script(ids so far, seed) -> next id`.
+
+    log-probs and entropies are a hash of (prefix, version).
+    """
 
     def __init__(self, script, max_context=4096):
         self.script, self.max_context, self.policy_version = script, max_context, 0

@@ -1,4 +1,7 @@
-"""The numeric vectors of the algorithm's definition: plain data in tests/golden/, looked up by id."""
+"""The numeric vectors of the algorithm's definition.
+
+Plain data in tests/golden/, looked up by id.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ def _by_id() -> dict[str, dict[str, Any]]:
 
 
 def vector(vector_id: str) -> dict[str, Any]:
-    """{"inputs", "params", "expected", "tol", "title", "source", "notes"} of one vector; KeyError if there is none."""
+    """{"inputs", "params", "expected", "tol", "title", "source", "notes"} of one vector.
+
+    KeyError if there is none.
+    """
     return _by_id()[vector_id]
 
 

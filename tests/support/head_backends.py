@@ -1,7 +1,10 @@
-"""What the tests of the fused head share: inputs, a float64 oracle, and which backends run on this machine.
+"""What the tests of the fused head share.
 
-Inputs for Triton on a machine without a device are float32 tensors that hold bfloat16 values: its interpreter computes
-wrongly in bfloat16, and products of such numbers are the ones a device would form.
+Inputs, a float64 oracle, and which backends run on this machine.
+
+Inputs for Triton on a machine without a device are float32 tensors that hold bfloat16 values: its
+interpreter computes wrongly in bfloat16, and products of such numbers are the ones a device would
+form.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ INTERPRETED = ("triton", "cublas32")
 
 
 def backend_params(*names):
-    """pytest parameters for backends; one that cannot run here is skipped with the reason, one that uses the device is
-    marked `gpu`."""
+    """pytest parameters for backends.
+
+    One that cannot run here is skipped with the reason, one that uses the device is marked `gpu`.
+    """
     return [pytest.param(name, marks=marks_of(name)) for name in names]
 
 
@@ -77,7 +82,9 @@ def oracle(h, w, y, *, inv_temp=1.0, softcap=None, rows=None):
 
 
 def run(name, h, w, y, *, upstream=None, inv_temp=1.0, rows=None, **kwargs):
-    """(outputs, gradients of h, w and inv_temp) of one backend, on the CPU; gradients None without upstream weights.
+    """(outputs, gradients of h, w and inv_temp) of one backend, on the CPU.
+
+    Gradients None without upstream weights.
 
     upstream = (d_logp, d_entropy, d_lse): factors of logp, entropy and lse in the loss.
     """

@@ -1,4 +1,7 @@
-"""A tiny model, a few hand-made rollout trees and a loss with everything in it, for tests of the learner."""
+"""A tiny model, a few hand-made rollout trees and a loss with everything in it.
+
+For tests of the learner.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,10 @@ def model_node(parent: int, fork_at: int, count: int, seed: int) -> Node:
 
 
 def forest() -> tuple[list[RolloutTree], list[list[Credit]]]:
-    """Two prompts; roots with a tool call, a fork in the middle of a root, a fork of that fork, a second root."""
+    """Two prompts with a few rollouts.
+
+    Roots with a tool call, a fork in the middle of a root, a fork of that fork, a second root.
+    """
     trees, credits = [], []
     for seed in (0, 100):
         nodes = [Node(None, "prompt", 0, [3 + seed % 7, 5, 7]), model_node(0, 3, 8, seed + 1)]
@@ -99,7 +105,10 @@ PROBES = [[1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 14]]
 
 
 class PlainEngine:
-    """A rollout engine of the simplest kind: the plain model; `skip` loses the tensor whose name contains it."""
+    """A rollout engine of the simplest kind: the plain model.
+
+    `skip` loses the tensor whose name contains it.
+    """
 
     def __init__(self, path: Path, skip: str = "", version_lag: int = 0, stop_early: bool = False):
         self.lm = AutoModelForCausalLM.from_pretrained(path).eval()

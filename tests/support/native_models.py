@@ -1,5 +1,6 @@
-"""Small models with random weights for both runners, trees of sequences run through them, and a
-float64 forward.
+"""Small models with random weights for both runners, and a float64 forward.
+
+Trees of sequences are run through them.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ def run(m: Model, layout: Layout, pool: KVPool, rows: Tensor | None = None) -> T
 
 
 class Forest:
-    """Sequences and their KV. `hidden`: what came out for each tuple of tokens that leads to a row."""
+    """Sequences and their KV.
+
+    `hidden`: what came out for each tuple of tokens that leads to a row.
+    """
 
     def __init__(self, m: Model):
         c = m.config
@@ -123,8 +127,9 @@ class Forest:
 def grow(
     m: Model, leaves: int = 17, chunk: int = 1000, batch: int = 1000, tokens: int = 2
 ) -> Forest:
-    """A prompt, forks of it at many positions and forks of those; then `tokens` more of every leaf,
-    `batch` at a time.
+    """A prompt, forks of it at many positions and forks of those.
+
+    Then `tokens` more of every leaf, `batch` at a time.
     """
     generator = torch.Generator().manual_seed(leaves)
     draw = torch.randint(0, m.config.vocab, (leaves, 8 + tokens), generator=generator).tolist()
@@ -147,8 +152,9 @@ def grow(
 
 
 def oracle(m: Model, ids: tuple[int, ...]) -> Tensor:
-    """Of one sequence in float64 from the weights that m holds, without any rounding: [len(ids),
-    d].
+    """Of one sequence in float64 from the weights that m holds, without any rounding.
+
+    [len(ids), d].
     """
     c = m.config
 
@@ -199,8 +205,9 @@ def errors(forest: Forest) -> float:
 
 
 def alone(c: ModelShape, rows: int, seed: int = 2) -> tuple[Layout, KVPool]:
-    """Rows at random positions that read nothing but themselves, so that attention returns their
-    own values.
+    """Rows at random positions that read nothing but themselves.
+
+    So attention returns their own values.
     """
     generator = torch.Generator().manual_seed(seed)
     index = torch.arange(rows)

@@ -10,7 +10,10 @@ from appo._kernels.common import native
 
 
 def packed_backends(*names):
-    """pytest parameters; a backend that cannot run here is skipped with the reason, one on a device is marked `gpu`."""
+    """Backends as pytest parameters.
+
+    One that cannot run here is skipped with the reason, one on a device is marked `gpu`.
+    """
     return [pytest.param(name, marks=_marks(name)) for name in names or ("torch", "cpu", "triton")]
 
 

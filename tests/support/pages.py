@@ -65,7 +65,10 @@ def inline_code(page: Path) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The commands of a shell block as words: comments, variables set before a command and `&&` taken away."""
+    """The commands of a shell block as words.
+
+    Comments, variables set before a command and `&&` taken away.
+    """
     out = []
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)

@@ -1,4 +1,7 @@
-"""Start a few processes that find each other as ranks, without the seconds that torchrun needs to start."""
+"""Start a few processes that find each other as ranks.
+
+This spares the seconds that torchrun needs to start.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ class Ended:
 def start(
     world: int, args: Sequence[str | Path], folders: Sequence[Path] | None = None, **env: str
 ) -> list[subprocess.Popen]:
-    """`python *args` once per rank, in the environment a launcher would give. The caller must `join` them.
+    """`python *args` once per rank, in the environment a launcher would give.
+
+    The caller must `join` them.
 
     folders: the working directory of each rank.
     """

@@ -1,4 +1,7 @@
-"""Random models of a few thousand weights, saved as Hugging Face folders, and a dense reference forward."""
+"""Random models of a few thousand weights, and a dense reference forward.
+
+They are saved as Hugging Face folders.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ CONFIGS = {
 
 
 def build(name: str, folder: Path, seed: int = 0, **shape):
-    """The transformers model called `name`, float32, also saved in `folder`. shape: overrides of its config."""
+    """The transformers model called `name`, float32, also saved in `folder`.
+
+    shape: overrides of its config.
+    """
     config, extra = CONFIGS[name]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config(**{**SHAPE, **extra, **shape})).float().eval()
@@ -46,7 +52,10 @@ def build(name: str, folder: Path, seed: int = 0, **shape):
 
 @torch.no_grad()
 def dense(model, ids: list[int], temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Logprob of tokens 1 … and entropy of the distributions they come from: one flat forward, float64 statistics."""
+    """Logprob of tokens 1 … and entropy of the distributions they come from.
+
+    One flat forward, float64 statistics.
+    """
     logp = torch.log_softmax(
         model(torch.tensor([ids])).logits[0, :-1].double() / temperature, dim=-1
     )

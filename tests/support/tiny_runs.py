@@ -1,4 +1,7 @@
-"""The tiny recipe as a child process, small enough that a whole run takes seconds: started, watched, stopped, compared."""
+"""The tiny recipe as a child process, small enough that a whole run takes seconds.
+
+Started, watched, stopped, compared.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ def start(*args: object, code: str = "") -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str]:
-    """(exit code, all that was said). The process is killed when it takes longer than `timeout` seconds."""
+    """(exit code, all that was said).
+
+    The process is killed when it takes longer than `timeout` seconds.
+    """
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,7 @@
-"""A whole trainer without a model: scripted engine, instant tools, a learner that computes the loss and changes nothing."""
+"""A whole trainer without a model.
+
+Scripted engine, instant tools, a learner that computes the loss and changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,10 @@ class SlowEngine(ScriptedEngine):
 
 
 class FixedLearner:
-    """Log-probs that a version shifts by a little; `during` is called in the middle of every mini-batch."""
+    """Log-probs that a version shifts by a little.
+
+    `during` is called in the middle of every mini-batch.
+    """
 
     def __init__(self, during=lambda: None):
         self.during, self.batches = during, []

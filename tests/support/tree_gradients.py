@@ -1,5 +1,6 @@
-"""Random trees with every kind of fork, and the gradient of their rows trained one by one, written
-out from the definition.
+"""Random trees with every kind of fork, and the gradient of their rows trained one by one.
+
+The gradient is written out from the definition.
 
 Nothing here knows of packing, of tree attention or of the fused kernels: a row is a sequence of its
 own, its loss a few lines.
@@ -35,8 +36,9 @@ DRIFTS = (
 
 
 class Loss(NamedTuple):
-    """What a mini-batch is trained with. old log-probs: of an earlier version; "now": of the
-    version under training.
+    """What a mini-batch is trained with. old log-probs: of an earlier version.
+
+    "now": of the version under training.
     """
 
     algo: Algorithm
@@ -50,8 +52,9 @@ class Loss(NamedTuple):
 
 
 def random_tree(rng: np.random.Generator, name: str) -> RolloutTree:
-    """Three roots: chains of a model's, a tool's and again the model's tokens, one of them a single
-    run.
+    """Three roots, one of them a single run.
+
+    The others are chains of a model's, a tool's and again the model's tokens.
 
     Each has a fork after its first token, one before its last, one anywhere, then forks of forks of
     forks: branches at a depth of three and more, with tool spans in them. A branch is graded like a
@@ -119,9 +122,11 @@ def _branch(tree: RolloutTree, rng: np.random.Generator, parent: int, where: str
 def drawn_by(
     lm: nn.Module, trees: Sequence[RolloutTree], rng: np.random.Generator, loss: Loss
 ) -> None:
-    """Give sampled tokens an old log-prob, the model's log-prob less one of RATIOS, and a behavior
-    off it by one of DRIFTS; without old log-probs it is the behavior that is off by RATIOS. Tokens
-    of the version NOW have any.
+    """Give sampled tokens an old log-prob and a behavior.
+
+    The old one is the model's log-prob less one of RATIOS, the behavior is off it by one of DRIFTS;
+    without old log-probs it is the behavior that is off by RATIOS. Tokens of the version NOW have
+    any.
     """
     for tree in trees:
         for i, node in enumerate(tree.nodes):
@@ -138,8 +143,9 @@ def drawn_by(
 
 
 def in_float64(lm: nn.Module) -> nn.Module:
-    """The same in float64 throughout: transformers' norms round to float32 in whatever dtype they
-    are called, ours do not.
+    """The same in float64 throughout.
+
+    transformers' norms round to float32 in whatever dtype they are called, ours do not.
     """
 
     def norm(self: nn.Module, x: Tensor) -> Tensor:
@@ -160,8 +166,9 @@ def one_by_one(
     credits: Sequence[Sequence[Credit]],
     loss: Loss,
 ) -> dict[str, Tensor]:
-    """Gradients, float64, of the loss over all rows, each a sequence of its own; denominators
-    counted here.
+    """Gradients, float64, of the loss over all rows, each a sequence of its own.
+
+    Denominators counted here.
 
     Rows are filled up at their right end: nothing before it sees what stands there.
     """
@@ -185,7 +192,7 @@ def one_by_one(
 
 
 def row_loss(logits: Tensor, view: Trajectory, credit: Credit, loss: Loss) -> Tensor:
-    """Σ over the trained tokens of one sequence, from the definition. logits[P+T-1, V]"""
+    """Σ over the trained tokens of one sequence, from the definition. logits[P+T-1, V]."""
     algo = loss.algo
     every = (logits / loss.temperature).log_softmax(-1)[view.prompt_len - 1 :]
     logp = every.gather(1, torch.from_numpy(view.response_ids)[:, None])[:, 0]

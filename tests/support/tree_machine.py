@@ -1,5 +1,6 @@
-"""Random operations on segment trees: all implementations against each other, and against a shadow
-of sets.
+"""Random operations on segment trees.
+
+All implementations against each other, and against a shadow of sets.
 
 After every operation all facts agree and every invariant is recomputed (`check`). A pool is
 simulated: committing a layout writes the origin of each row into its slot, and every row must read
@@ -71,8 +72,9 @@ class Operations(RuleBasedStateMachine):
     @below_limit
     @rule(number=NUMBER, back=st.lists(st.integers(0, 17), min_size=1, max_size=4))
     def fork_of_a_fork(self, number, back):
-        """A chain: each a fork of the one before, `back` tokens from its end, with some tokens of
-        its own.
+        """A chain of forks.
+
+        Each is a fork of the one before, `back` tokens from its end, with some tokens of its own.
         """
         seq = self.seq(number)
         for n in back:
@@ -225,8 +227,9 @@ class Operations(RuleBasedStateMachine):
     @closed
     @rule(numbers=st.lists(NUMBER, min_size=1, max_size=3))
     def score(self, numbers):
-        """All positions but the last of each, whether they have KV or not; stale ones get theirs
-        anew.
+        """All positions but the last of each, whether they have KV or not.
+
+        Stale ones get theirs anew.
         """
         want: dict[int, int] = {}
         seqs = {self.seq(n) for n in numbers}
@@ -248,7 +251,10 @@ class Operations(RuleBasedStateMachine):
     @closed
     @rule(number=NUMBER, end=NUMBER)
     def score_the_beginning(self, number, end):
-        """Positions before `end` of a sequence: what stands on later ones stays as stale as it was."""
+        """Positions before `end` of a sequence.
+
+        What stands on later ones stays as stale as it was.
+        """
         seq = self.seq(number)
         end, ranges = 1 + end % len(self.shadow.seqs[seq]), []
         for node, count in self.tree.path(seq):

@@ -1,5 +1,6 @@
-"""What the tests of the segment tree share: both implementations run side by side, and an
-independent shadow.
+"""What the tests of the segment tree share.
+
+Both implementations run side by side, and an independent shadow.
 
 The shadow knows neither nodes nor blocks. Every position of every sequence has an *origin*: a
 number made when the token was put there. A fork shares its parent's origins before at - 1 and gets
@@ -30,8 +31,9 @@ COUNTS = (
 
 
 class Both:
-    """All implementations there are; each call must give the same answer, or the same error,
-    everywhere.
+    """All implementations there are.
+
+    Each call must give the same answer, or the same error, everywhere.
     """
 
     def __init__(self, max_blocks: int | None = None):

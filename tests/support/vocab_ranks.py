@@ -1,4 +1,7 @@
-"""What each rank of the vocabulary-parallel test runs: a module of its own, so that a spawned process can import it."""
+"""What each rank of the vocabulary-parallel test runs.
+
+A module of its own, so that a spawned process can import it.
+"""
 
 import pytest
 import torch

@@ -220,7 +220,7 @@ def test_native_calls_let_other_threads_run():
     assert all(native.function(name).release_gil for name in ("policy_loss", "attend_segments"))
 
 
-# -- dealing and metrics over ranks --------------------------------------------------------------------------------
+# -- dealing and metrics over ranks ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

@@ -64,7 +64,10 @@ class Loop:
         return any(event.seq == seq for event in self._late)
 
     def take_back(self, seq: int) -> int:
-        """Drop the event of a sequence that was not returned yet; → how many tokens it was about."""
+        """Drop the event of a sequence that was not returned yet.
+
+        → how many tokens it was about.
+        """
         dropped = [event for event in self._late if event.seq == seq]
         self._late = [event for event in self._late if event.seq != seq]
         return sum(len(event.token_ids) for event in dropped)

@@ -10,7 +10,10 @@ from appo.rollout.submission import StopRule
 
 
 class SequenceState(Enum):
-    """Where a sequence stands. Its KV is kept in all states but DONE, as long as the pool has room."""
+    """Where a sequence stands.
+
+    Its KV is kept in all states but DONE, as long as the pool has room.
+    """
 
     WAITING = "waiting"  # submitted; runs when there is room
     PREFILL = "prefill"  # running; some of its tokens have no KV yet

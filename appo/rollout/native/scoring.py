@@ -89,7 +89,10 @@ class TreeScore:
             first += count
 
     def _pieces(self, seq: int) -> list[tuple[int, int]]:
-        """(node, own positions to run), root first; the last token of a sequence predicts nothing."""
+        """(node, own positions to run), root first.
+
+        The last token of a sequence predicts nothing.
+        """
         *path, (leaf, own) = self.tree.path(seq)
         return [*path, (leaf, own - 1)]
 

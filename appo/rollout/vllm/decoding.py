@@ -1,4 +1,7 @@
-"""Requests in flight: from sampling parameters to drawn tokens with their log-probs and entropies."""
+"""Requests in flight.
+
+From sampling parameters to drawn tokens with their log-probs and entropies.
+"""
 
 from __future__ import annotations
 
@@ -190,7 +193,10 @@ class Decoder:
             )
 
     def _statistics(self, report: Any, i: int, token: int) -> tuple[float, float | None]:
-        """(log-prob, entropy) of a drawn token; the report is at the sampling temperature already."""
+        """(log-prob, entropy) of a drawn token.
+
+        The report is at the sampling temperature already.
+        """
         if self.statistics == "full":
             return at_temperature(flat_row(report, i)[1], token, 1.0)
         logprob = logprob_of(report[i], token)

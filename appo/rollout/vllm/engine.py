@@ -270,7 +270,10 @@ class VLLMEngine:
     # -- helpers -----------------------------------------------------------------------------------
 
     def _relabel(self) -> None:
-        """A name for the weights: the version alone would not tell two loads of one version apart."""
+        """A name for the weights.
+
+        The version alone would not tell two loads of one version apart.
+        """
         self.decoder.relabel(f"{self.decoder.name}.{self.policy_version}.{self._loads}")
 
     def _usable(self) -> None:

@@ -38,9 +38,9 @@ class ScorePass:
         self.done = [np.zeros(len(ids) - 1, bool) for ids in self.tokens]
         self.waiting: dict[str, int] = {}  # request id → line
         self.computed = 0  # tokens that went through the model
-        # KV of these weights serves later forks, so it is written under their salt, unless rollouts have written there
-        # already: those blocks were run without a score, and hitting them would leave rows without
-        # a value.
+        # KV of these weights serves later forks, so it is written under their salt, unless rollouts
+        # have written there already: those blocks were run without a score, and hitting them would
+        # leave rows without a value.
         nodes = (node for line in lines for node, _ in line.path(len(line.tokens)))
         fresh = all(node.seen == node.base for node in nodes)
         self.salt = decoder.salt if fresh else f"{decoder.salt}.{decoder.key()}"
@@ -149,7 +149,10 @@ class ScorePass:
                 return
 
     def run(self, step: Callable[[], object]) -> None:
-        """All rounds; `step` moves vLLM on by one. Leaves nothing behind in vLLM, whatever happens."""
+        """All rounds; `step` moves vLLM on by one.
+
+        Leaves nothing behind in vLLM, whatever happens.
+        """
         try:
             while self.start():
                 lines = dict(self.waiting)

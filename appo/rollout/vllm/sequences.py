@@ -35,7 +35,10 @@ class Sequence:
         self.seen = self.lost = base
 
     def path(self, end: int) -> Iterator[tuple[Sequence, int]]:
-        """What positions before `end` belong to, nearest first: (sequence, up to which position)."""
+        """What positions before `end` belong to, nearest first.
+
+        (sequence, up to which position).
+        """
         node: Sequence | None = self
         while node is not None:
             yield node, end

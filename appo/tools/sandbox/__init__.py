@@ -1,7 +1,10 @@
-"""Model-written code never runs unguarded: levels of isolation, probed by effect, and one function to run code in them.
+"""Model-written code never runs unguarded.
+
+Levels of isolation, probed by effect, and one function to run code in them.
 
 strict    bubblewrap (own root, processes, network, users) + system-call filter + limits
-landlock  Landlock + system-call filter + limits + a user id of its own when we are root; needs no installed program
+landlock  Landlock + system-call filter + limits + a user id of its own when we are root; needs no
+          installed program
 rlimit    limits only, for development: needs allow_unsafe
 remote    code is sent to a SandboxFusion-compatible server (remote.py)
 """

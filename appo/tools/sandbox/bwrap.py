@@ -1,4 +1,7 @@
-"""The strict level's walls: bubblewrap gives the call its own root, processes, network, users and IPC."""
+"""The strict level's walls.
+
+Bubblewrap gives the call its own root, processes, network, users and IPC.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,19 @@ def path() -> str | None:
 
 @cache
 def _knows_disable_userns(bwrap: str) -> bool:
-    """bubblewrap has --disable-userns since 0.8; before, the system-call filter alone forbids nested namespaces."""
+    """bubblewrap has --disable-userns since 0.8.
+
+    before, the system-call filter alone forbids nested namespaces.
+    """
     text = subprocess.run([bwrap, "--help"], capture_output=True, text=True, timeout=10)
     return "--disable-userns" in text.stdout + text.stderr
 
 
 @cache
 def arguments(file_mb: int) -> tuple[str, ...]:
-    """The bubblewrap command up to the program to run: an empty read-only root with the interpreter and /work.
+    """The bubblewrap command up to the program to run.
+
+    An empty read-only root with the interpreter and /work.
 
     No /proc: nothing needs it, and mounting one is what containers forbid most often.
     """

@@ -1,14 +1,16 @@
 """What runs in the sandboxed process: restrict yourself for good, then run the model's code.
 
-This file is compiled once by the caller and handed to a bare interpreter as code, so it imports nothing of appo. It
-takes every decision from the job on fd 0: header lines `key value…`, an empty line, then the blobs bpf, stdin, code.
-One interpreter start serves two processes:
+This file is compiled once by the caller and handed to a bare interpreter as code, so it imports
+nothing of appo. It takes every decision from the job on fd 0: header lines `key value…`, an empty
+line, then the blobs bpf, stdin, code. One interpreter start serves two processes:
 
-- the **supervisor** (unrestricted, trusted) forks the worker, waits for it, for the wall clock or for a hang-up of the
-  control socket, kills all that descends from it (it is a subreaper: `setsid` and double forks do not help), reports;
+- the **supervisor** (unrestricted, trusted) forks the worker, waits for it, for the wall clock or
+  for a hang-up of the control socket, kills all that descends from it (it is a subreaper: `setsid`
+  and double forks do not help), reports;
 - the **worker** gives up user, limits, file system and system calls, and only then sees the code.
 
-Lines written to the control socket: `ready` | `failed <why>` (worker, before any code runs), `done <exit> <reason>`.
+Lines written to the control socket: `ready` | `failed <why>` (worker, before any code runs),
+`done <exit> <reason>`.
 """
 
 import ctypes
@@ -54,10 +56,12 @@ def checked(value: int, what: str) -> None:
 
 
 def drop_user(libc: ctypes.CDLL, uids: list, keep_read: bool) -> int | None:
-    """Become the first of `uids` that this user namespace knows and give up all capabilities; returns it or None.
+    """Become the first of `uids` that this user namespace knows and give up all capabilities.
 
-    With `keep_read` CAP_DAC_READ_SEARCH stays: the interpreter lies in a directory that others may not enter (a
-    root-owned home), and Landlock, not the mode bits, says what can be read.
+    Returns it or None.
+
+    With `keep_read` CAP_DAC_READ_SEARCH stays: the interpreter lies in a directory that others may
+    not enter (a root-owned home), and Landlock, not the mode bits, says what can be read.
     """
     chosen = None
     for uid in uids:
@@ -67,7 +71,8 @@ def drop_user(libc: ctypes.CDLL, uids: list, keep_read: bool) -> int | None:
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
         except OSError:
-            continue  # not mapped here, or no CAP_SETUID: the next one; with none left, the user we are
+            # not mapped here, or no CAP_SETUID: the next one; with none left, the user we are
+            continue
         chosen = uid
         break
     keep = CAP_DAC_READ_SEARCH if keep_read and chosen is not None else 0
@@ -77,7 +82,10 @@ def drop_user(libc: ctypes.CDLL, uids: list, keep_read: bool) -> int | None:
 
 
 def restrict(libc: ctypes.CDLL, job: dict, supervisor: int) -> None:
-    """All restrictions, ordered so that none stands in the way of the next. Raises OSError; no code has run then."""
+    """All restrictions, ordered so that none stands in the way of the next.
+
+    Raises OSError; no code has run then.
+    """
     os.setsid()
     if job["proc"] == ["1"]:
         checked(libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0), "dumpable")  # or the next file is root's
@@ -110,7 +118,10 @@ def restrict(libc: ctypes.CDLL, job: dict, supervisor: int) -> None:
 
 
 def seal(libc: ctypes.CDLL, job: dict, control: int) -> None:
-    """The last two steps: say that all is in place, drop every descriptor but 0-2, and load the system-call filter."""
+    """The last two steps.
+
+    Say that all is in place, drop every descriptor but 0-2, and load the system-call filter.
+    """
     bpf = job["bpf"]
     if bpf:
         pid = os.getpid()
@@ -123,7 +134,8 @@ def seal(libc: ctypes.CDLL, job: dict, control: int) -> None:
             _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
         program = Program(len(bpf) // 8, ctypes.addressof(code))
-        # Loaded before `ready` is said: write and close are in the filter, so a failure can still be told.
+        # Loaded before `ready` is said: write and close are in the filter, so a failure can still
+        # be told.
         checked(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0), "seccomp")
     os.write(control, b"ready\n")
     os.closerange(3, 4096)
@@ -141,7 +153,10 @@ class Output(io.FileIO):
 
 
 def run(code: str, show_last: bool) -> int:
-    """Execute `code` as `__main__`; with `show_last`, a last expression is shown if nothing was printed. → exit status"""
+    """Execute `code` as `__main__`; → exit status.
+
+    With `show_last`, a last expression is shown if nothing was printed.
+    """
     main = type(sys)("__main__")
     main.__dict__["__builtins__"] = __builtins__
     sys.modules["__main__"] = main
@@ -204,7 +219,10 @@ def send(pid: int, number: int) -> None:
 
 
 def sweep() -> None:
-    """Kill and reap everything below this process. A fork bomb is first stopped as a whole, so that it cannot outrun us."""
+    """Kill and reap everything below this process.
+
+    A fork bomb is first stopped as a whole, so that it cannot outrun us.
+    """
     stopped: set = set()
     while True:
         try:
@@ -224,7 +242,10 @@ def sweep() -> None:
 
 
 def supervise(worker: int, job: dict, control: int) -> None:
-    """Wait for the worker to end, the wall clock, or the caller to hang up; leave nothing behind; report."""
+    """Wait for the worker to end, the wall clock, or the caller to hang up; leave nothing behind.
+
+    report.
+    """
     waiting = select.poll()
     waiting.register(os.pidfd_open(worker), select.POLLIN)
     waiting.register(control, select.POLLIN)

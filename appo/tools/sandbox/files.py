@@ -56,7 +56,10 @@ def library_paths() -> tuple[str, ...]:
 
 @cache
 def others_may_enter() -> bool:
-    """Whether a user without privileges can reach the standard library (not so below a root-owned home)."""
+    """Whether a user without privileges can reach the standard library.
+
+    Not so below a root-owned home.
+    """
     paths = [Path(d) for d in stdlib_dirs()]
     return all(os.stat(p).st_mode & stat.S_IXOTH for path in paths for p in (path, *path.parents))
 
@@ -74,7 +77,10 @@ def read_rules() -> tuple[tuple[str, int], ...]:
 
 @dataclass(frozen=True)
 class Slot:
-    """A working directory with the user id and the Landlock ruleset that belong to it (None: not in use)."""
+    """A working directory with the user id and the Landlock ruleset that belong to it.
+
+    None: not in use.
+    """
 
     work: str
     uid: int
@@ -82,7 +88,10 @@ class Slot:
 
 
 class Slots:
-    """Slots are made once and used again, so that a call pays for neither 250 rules nor a directory."""
+    """Slots are made once and used again.
+
+    So a call pays for neither 250 rules nor a directory.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -121,7 +130,10 @@ class Slots:
             os.close(slot.ruleset)
 
     def give_back(self, slot: Slot) -> None:
-        """Empty the slot and keep it for the next call; one that cannot be emptied is not used again."""
+        """Empty the slot and keep it for the next call.
+
+        One that cannot be emptied is not used again.
+        """
         try:
             empty(slot.work)
         except OSError:
@@ -142,7 +154,9 @@ def _mapped(uid: int) -> bool:
 
 
 def empty(top: str) -> None:
-    """Remove everything below `top`, however deep: directories are first lifted to the top, so that no path grows.
+    """Remove everything below `top`, however deep.
+
+    Directories are first lifted to the top, so that no path grows.
 
     The content is hostile, but whoever wrote it is dead; links are removed, never followed.
     """
@@ -165,7 +179,10 @@ def empty(top: str) -> None:
 
 
 def disk_bytes(top: str, most_entries: int = 2000) -> float:
-    """Bytes of the files below `top`; infinite with more than `most_entries` entries or a folder we cannot look into."""
+    """Bytes of the files below `top`.
+
+    Infinite with more than `most_entries` entries or a folder we cannot look into.
+    """
     total, count = 0.0, 0
     hidden: list[OSError] = []
     for folder, _, names in os.walk(top, onerror=hidden.append):

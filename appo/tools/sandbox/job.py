@@ -1,4 +1,7 @@
-"""What the caller hands to the sandboxed process: its command, its environment, and the job sheet it reads on fd 0."""
+"""What the caller hands to the sandboxed process.
+
+Its command, its environment, and the job sheet it reads on fd 0.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from appo.tools.sandbox.limits import SandboxLevel, SandboxLimits, rlimits, shar
 
 @cache
 def child_code() -> int:
-    """File descriptor (in memory) of child.py, compiled. Compiling it in each child would cost 5 ms a call."""
+    """File descriptor (in memory) of child.py, compiled.
+
+    Compiling it in each child would cost 5 ms a call.
+    """
     source = Path(__file__).with_name("child.py").read_text()
     fd = os.memfd_create("child")
     os.write(fd, marshal.dumps(compile(source, "<sandbox>", "exec", optimize=2)))
@@ -27,14 +33,20 @@ def system_call_filter() -> bytes:
 
 
 def environment(slot: files.Slot | None) -> dict[str, str]:
-    """All environment variables the code will see. The hash seed is fixed: sets print in the same order each time."""
+    """All environment variables the code will see.
+
+    The hash seed is fixed: sets print in the same order each time.
+    """
     work = slot.work if slot else bwrap.WORK
     home = {"HOME": work, "TMPDIR": work, "PATH": "/usr/bin:/bin"}
     return {**home, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def command(level: SandboxLevel, limits: SandboxLimits, slot: files.Slot | None) -> list[str]:
-    """The program to start. -s -P with an environment of ours isolate as -I does, and let us fix the hash seed."""
+    """The program to start.
+
+    -s -P with an environment of ours isolate as -I does, and let us fix the hash seed.
+    """
     start = f"import marshal, posix; exec(marshal.loads(posix.pread({child_code()}, 1 << 20, 0)))"
     python = [files.interpreter(), "-s", "-P", "-S", "-B", "-c", start]
     if level != "strict":
@@ -52,7 +64,10 @@ def sheet(
     stdin: str,
     show_last: bool,
 ) -> bytes:
-    """Header lines, an empty line, and the blobs, as read by child.read_job. `control`: descriptor of its socket."""
+    """Header lines, an empty line, and the blobs, as read by child.read_job.
+
+    `control`: descriptor of its socket.
+    """
     bpf = b"" if level == "rlimit" else system_call_filter()
     blobs = [bpf, *(text.encode("utf-8", "replace") for text in (stdin, code))]
     root = os.getuid() == 0

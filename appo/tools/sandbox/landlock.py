@@ -1,8 +1,11 @@
-"""Landlock by ctypes: a ruleset says which files a process may use from now on; all else is denied, for good.
+"""Landlock by ctypes: a ruleset says which files a process may use from now on.
 
-ABI differences are met by asking for what the kernel knows: 1 files (5.13), 2 moving between directories, 3 truncate,
-4 TCP, 5 device ioctl, 6 signals and abstract Unix sockets (6.12). What an older ABI leaves open is closed by the
-system-call filter (seccomp.py), so the level holds from ABI 1 on. Source: the kernel's userspace-api/landlock.
+All else is denied, for good.
+
+ABI differences are met by asking for what the kernel knows: 1 files (5.13), 2 moving between
+directories, 3 truncate, 4 TCP, 5 device ioctl, 6 signals and abstract Unix sockets (6.12). What an
+older ABI leaves open is closed by the system-call filter (seccomp.py), so the level holds from ABI
+1 on. Source: the kernel's userspace-api/landlock.
 """
 
 from __future__ import annotations
@@ -40,9 +43,12 @@ def handled(version: int) -> int:
 
 
 def ruleset(rules: Iterable[tuple[str, int]]) -> int:
-    """File descriptor of a ruleset that grants `(path, rights)` and nothing else. Missing paths are skipped.
+    """File descriptor of a ruleset that grants `(path, rights)` and nothing else.
 
-    TCP, signals and abstract Unix sockets to the outside are denied too where the ABI knows them. Raises OSError.
+    Missing paths are skipped.
+
+    TCP, signals and abstract Unix sockets to the outside are denied too where the ABI knows them.
+    Raises OSError.
     """
     version = abi()
     mask = handled(version)

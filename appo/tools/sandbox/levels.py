@@ -1,7 +1,10 @@
-"""Which level of isolation works on this machine, found out by effect: an escape is tried, and it must fail.
+"""Which level of isolation works on this machine, found out by effect.
 
-A kernel may have Landlock compiled in and switched off, bubblewrap may be installed where namespaces are forbidden:
-only a child that tried to read, write and connect, and could not, counts as proof.
+An escape is tried, and it must fail.
+
+A kernel may have Landlock compiled in and switched off, bubblewrap may be installed where
+namespaces are forbidden: only a child that tried to read, write and connect, and could not, counts
+as proof.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ FIX = (
     "tools.python.allow_unsafe: true"
 )
 
-# Each attempt prints `<name> done` or `<name> <exception>`; `benign` must be done, the others must not.
+# Each attempt prints `<name> done` or `<name> <exception>`; `benign` must be done, the others must
+# not.
 ATTEMPTS = """
 import os, socket
 def benign():
@@ -53,7 +57,10 @@ for attempt in (benign, read_secret, write_outside, connect_tcp, connect_unix, r
 
 @dataclass(frozen=True)
 class Probe:
-    """What was found about one level. `details`: attempt → "done" or the exception that stopped it."""
+    """What was found about one level.
+
+    `details`: attempt → "done" or the exception that stopped it.
+    """
 
     level: SandboxLevel
     works: bool
@@ -66,9 +73,12 @@ _lock = threading.Lock()
 
 
 def probe(level: SandboxLevel) -> Probe:
-    """Try `level` out (once per process, some 50 ms). A level "works" if a benign program runs and all escapes fail.
+    """Try `level` out (once per process, some 50 ms).
 
-    For rlimit, which does not isolate, it says only that programs run; `reason` lists what they can do.
+    A level "works" if a benign program runs and all escapes fail.
+
+    For rlimit, which does not isolate, it says only that programs run; `reason` lists what they can
+    do.
     """
     with _lock:
         if level not in _probes:
@@ -124,8 +134,12 @@ def _praise(level: SandboxLevel) -> str:
 
 @contextlib.contextmanager
 def _targets() -> Iterator[dict[str, object]]:
-    """Real things to attack, which the same program reaches without a sandbox: files, listeners, this process."""
-    # The path of a Unix socket may have 107 bytes; job schedulers hand out longer temporary folders.
+    """Real things to attack, which the same program reaches without a sandbox.
+
+    Files, listeners, this process.
+    """
+    # The path of a Unix socket may have 107 bytes; job schedulers hand out longer temporary
+    # folders.
     base = None if len(tempfile.gettempdir().encode()) < 70 else "/tmp"
     with (
         tempfile.TemporaryDirectory(prefix="appo-probe-", dir=base) as name,
@@ -151,10 +165,12 @@ def _targets() -> Iterator[dict[str, object]]:
 
 
 def choose_level(requested: str = "auto", allow_unsafe: bool = False) -> Probe:
-    """The level to use: the requested one if it works, or the best safe one for "auto"; never silently a lower one.
+    """The level to use: the requested one if it works, or the best safe one for "auto".
 
-    Raises SandboxError (with what was tried, why it failed, and the fix) when none works, for an unknown level, and for
-    rlimit without `allow_unsafe`.
+    Never silently a lower one.
+
+    Raises SandboxError (with what was tried, why it failed, and the fix) when none works, for an
+    unknown level, and for rlimit without `allow_unsafe`.
     """
     if requested != "auto" and requested not in LEVELS:
         raise SandboxError(

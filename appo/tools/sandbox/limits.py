@@ -21,7 +21,8 @@ class SandboxLimits:
 
     wall_s        seconds from the start of the code to its end
     cpu_s         CPU seconds of each process
-    memory_mb     address space of each process, and resident memory of all of them together (sampled)
+    memory_mb     address space of each process, and resident memory of all of them together
+                  (sampled)
     output_bytes  kept of stdout and of stderr, each; a flood of 16 times as much ends the call
     file_mb       size of a file, and of all files together (sampled; exact at level strict)
     processes     processes at a time (sampled; exact where the call has a user id of its own)
@@ -51,8 +52,8 @@ class SandboxLimits:
 class SandboxResult:
     """Outcome of one call. `exit` is the exit status, negative for a signal (−9: killed).
 
-    `reason` says why the call ended: exited (by itself or by a signal), wall, cpu, memory, processes, disk, output, or
-    killed (from outside).
+    `reason` says why the call ended: exited (by itself or by a signal), wall, cpu, memory,
+    processes, disk, output, or killed (from outside).
     """
 
     stdout: str
@@ -65,7 +66,10 @@ class SandboxResult:
 
 
 def rlimits(limits: SandboxLimits) -> list[tuple[int, int, int]]:
-    """(resource, soft, hard) for setrlimit, all but RLIMIT_NPROC. SIGXCPU comes a second before SIGKILL."""
+    """(resource, soft, hard) for setrlimit, all but RLIMIT_NPROC.
+
+    SIGXCPU comes a second before SIGKILL.
+    """
     cpu, memory, size = int(limits.cpu_s), int(limits.memory_mb * MB), int(limits.file_mb * MB)
     return [
         (resource.RLIMIT_CPU, cpu, cpu + 1),
@@ -82,9 +86,12 @@ _own_tasks: tuple[float, int] = (-1e9, 0)
 
 
 def shared_process_wall() -> int:
-    """RLIMIT_NPROC for a worker that shares our user id: what we run now plus 256, so that a fork bomb meets a wall.
+    """RLIMIT_NPROC for a worker that shares our user id.
 
-    The kernel counts threads per user; the exact limit is kept by sampling (runner.py). Renewed every 5 s.
+    What we run now plus 256, so that a fork bomb meets a wall.
+
+    The kernel counts threads per user; the exact limit is kept by sampling (runner.py). Renewed
+    every 5 s.
     """
     global _own_tasks
     when, count = _own_tasks

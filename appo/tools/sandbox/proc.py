@@ -1,4 +1,7 @@
-"""Looking at a process tree from outside, through /proc, to keep the limits that the kernel keeps per process only."""
+"""Looking at a process tree from outside, through /proc.
+
+It keeps the limits that the kernel keeps per process only.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ def _children(pid: int) -> list[int]:
 
 
 def resident_bytes(pids: list[int]) -> int:
-    """Memory the processes hold together, in bytes; shared pages count once where the kernel lets us see (PSS)."""
+    """Memory the processes hold together, in bytes.
+
+    Shared pages count once where the kernel lets us see (PSS).
+    """
     return sum(map(_resident, pids))
 
 

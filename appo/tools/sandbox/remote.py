@@ -1,8 +1,9 @@
 """The remote level: code is sent to a SandboxFusion-compatible server, which does the isolating.
 
 Wire format (POST `<url>/run_code`): {"code", "language": "python", "run_timeout", "stdin"} →
-{"status": "Success" | "Failed" | "SandboxError", "message", "run_result": {"status", "return_code", "stdout", "stderr"}}.
-The address comes from the environment (APPO_SANDBOX_URL), like everything that names a machine.
+{"status": "Success" | "Failed" | "SandboxError", "message", "run_result": {"status", "return_code",
+"stdout", "stderr"}}. The address comes from the environment (APPO_SANDBOX_URL), like everything
+that names a machine.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def probe() -> tuple[bool, str]:
 
 
 def run_remote(code: str, limits: SandboxLimits, stdin: str = "") -> SandboxResult:
-    """Run `code` on the server. Raises ToolError("unavailable") when there is no (sensible) answer."""
+    """Run `code` on the server.
+
+    Raises ToolError("unavailable") when there is no (sensible) answer.
+    """
     url = os.environ.get(URL, "")
     body = {"code": code, "language": "python", "run_timeout": limits.wall_s, "stdin": stdin}
     started = time.monotonic()

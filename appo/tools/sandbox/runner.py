@@ -1,8 +1,10 @@
-"""Start one sandboxed interpreter, read what it writes within bounds, end it, and leave no process behind.
+"""Start one sandboxed interpreter, read what it writes within bounds, and end it.
 
-The parent never forks itself (`subprocess` uses vfork here): it starts `python -c child.py` with the job on fd 0, two
-pipes and a control socket. It stops reading when the supervisor reports, not when the pipes close, so an orphan that
-holds a pipe cannot hang the caller.
+No process is left behind.
+
+The parent never forks itself (`subprocess` uses vfork here): it starts `python -c child.py` with
+the job on fd 0, two pipes and a control socket. It stops reading when the supervisor reports, not
+when the pipes close, so an orphan that holds a pipe cannot hang the caller.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ def run_python(
 ) -> SandboxResult:
     """Run `code` as a Python program behind the walls of `level` and return what came of it.
 
-    With `show_last` the value of a last expression is printed if nothing else was, as in a notebook. The hash seed is
-    fixed, so that sets print in the same order each time. Safe to call from several threads at once.
+    With `show_last` the value of a last expression is printed if nothing else was, as in a
+    notebook. The hash seed is fixed, so that sets print in the same order each time. Safe to call
+    from several threads at once.
 
     Raises ToolError("unavailable") when the walls could not be put up: the code has not run then.
     """
@@ -55,7 +58,10 @@ def run_python(
 
 @contextlib.contextmanager
 def _slot(level: SandboxLevel) -> Iterator[files.Slot | None]:
-    """A working directory for the levels that have none of their own. One that may still be in use is not reused."""
+    """A working directory for the levels that have none of their own.
+
+    One that may still be in use is not reused.
+    """
     if level == "strict":
         yield None
         return
@@ -147,7 +153,10 @@ class _Run:
         )
 
     def _read_until_report(self, deadline: float) -> None:
-        """Read pipes and control socket until the supervisor says `done`, hangs up, or a limit is passed."""
+        """Read pipes and control socket until the supervisor says `done`.
+
+        Or until it hangs up, or a limit is passed.
+        """
         poller = select.poll()
         names = {pipe.fileno(): name for name, pipe in self.pipes.items()}
         for fd in (*names, self.control.fileno()):
@@ -174,7 +183,9 @@ class _Run:
                 return
 
     def _stop(self) -> None:
-        """Ask the supervisor to kill its tree, and wait for its report, without reading output any more.
+        """Ask the supervisor to kill its tree, and wait for its report.
+
+        Output is not read any more.
 
         At level strict the process namespace is killed as a whole: nothing in it need be asked.
         """
@@ -217,8 +228,8 @@ class _Run:
         try:
             self.process.wait(0.05 if self.level == "strict" else GRACE_S)
         except subprocess.TimeoutExpired:
-            # At level strict the process namespace goes with it. Otherwise what is below dies first: a stuck
-            # supervisor has not reaped it, so the ids are still theirs.
+            # At level strict the process namespace goes with it. Otherwise what is below dies
+            # first: a stuck supervisor has not reaped it, so the ids are still theirs.
             for pid in proc.tree(self.process.pid) if self.level != "strict" else ():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -226,7 +237,10 @@ class _Run:
             self.process.wait()
 
     def _drain(self) -> None:
-        """Read what is still in the pipes. Their writers are dead or dying, so this ends; a deadline makes sure."""
+        """Read what is still in the pipes.
+
+        Their writers are dead or dying, so this ends; a deadline makes sure.
+        """
         deadline = time.monotonic() + GRACE_S
         for name, pipe in self.pipes.items():
             os.set_blocking(pipe.fileno(), False)

@@ -1,9 +1,10 @@
 """The system-call filter: an allow-list, as classic BPF, for x86_64 and aarch64.
 
-An allow-list because Landlock leaves much open (chmod, utimes, setxattr, signals before ABI 6, System V IPC, UDP and
-Unix sockets, other processes' limits and priorities) and because new kernels bring new calls. What is not listed fails
-with EPERM; calls younger than this table fail with ENOSYS, as they would on an older kernel, and so does `clone3`,
-whose flags a filter cannot see (the C library then falls back to `clone`). A foreign architecture kills the process.
+An allow-list because Landlock leaves much open (chmod, utimes, setxattr, signals before ABI 6,
+System V IPC, UDP and Unix sockets, other processes' limits and priorities) and because new kernels
+bring new calls. What is not listed fails with EPERM; calls younger than this table fail with
+ENOSYS, as they would on an older kernel, and so does `clone3`, whose flags a filter cannot see (the
+C library then falls back to `clone`). A foreign architecture kills the process.
 """
 
 from __future__ import annotations
@@ -67,13 +68,15 @@ O_ACCMODE_TRUNC, O_TRUNC = 0o1003, 0o1000
 CONDITIONAL: dict[str, tuple[tuple[int | None, int | None], list[tuple[int, str, list[int]]]]] = {
     # FIOCLEX FIONCLEX TCGETS TIOCGWINSZ FIONREAD FIONBIO
     "ioctl": ((16, 29), [(1, "in", [0x5451, 0x5450, 0x5401, 0x5413, 0x541B, 0x5421])]),
-    # no F_SETOWN, F_SETSIG: they signal other processes. DUPFD..SETLKW, OFD locks, DUPFD_CLOEXEC, GETPIPE_SZ
+    # no F_SETOWN, F_SETSIG: they signal other processes. DUPFD..SETLKW, OFD locks, DUPFD_CLOEXEC,
+    # GETPIPE_SZ
     "fcntl": ((72, 25), [(1, "in", [0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032])]),
     "clone": ((56, 220), [(0, "no_bits", [CLONE_NAMESPACES])]),
     # O_RDONLY|O_TRUNC empties a file that Landlock before ABI 3 lets us read
     "open": ((2, None), [(1, "not_masked", [O_ACCMODE_TRUNC, O_TRUNC])]),
     "openat": ((257, 56), [(2, "not_masked", [O_ACCMODE_TRUNC, O_TRUNC])]),
-    # AF_UNIX, SOCK_STREAM (with or without CLOEXEC, NONBLOCK): a datagram pair could send to any named socket
+    # AF_UNIX, SOCK_STREAM (with or without CLOEXEC, NONBLOCK): a datagram pair could send to any
+    # named socket
     "socketpair": (
         (53, 199),
         [(0, "in", [1]), (1, "in", [1, 0x80001, 0x801, 0x80801])],
@@ -118,7 +121,10 @@ def _tests(tests: list[tuple[int, str, list[int]]]) -> list[bytes]:
 
 
 def program(machine: str | None = None) -> bytes:
-    """The filter as an array of `struct sock_filter` (8 bytes each). Raises KeyError for another architecture."""
+    """The filter as an array of `struct sock_filter` (8 bytes each).
+
+    Raises KeyError for another architecture.
+    """
     machine = machine or os.uname().machine
     column = {"x86_64": 0, "aarch64": 1}[machine]
     ops = [

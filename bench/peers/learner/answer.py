@@ -1,9 +1,12 @@
-"""The far end of the pipe: an implementation loads once, then answers one JSON line per request line.
+"""The far end of the pipe.
+
+An implementation loads once, then answers one JSON line per request line.
 
     python peer_NAME.py '{"model": "folder", "threads": 1, …}'
 
-Request {"do": "step", "work": {…}, "rows": […], …} → {"wall", "cpu": seconds of the step's forward and backward over these
-rows, "update_wall", "update_cpu": clipping and optimiser, "tokens": read by the model, "peak_bytes", "error"}.
+Request {"do": "step", "work": {…}, "rows": […], …} → {"wall", "cpu": seconds of the step's forward
+and backward over these rows, "update_wall", "update_cpu": clipping and optimiser, "tokens": read by
+the model, "peak_bytes", "error"}.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ def answer(make: Callable[[dict[str, Any]], Callable[..., dict[str, Any]]]) -> N
         try:
             out = work() | {"error": None}
         except Exception:
-            # Whatever a foreign trainer raises is a result of the benchmark; the parent writes it down.
+            # Whatever a foreign trainer raises is a result of the benchmark; the parent writes it
+            # down.
             out = {"error": traceback.format_exc()}
         replies.write(json.dumps(out) + "\n")
         replies.flush()
@@ -65,7 +69,10 @@ def measured(run: Callable[..., dict[str, Any]], request: dict[str, Any]) -> dic
 
 
 def _peak() -> int:
-    """The most physical memory since the mark fell; 0 where the kernel does not tell (not Linux)."""
+    """The most physical memory since the mark fell.
+
+    0 where the kernel does not tell (not Linux).
+    """
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 if found else 0

@@ -1,4 +1,7 @@
-"""Our learner: the tree packed, or (layout "rows") every row for itself in the same streams and kernels."""
+"""Our learner, with the tree packed or every row for itself.
+
+Layout "rows" is the latter, in the same streams and kernels.
+"""
 
 from __future__ import annotations
 

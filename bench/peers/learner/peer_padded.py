@@ -1,8 +1,12 @@
-"""Padded rows as verl-style trainers run them: [prompt | response] right-padded to the longest, forward and backward over all
-of it in micro-batches of rows, a log-softmax over the whole vocabulary of every response token, branches included.
+"""Padded rows as verl-style trainers run them.
 
-Hugging Face's model with SDPA. dtype "bfloat16": bfloat16 weights, float32 master copies, one fused AdamW; "float32": all
-in float32. Tokens with advantage 0 are masked out of the loss after they were computed, as there.
+[prompt | response] right-padded to the longest, forward and backward over all of it in
+micro-batches of rows, a log-softmax over the whole vocabulary of every response token, branches
+included.
+
+Hugging Face's model with SDPA. dtype "bfloat16": bfloat16 weights, float32 master copies, one fused
+AdamW; "float32": all in float32. Tokens with advantage 0 are masked out of the loss after they were
+computed, as there.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """TRL: `GRPOTrainer.training_step` on given completions, then its optimiser.
 
-Generation and rewards are left out: `_prepare_inputs` hands over rows, token ids and advantages that are ready. Timed is
-training_step (its forward with the fused, chunked head, loss, metrics, accelerate's backward) per micro-batch, and clipping and
-AdamW at the end. Gradient checkpointing, on by default in TRL, is off: it would only cost. dtype "bfloat16": the model is
-loaded in bfloat16; "autocast": float32 weights under TRL's default, bfloat16 autocast; "float32": neither.
+Generation and rewards are left out: `_prepare_inputs` hands over rows, token ids and advantages
+that are ready. Timed is training_step (its forward with the fused, chunked head, loss, metrics,
+accelerate's backward) per micro-batch, and clipping and AdamW at the end. Gradient checkpointing,
+on by default in TRL, is off: it would only cost. dtype "bfloat16": the model is loaded in bfloat16;
+"autocast": float32 weights under TRL's default, bfloat16 autocast; "float32": neither.
 """
 
 from __future__ import annotations

@@ -23,9 +23,12 @@ MIB = 2**20
 
 
 def peak(vocab: int, response: int, layers: int = 4) -> tuple[int, float] | None:
-    """(tokens, MiB) beyond weights and gradients of a random model in the shape of SmolLM2-135M; in a fresh process.
+    """(tokens, MiB) beyond weights and gradients of a random model in the shape of SmolLM2-135M.
 
-    The embedding, which is the head too, is frozen: its gradient is V × H however the rest is computed.
+    In a fresh process.
+
+    The embedding, which is the head too, is frozen: its gradient is V × H however the rest is
+    computed.
     """
     torch.set_num_threads(1)
     config = LlamaConfig(

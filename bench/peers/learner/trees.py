@@ -1,4 +1,6 @@
-"""The work of one step, the same for everybody: a tree of tokens, which of its rows train, and the rows as sequences.
+"""The work of one step, the same for everybody.
+
+A tree of tokens, which of its rows train, and the rows as sequences.
 
 Imports nothing of appo at the top: peers in other environments read this file too.
 """
@@ -20,7 +22,10 @@ class Run(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One rollout as an independent sequence; advantage 0: it goes through the model and trains nothing."""
+    """One rollout as an independent sequence.
+
+    Advantage 0: it goes through the model and trains nothing.
+    """
 
     prompt: list[int]
     response: list[int]
@@ -31,8 +36,10 @@ class Row(NamedTuple):
 class Work:
     """One prompt group.
 
-    roots, branches  rollouts of `response` tokens; branch b of a root leaves it after a share b / (B + 1)
-    levels           instead of roots and branches: (forks, tokens) per level below the prompt, an agent's tree
+    roots, branches  rollouts of `response` tokens; branch b of a root leaves it after a share b /
+                     (B + 1)
+    levels           instead of roots and branches: (forks, tokens) per level below the prompt, an
+                     agent's tree
     every_row        train branches and leaves alike; else the roots only
     """
 
@@ -71,7 +78,7 @@ class Work:
         return runs
 
     def leaves(self) -> list[tuple[int, bool]]:
-        """(run a rollout ends with, whether it trains)"""
+        """(run a rollout ends with, whether it trains)."""
         runs = self.runs()
         if self.levels:
             inner = {r.parent for r in runs}
@@ -98,7 +105,10 @@ class Work:
 
 
 def batches(work: Work, budget: int, only: list[int] | None = None) -> tuple[list[Any], Any]:
-    """(packed streams, counts) of the trained rows; `only`: each of these rows as a tree of its own, sharing nothing."""
+    """(packed streams, counts) of the trained rows.
+
+    `only`: each of these rows as a tree of its own, sharing nothing.
+    """
     from appo.packing.pack import pack
     from appo.types import Counts
 

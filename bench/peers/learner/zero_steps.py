@@ -1,4 +1,6 @@
-"""Seconds of a step per ZeRO stage; run by torchrun on any number of ranks, each with the same tree.
+"""Seconds of a step per ZeRO stage.
+
+Run by torchrun on any number of ranks, each with the same tree.
 
     torchrun --nproc-per-node 2 zero_steps.py '{"model": "folder", "work": {…}, "repeats": 3}'
 

@@ -1,7 +1,9 @@
-"""The near end of the pipe: which engines there are, where they are installed, and a process for each.
+"""The near end of the pipe.
 
-A process loads its engine once and lives until the benchmark ends, so that imports and loading stay outside the timing
-and rounds can alternate.
+Which engines there are, where they are installed, and a process for each.
+
+A process loads its engine once and lives until the benchmark ends, so that imports and loading stay
+outside the timing and rounds can alternate.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ LIMIT_S = 1200  # one answer: the slowest peer needs a tenth of that for a tree
 
 @dataclass(frozen=True)
 class Engine:
-    """One row of the table. venv: folder of its own environment, "" for the one that runs the benchmark."""
+    """One row of the table.
+
+    venv: folder of its own environment, "" for the one that runs the benchmark.
+    """
 
     key: str
     name: str
@@ -134,7 +139,10 @@ def python_of(engine: Engine, venvs: Path) -> Path | None:
 def start(
     engines: Sequence[Engine], venvs: Path, settings: dict[str, Any], notes: dict[str, str]
 ) -> list[Running]:
-    """Start what is there, one after the other; why something is not is written into `notes` by the engine's name."""
+    """Start what is there, one after the other.
+
+    Why something is not is written into `notes` by the engine's name.
+    """
     running = []
     for engine in engines:
         python = python_of(engine, venvs)

@@ -13,7 +13,10 @@ from torch import Tensor
 
 
 def write_gguf(folder: Path, target: Path, context: int) -> None:
-    """Matrices stay bfloat16 bit by bit; the norms, vectors, become float32 as llama.cpp wants them."""
+    """Matrices stay bfloat16 bit by bit.
+
+    The norms, vectors, become float32 as llama.cpp wants them.
+    """
     config = json.loads((folder / "config.json").read_text())
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
@@ -52,7 +55,10 @@ def write_gguf(folder: Path, target: Path, context: int) -> None:
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head from halves (0 … D/2-1, D/2 … D-1) to pairs, the order that llama.cpp's rotary code turns."""
+    """Rows of each head from halves (0 … D/2-1, D/2 … D-1) to pairs.
+
+    Pairs are what llama.cpp's rotary code turns.
+    """
     rows, columns = weight.shape
     halves = weight.view(heads, 2, rows // heads // 2, columns)
     return halves.transpose(1, 2).reshape(rows, columns)

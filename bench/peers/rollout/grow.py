@@ -1,6 +1,9 @@
-"""One loop that grows a workload on anything that can fork, append and draw; and the cost of a single fork on it.
+"""One loop that grows a workload on anything that can fork, append and draw.
 
-Engines with continuous batching differ in what is behind `Backend`, never in when a tool answers or a branch starts.
+And the cost of a single fork on it.
+
+Engines with continuous batching differ in what is behind `Backend`, never in when a tool answers or
+a branch starts.
 """
 
 from __future__ import annotations
@@ -105,7 +108,10 @@ class Growing:
 
 
 def grow(backend: Backend, work: Workload) -> list[Drawn]:
-    """Grow the whole tree: the branches start when the last root is done. → what each rollout drew."""
+    """Grow the whole tree.
+
+    The branches start when the last root is done. → what each rollout drew.
+    """
     growing = Growing(backend, work)
     grow_alive(growing)
     growing.release()
@@ -127,7 +133,8 @@ def grow_alive(growing: Growing) -> None:
 class Fork(NamedTuple):
     """What one fork took.
 
-    call_us: the fork call, None if it only remembers · first_ms: fork and first drawn token · rows: run for that
+    call_us: the fork call, None if it only remembers · first_ms: fork and first drawn token · rows:
+    run for that
     """
 
     call_us: float | None
@@ -143,7 +150,8 @@ class Trunk:
         begin = time.perf_counter()
         self.base = backend.prompt(ids)
         self.seq = backend.fork(self.base, len(ids))
-        # One token more than the prefill: continuous batching forgets the pages of a request that ends with it.
+        # One token more than the prefill: continuous batching forgets the pages of a request that
+        # ends with it.
         _finish(backend, self.seq, 2)
         self.prefill_ms = (time.perf_counter() - begin) * 1e3
 

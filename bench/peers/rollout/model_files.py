@@ -1,4 +1,7 @@
-"""The weights that all engines read: a Hugging Face folder and, for llama.cpp, the same numbers as a GGUF file."""
+"""The weights that all engines read.
+
+A Hugging Face folder and, for llama.cpp, the same numbers as a GGUF file.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,9 @@ SMOLLM2 = "HuggingFaceTB--SmolLM2-135M-Instruct"
 def prepare(scratch: Path, quick: bool, context: int) -> tuple[Path, Path]:
     """(folder, GGUF file) below `scratch`, both for sequences of up to `context` tokens.
 
-    APPO_BENCH_MODEL names a folder of the Llama family; without it the model cache's SmolLM2-135M, if it is there, and
-    else random weights in its shape. --quick without the variable: random weights, six layers.
+    APPO_BENCH_MODEL names a folder of the Llama family; without it the model cache's SmolLM2-135M,
+    if it is there, and else random weights in its shape. --quick without the variable: random
+    weights, six layers.
     """
     asked = os.environ.get("APPO_BENCH_MODEL")
     cached = default_cache() / "models" / SMOLLM2
@@ -51,7 +55,10 @@ def random_model(folder: Path, layers: int) -> None:
 
 
 def with_context(source: Path, folder: Path, context: int) -> None:
-    """The same weights with at least `context` positions; what is drawn beyond the model's own is for timing only."""
+    """The same weights with at least `context` positions.
+
+    What is drawn beyond the model's own is for timing only.
+    """
     folder.mkdir()
     for path in source.glob("*.safetensors*"):
         (folder / path.name).symlink_to(path.resolve())

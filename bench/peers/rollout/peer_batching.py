@@ -1,6 +1,9 @@
-"""transformers' continuous batching with its prefix sharing: a fork, or the turn after a tool call, is a new request.
+"""transformers' continuous batching with its prefix sharing.
 
-`generate_batch` takes all its requests at once, so this drives the manager behind it, which runs in a thread.
+A fork, or the turn after a tool call, is a new request.
+
+`generate_batch` takes all its requests at once, so this drives the manager behind it, which runs in
+a thread.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ sys.path.append(str(Path(__file__).resolve().parents[3]))  # the checkout, for `
 from bench.peers.rollout.grow import Drawn
 from bench.peers.rollout.serve import Stepwise, serve
 
-PAGE = 32  # tokens that are shared or not; the default of 256 would make every fork run up to 255 tokens again
+# tokens that are shared or not; the default of 256 would make every fork run up to 255 tokens again
+PAGE = 32
 POLL_S = 0.002
 
 
@@ -40,7 +44,10 @@ class Requests:
         self.rows += args[0].numel()
 
     def prompt(self, ids: Sequence[int]) -> int:
-        """Drawing on the prompt leaves its pages where the roots find them; they do not if it ends with its prefill."""
+        """Drawing on the prompt leaves its pages where the roots find them.
+
+        They do not if it ends with its prefill.
+        """
         seq = self._add(list(ids))
         probe = self._add(list(ids))
         self.draw(probe, 2)

@@ -1,7 +1,10 @@
-"""Hugging Face `generate` in turns, as tree training is commonly written: draw a batch until all its rows have stopped,
-run the tools of those that called one, submit these again with the longer context; then the branches in the same way.
+"""Hugging Face `generate` in turns, as tree training is commonly written.
 
-    "cache": false   every submission prefills its whole context again (what the authors' own code does)
+Draw a batch until all its rows have stopped, run the tools of those that called one, submit these
+again with the longer context; then the branches in the same way.
+
+    "cache": false   every submission prefills its whole context again (what the authors' own code
+                     does)
     "cache": true    the KV cache of each row is cropped and copied into the batch of its next turn
 """
 
@@ -42,9 +45,12 @@ class LastScores(LogitsProcessor):
 
 
 class DrawnEnough(StoppingCriteria):
-    """Row i stops at `lengths[i]` columns; `generate` runs it on as padding until the last row stops.
+    """Row i stops at `lengths[i]` columns.
 
-    Asked after every step, it takes down the log-probs of what was drawn, so that no step's logits are kept.
+    `generate` runs it on as padding until the last row stops.
+
+    Asked after every step, it takes down the log-probs of what was drawn, so that no step's logits
+    are kept.
     """
 
     def __init__(self, lengths: Sequence[int], last: LastScores):
@@ -60,7 +66,10 @@ class DrawnEnough(StoppingCriteria):
 
 @dataclass
 class Kept:
-    """Where the KV of a sequence lies: columns first … first + count - 1 of a row of a batch's cache."""
+    """Where the KV of a sequence lies.
+
+    Columns first … first + count - 1 of a row of a batch's cache.
+    """
 
     cache: DynamicCache
     row: int
@@ -86,7 +95,10 @@ def gathered(parts: Sequence[Kept]) -> DynamicCache:
 
 
 class Turns:
-    """A peer of `serve`. rows: rows of the model run, padding included, counted at the embedding."""
+    """A peer of `serve`.
+
+    rows: rows of the model run, padding included, counted at the embedding.
+    """
 
     computes = "log-prob of every drawn token"
     version = f"transformers {transformers.__version__}"
@@ -101,7 +113,7 @@ class Turns:
     def _count(self, module: Any, args: tuple[Tensor, ...]) -> None:
         self.rows += args[0].numel()
 
-    # -- the tree ------------------------------------------------------------------------------------------------------
+    # -- the tree ----------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def grow(self, work: Workload) -> list[Drawn]:
@@ -175,7 +187,7 @@ class Turns:
                 first = width - lengths[row]
                 self.kept[i] = Kept(out.past_key_values, row, first, lengths[row] + count - 1)
 
-    # -- a single fork -------------------------------------------------------------------------------------------------
+    # -- a single fork -----------------------------------------------------------------------------
 
     @torch.inference_mode()
     def trunk(self, ids: Sequence[int]) -> float:

@@ -1,7 +1,10 @@
-"""llama.cpp through the low-level API of llama-cpp-python: forks by `llama_memory_seq_cp`, which copies nothing.
+"""llama.cpp through the low-level API of llama-cpp-python.
 
-All sequences share one cache (`kv_unified`); each forward takes one token of every drawing sequence and, as far as they
-fit, the tokens that others still lack. Sampling is an inverse CDF in numpy. Environment: requirements/bench-llama.txt.
+Forks by `llama_memory_seq_cp`, which copies nothing.
+
+All sequences share one cache (`kv_unified`); each forward takes one token of every drawing sequence
+and, as far as they fit, the tokens that others still lack. Sampling is an inverse CDF in numpy.
+Environment: requirements/bench-llama.txt.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ class Sequences:
         self.drawing: list[int] = []  # handles
         self.rows = self._next = 0
 
-    # -- sequences -----------------------------------------------------------------------------------------------------
+    # -- sequences ---------------------------------------------------------------------------------
 
     def prompt(self, ids: Sequence[int]) -> int:
         """Computed here and now but for its last token, so that forks find it."""
@@ -101,7 +104,7 @@ class Sequences:
         llama_cpp.llama_memory_seq_rm(self.memory, line.slot, -1, -1)
         self.free.append(line.slot)
 
-    # -- running -------------------------------------------------------------------------------------------------------
+    # -- running -----------------------------------------------------------------------------------
 
     def step(self) -> dict[int, Drawn]:
         plan, room = [], BATCH
@@ -130,7 +133,10 @@ class Sequences:
         return len(line.tokens) - line.computed
 
     def _forward(self, plan: Sequence[tuple[Line, int, bool]]) -> np.ndarray:
-        """Run (line, tokens, whether the last one's logits are wanted) → logits float32 [wanted, V], llama.cpp's memory."""
+        """Run (line, tokens, whether the last one's logits are wanted).
+
+        → logits float32 [wanted, V], llama.cpp's memory.
+        """
         batch, row = self.batch, 0
         for line, count, wanted in plan:
             for position in range(line.computed, line.computed + count):

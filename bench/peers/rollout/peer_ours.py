@@ -59,7 +59,10 @@ class OurPeer(Stepwise):
     """Answers one request more than the others: what a tree holds while all of it is alive."""
 
     def hold(self, work: Workload) -> dict[str, Any]:
-        """Grow the tree and keep it → seconds, rows, and the engine's stats with every handle still held."""
+        """Grow the tree and keep it.
+
+        → seconds, rows, and the engine's stats with every handle still held.
+        """
         engine = self.backend.engine
         rows, begin = self.rows, time.perf_counter()
         growing = Growing(self.backend, work)

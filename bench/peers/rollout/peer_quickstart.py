@@ -1,9 +1,12 @@
-"""Training steps of a recipe without the learner: the phases that the engine runs, for any checkout of the package.
+"""Training steps of a recipe without the learner.
+
+The phases that the engine runs, for any checkout of the package.
 
     PYTHONPATH=checkout python peer_quickstart.py '{"recipe": "quickstart", "threads": 2}'
 
-The trainer is the package's own; its learner does nothing, and a push loads the weights that are there as a new version,
-so that the second mini-batch is scored again before it branches, as in training.
+The trainer is the package's own; its learner does nothing, and a push loads the weights that are
+there as a new version, so that the second mini-batch is scored again before it branches, as in
+training.
 """
 
 from __future__ import annotations

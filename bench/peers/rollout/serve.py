@@ -2,9 +2,10 @@
 
     python peer_NAME.py '{"model": "folder", "threads": 1, …}'
 
-Requests: {"do": "tree", "work": {…}}, {"do": "trunk", "depth": n, "vocab": v} and then {"do": "forks", "repeats": k};
-peer_ours also answers {"do": "hold", "work": {…}}, peer_quickstart only {"do": "phases", "step": k}. Every answer carries
-"error" (null or a traceback). The end of the input ends the peer.
+Requests: {"do": "tree", "work": {…}}, {"do": "trunk", "depth": n, "vocab": v} and then {"do":
+"forks", "repeats": k}; peer_ours also answers {"do": "hold", "work": {…}}, peer_quickstart only
+{"do": "phases", "step": k}. Every answer carries "error" (null or a traceback). The end of the
+input ends the peer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from bench.peers.rollout.workload import Workload
 
 
 class Peer(Protocol):
-    """computes: what is worked out for each drawn token · version: of the engine"""
+    """What is worked out for each drawn token (`computes`), and the engine's version."""
 
     computes: str
     version: str
@@ -36,7 +37,10 @@ class Peer(Protocol):
     def grow(self, work: Workload) -> list[Drawn]: ...
 
     def trunk(self, ids: Sequence[int]) -> float:
-        """Compute a sequence for `fork` to fork at its end, in place of the one before; → milliseconds."""
+        """Compute a sequence for `fork` to fork at its end, in place of the one before.
+
+        → milliseconds.
+        """
 
     def fork(self) -> Fork: ...
 
@@ -116,13 +120,16 @@ def _tree(peer: Peer, work: dict[str, Any]) -> dict[str, Any]:
         "cpu": cpu,
         "rows": peer.rows - rows,
         "peak_bytes": _peak_bytes(),
-        # One rollout without a tool call, for a check of its log-probs against another implementation.
+        # One rollout without a tool call, for a check of its log-probs against another
+        # implementation.
         "sample": vars(drawn[1]) if len(drawn) > 1 else None,
     }
 
 
 def _peak_bytes() -> int:
-    """The most physical memory that this process has held; 0 where the kernel does not tell (not Linux).
+    """The most physical memory that this process has held.
+
+    0 where the kernel does not tell (not Linux).
 
     Not ru_maxrss, which starts at what the parent held.
     """

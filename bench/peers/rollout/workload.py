@@ -1,4 +1,6 @@
-"""The tree that every engine grows: same prompt, same forks, same tool results, same number of drawn tokens.
+"""The tree that every engine grows.
+
+Same prompt, same forks, same tool results, same number of drawn tokens.
 
 Only the standard library: the peers read this file from environments of their own.
 """
@@ -12,10 +14,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rollout:
-    """One line of the tree. It inherits the tokens of `parent` before position `at`, then draws `new` tokens.
+    """One line of the tree.
 
-    parent: index of a rollout, None for the prompt · at: absolute position (the prompt's first token is 0) · cut: tokens
-    drawn before the tool call, 0 for none · result: ids that the tool adds to the context
+    It inherits the tokens of `parent` before position `at`, then draws `new` tokens.
+
+    parent: index of a rollout, None for the prompt · at: absolute position (the prompt's first
+    token is 0) · cut: tokens drawn before the tool call, 0 for none · result: ids that the tool
+    adds to the context
     """
 
     parent: int | None
@@ -32,10 +37,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Workload:
-    """`roots` samples of a prompt, then `branches` forks off each of them; every second rollout calls a tool.
+    """`roots` samples of a prompt, then `branches` forks off each of them.
 
-    prompt, new, result: tokens · wait_s: seconds a tool takes · round: changes the ids, never the shape, so that nothing
-    cached in one round helps in the next
+    Every second rollout calls a tool.
+
+    prompt, new, result: tokens · wait_s: seconds a tool takes · round: changes the ids, never the
+    shape, so that nothing cached in one round helps in the next
     """
 
     prompt: int = 512
@@ -51,7 +58,7 @@ class Workload:
         return _ids(self.vocab, self.prompt, f"prompt {self.round}")
 
     def rollouts(self) -> list[Rollout]:
-        """Roots first, then the branches of root 0, of root 1, …"""
+        """Roots first, then the branches of root 0, of root 1 and so on."""
         draw = random.Random("shape")
         total = self.roots * (1 + self.branches)
         lines = [self._rollout(None, self.prompt, i, draw) for i in range(self.roots)]
@@ -67,7 +74,7 @@ class Workload:
         ids = _ids(self.vocab, self.result if cut else 0, f"result {self.round} {index}")
         return Rollout(parent, at, self.new, cut, tuple(ids))
 
-    # -- what the tree needs -------------------------------------------------------------------------------------------
+    # -- what the tree needs -----------------------------------------------------------------------
 
     @property
     def generated(self) -> int:
@@ -77,8 +84,8 @@ class Workload:
     def needed_rows(self) -> int:
         """Rows that a forward must run if nothing is run twice: the formula of the realised tree.
 
-        The prompt but for its last token once; each rollout the token before its fork, which gives its first
-        distribution, then all it adds but for the last drawn token, which nobody follows.
+        The prompt but for its last token once; each rollout the token before its fork, which gives
+        its first distribution, then all it adds but for the last drawn token, which nobody follows.
         """
         return self.prompt - 1 + sum(r.new + len(r.result) for r in self.rollouts())
 

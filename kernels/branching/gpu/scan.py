@@ -1,12 +1,14 @@
 """The segmented reverse discounted scan, as one flat scan over all tokens.
 
-A token is the map F → b + a·F with b its masked log-ratio and a = γ, or 0 at the last token of a segment, so that nothing
-crosses a boundary; maps compose, and composing them in any grouping is a scan. Three launches: each block's composed map,
-a carry through the blocks by one program, and the blocks once more with the carry.
+A token is the map F → b + a·F with b its masked log-ratio and a = γ, or 0 at the last token of a
+segment, so that nothing crosses a boundary; maps compose, and composing them in any grouping is a
+scan. Three launches: each block's composed map, a carry through the blocks by one program, and the
+blocks once more with the carry.
 
-The order of tokens is reversed by the addresses, not by the scan operator: position N-1 comes first. All arithmetic is in
-float64: at O(N) operations the kernel waits for memory on any GPU, and 1/(1-γ) would amplify float32 rounding.
-Reads 5 bytes a token twice (float32 and mask; the offsets stay in cache), writes 4; workspace 16 bytes per 1,024 tokens.
+The order of tokens is reversed by the addresses, not by the scan operator: position N-1 comes
+first. All arithmetic is in float64: at O(N) operations the kernel waits for memory on any GPU, and
+1/(1-γ) would amplify float32 rounding. Reads 5 bytes a token twice (float32 and mask; the offsets
+stay in cache), writes 4; workspace 16 bytes per 1,024 tokens.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -24,13 +26,17 @@ from appo._kernels.common.gpu.config import ceil_div
 
 BLOCK, WARPS = 1024, 4
 INTERPRET = 64  # the interpreter composes the maps one by one in Python
-# Products of γ stop here instead of at 0: a 0 is a boundary, and NaN must pass through a long segment but not through it.
+# Products of γ stop here instead of at 0: a 0 is a boundary, and NaN must pass through a long
+# segment but not through it.
 TINY = tl.constexpr(1e-300)
 
 
 @triton.jit
 def chain(a1, b1, a2, b2):
-    """First (a1, b1), then (a2, b2), which lies to the left of it. Behind a cut (a2 = 0) nothing counts, NaN or not."""
+    """First (a1, b1), then (a2, b2), which lies to the left of it.
+
+    Behind a cut (a2 = 0) nothing counts, NaN or not.
+    """
     a = tl.where((a1 == 0) | (a2 == 0), 0.0, tl.maximum(a1 * a2, TINY))
     b = tl.where(a2 == 0, b2, b2 + a2 * b1)
     return a, b
@@ -57,7 +63,10 @@ def reversed_positions(N, BLOCK: tl.constexpr):
 
 @triton.jit
 def scan_block(d, at, segment, offsets_ptr, gamma):
-    """(a, b) of the composed maps of this block's tokens up to each of them. d[BLOCK] float64, 0 where masked."""
+    """(a, b) of the composed maps of this block's tokens up to each of them.
+
+    d[BLOCK] float64, 0 where masked.
+    """
     inside = at >= 0
     last = tl.load(offsets_ptr + segment + 1) == at + 1
     a = tl.where(inside, tl.where(last, 0.0, gamma + tl.zeros_like(d)), 1.0)
@@ -105,7 +114,10 @@ def scan_blocks_kernel(
 
 @triton.jit(do_not_specialize=["blocks"])
 def scan_carry_kernel(a_ptr, b_ptr, blocks, BLOCK: tl.constexpr):
-    """Launch 2, one program: b[blocks] becomes the value at the first token of each block, what the next one continues."""
+    """Launch 2, one program.
+
+    b[blocks] becomes the value at the first token of each block, what the next one continues.
+    """
     value = tl.full((), 0.0, tl.float64)
     lane = tl.arange(0, BLOCK)
     for first in range(0, blocks, BLOCK):
@@ -151,8 +163,10 @@ def carries(x: Tensor, minus: Tensor | None, mask: Tensor, cuts: Tensor, gamma: 
 def future_value(
     x: Tensor, mask: Tensor, offsets: Tensor, gamma: float, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """x[N] float32 or float64, mask[N] uint8, offsets[B+1] → [N] in `dtype` (that of x). Waits for the
-    device only where offsets or groups lie on the CPU."""
+    """x[N] float32 or float64, mask[N] uint8, offsets[B+1] → [N] in `dtype` (that of x).
+
+    Waits for the device only where offsets or groups lie on the CPU.
+    """
     launch.check_tensors("triton", mask)
     out = torch.empty_like(x, dtype=dtype)
     n = x.shape[0]
@@ -169,7 +183,10 @@ def future_value(
 
 
 def traffic(n: int) -> tuple[int, int]:
-    """(bytes, FLOP) for float32: 5·N read twice and 4·N written; about 3·(log2(BLOCK) + 1) operations a token and launch."""
+    """(bytes, FLOP) for float32: 5·N read twice and 4·N written.
+
+    About 3·(log2(BLOCK) + 1) operations a token and launch.
+    """
     return 14 * n, 2 * 3 * 11 * n
 
 

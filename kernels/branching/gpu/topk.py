@@ -1,14 +1,18 @@
-"""The best k ≤ 64 tokens of every group of segments, in a total order: rule, value, packed position.
+"""The best k ≤ 64 tokens of every group of segments, in a total order.
+
+Rule, value, packed position.
 
 A candidate is one signed 64-bit key, larger is better:
 
-    bit 63       0 for strict candidates, 1 for the others: every strict key is ≥ 0, every other one negative
+    bit 63       0 for strict candidates, 1 for the others: every strict key is ≥ 0, every other one
+                 negative
     bits 62…31   the float32 value as an unsigned number of the same order (NaN as -inf, -0 as +0)
     bits 30…0    2³¹-1 minus the packed position: of equals the earlier one is larger
 
-Keys are distinct, so any way of taking the largest k gives the same result: no atomics, and nothing depends on the grid.
-Two launches: `parts` programs per group keep the best of their share, one program per group merges them.
-Reads 13 bytes a token (three scores, eligible). Positions must fit 31 bits.
+Keys are distinct, so any way of taking the largest k gives the same result: no atomics, and nothing
+depends on the grid. Two launches: `parts` programs per group keep the best of their share, one
+program per group merges them. Reads 13 bytes a token (three scores, eligible). Positions must fit
+31 bits.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -49,7 +53,10 @@ def topk_kernel(
     z_entropy_ptr, z_omega_ptr, score_ptr, eligible_ptr, offsets_ptr, first_ptr, member_ptr, keys_ptr,
     parts, PAPER: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (g, p): keys[g, p, K], the best of every parts-th block of the segments member[first[g] … first[g+1]-1]."""
+    """Program (g, p).
+
+    keys[g, p, K], the best of every parts-th block of the segments member[first[g] … first[g+1]-1].
+    """
     group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, BLOCK)
     best = tl.full((K,), EMPTY, tl.int64)
@@ -96,8 +103,10 @@ def select_branch_points(
     k: int,
     paper: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z = (z_entropy, z_omega, score) float32[N], eligible[N] uint8, group[B] → (index, rule, count). Waits for the
-    device only where offsets or groups lie on the CPU."""
+    """z = (z_entropy, z_omega, score) float32[N], eligible[N] uint8, group[B] →.
+
+    Index, rule, count. Waits for the device only where offsets or groups lie on the CPU.
+    """
     launch.check_tensors("triton", eligible)
     n = eligible.shape[0]
     if z[2].dtype != torch.float32:
@@ -130,7 +139,10 @@ def select_branch_points(
 
 
 def traffic(n: int) -> tuple[int, int]:
-    """(bytes, operations): 13·N in, about 20 operations a token; a block is sorted only if it holds a new best."""
+    """(bytes, operations): 13·N in, about 20 operations a token.
+
+    A block is sorted only if it holds a new best.
+    """
     return 13 * n, 20 * n
 
 

@@ -1,9 +1,10 @@
 """The discounted scan along a tree of segments, from the leaves up.
 
-The segmented scan (scan.py) gives every node's sums as if nothing lay behind it. A level at a time, the deepest first, one program per node adds up
-what its children hand on (in the order of their numbers, without atomics) and what it hands on itself. A last launch adds
-γ^(distance to the node's end) times the node's carry to every token. float64 throughout, as there.
-Reads 5 bytes a token twice and 8 once, writes 8 and 4.
+The segmented scan (scan.py) gives every node's sums as if nothing lay behind it. A level at a time,
+the deepest first, one program per node adds up what its children hand on (in the order of their
+numbers, without atomics) and what it hands on itself. A last launch adds γ^(distance to the node's
+end) times the node's carry to every token. float64 throughout, as there. Reads 5 bytes a token
+twice and 8 once, writes 8 and 4.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -28,8 +29,12 @@ BLOCK, WARPS = 1024, 4
 def tree_level_kernel(
     local_ptr, offsets_ptr, power_ptr, weight_ptr, node_ptr, first_child_ptr, child_ptr, carry_ptr, value_ptr
 ):  # fmt: skip
-    """For the node of this program: carry = Σ_c w_c · value(c) over child[first_child[n] … first_child[n+1]-1], and
-    value, what its own parent adds up: the sum at its first token, or the carry if it has none. power[B] = γ^length."""
+    """For the node of this program.
+
+    Carry = Σ_c w_c · value(c) over child[first_child[n] … first_child[n+1]-1], and value, what its
+    own parent adds up: the sum at its first token, or the carry if it has none. power[B] =
+    γ^length.
+    """
     node = tl.load(node_ptr + tl.program_id(0))
     carry = tl.full((), 0.0, tl.float64)
     for i in range(tl.load(first_child_ptr + node), tl.load(first_child_ptr + node + 1)):
@@ -59,7 +64,10 @@ def tree_apply_kernel(
 def tree_future_value(
     x: Tensor, mask: Tensor, cuts: Tensor, parents: Tensor, weights: Tensor, gamma: float
 ) -> Tensor:
-    """x[N] float32 or float64, mask[N] uint8 on the device; cuts[B+1], parents[B] int64, weights[B] float64 on the host."""
+    """x[N] float32 or float64, mask[N] uint8 on the device.
+
+    cuts[B+1], parents[B] int64, weights[B] float64 on the host.
+    """
     if gamma == 0.0 or parents.shape[0] == 0:
         return future_value(x, mask, cuts, gamma)
     device, n, nodes = x.device, x.shape[0], parents.shape[0]
@@ -96,7 +104,10 @@ def levels(parents: Tensor) -> list[Tensor]:
 
 
 def traffic(n: int) -> tuple[int, int]:
-    """(bytes, FLOP) for float32 beyond the segmented scan with a float64 result: 8·N in, 4·N out; an exponential and 3 operations."""
+    """(bytes, FLOP) for float32 beyond the segmented scan with a float64 result.
+
+    8·N in, 4·N out. An exponential and 3 operations.
+    """
     return 12 * n, 30 * n
 
 

@@ -1,9 +1,12 @@
-"""The Branching Score of each segment from entropy and future value: Ω, z-scores, product, uninformative flag.
+"""The Branching Score of each segment from entropy and future value.
 
-One program per segment, three sweeps over its tokens: sums, centred squares, results. Two passes for the deviation, in
-float64, because a clipped Ω is nearly constant: the mean of squares minus the square of the mean would be all rounding.
-Reads 13 bytes a token three times (float32 entropy, float64 future value, mask; the second and third time mostly from
-cache), writes 16. A segment is one program's work: many segments fill a GPU, a single long one does not.
+Ω, z-scores, product, uninformative flag.
+
+One program per segment, three sweeps over its tokens: sums, centred squares, results. Two passes
+for the deviation, in float64, because a clipped Ω is nearly constant: the mean of squares minus the
+square of the mean would be all rounding. Reads 13 bytes a token three times (float32 entropy,
+float64 future value, mask; the second and third time mostly from cache), writes 16. A segment is
+one program's work: many segments fill a GPU, a single long one does not.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -52,7 +55,10 @@ def zscore_kernel(
     entropy_ptr, future_ptr, mask_ptr, offsets_ptr, omega_ptr, z_entropy_ptr, z_omega_ptr, score_ptr, flat_ptr,
     low: tl.float64, high: tl.float64, PAPER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """omega, z_entropy, z_omega, score [N], flat[B] uint8; PAPER: a flat vector is standardised to exactly 0."""
+    """omega, z_entropy, z_omega, score [N], flat[B] uint8.
+
+    PAPER: a flat vector is standardised to exactly 0.
+    """
     segment = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(offsets_ptr + segment), tl.load(offsets_ptr + segment + 1)
     lane = tl.arange(0, BLOCK)
@@ -105,8 +111,11 @@ def branch_scores(
     high: float,
     paper: bool,
 ) -> list[Tensor]:
-    """Scan and z-scores: [omega, z_entropy, z_omega, score] [N] in the dtype of log_ratio, and flat[B] uint8. Waits for the
-    device only where offsets or groups lie on the CPU."""
+    """Scan and z-scores.
+
+    [omega, z_entropy, z_omega, score] [N] in the dtype of log_ratio, and flat[B] uint8. Waits for
+    the device only where offsets or groups lie on the CPU.
+    """
     cuts = packed.on_device(offsets, log_ratio.shape[0], log_ratio.device)
     future = future_value(log_ratio, mask, cuts, gamma, torch.float64)
     segments = cuts.shape[0] - 1
@@ -121,7 +130,10 @@ def branch_scores(
 
 
 def traffic(n: int) -> tuple[int, int]:
-    """(bytes that must move, FLOP): entropy, future value and mask once, four results; three exponentials and 30 operations."""
+    """(bytes that must move, FLOP): entropy, future value and mask once, four results.
+
+    Three exponentials and 30 operations.
+    """
     return (13 + 16) * n, 90 * n
 
 

@@ -1,6 +1,9 @@
-"""The statistics algebra of kernels/common/stats.py in Triton, line by line, plus what a tile of raw logits needs before it.
+"""The statistics algebra of kernels/common/stats.py in Triton, line by line.
 
-A NaN or +inf logit makes s NaN, and so every statistic of its row. The maximum may drop a NaN; s does not.
+Before it stands what a tile of raw logits needs.
+
+A NaN or +inf logit makes s NaN, and so every statistic of its row. The maximum may drop a NaN; s
+does not.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -20,14 +23,20 @@ LOG2E = tl.constexpr(stats.LOG2E)
 
 @triton.jit
 def target_column(column_ptr, token, v0, V):
-    """Column of each token's target inside v0 … v0+V-1, counted from v0 (int32); -1 where the target is elsewhere."""
+    """Column of each token's target inside v0 … v0+V-1, counted from v0 (int32).
+
+    -1 where the target is elsewhere.
+    """
     column = tl.load(column_ptr + token) - v0
     return tl.where((column >= 0) & (column < V), column, -1).to(tl.int32)
 
 
 @triton.jit
 def tanh_over(x, cap):
-    """tanh(x / cap) within 1e-7; cap is a scalar. Written out because the interpreter has no device library."""
+    """tanh(x / cap) within 1e-7; cap is a scalar.
+
+    Written out because the interpreter has no device library.
+    """
     e = tl.exp2(tl.abs(x) * (-2 * LOG2E / cap))
     t = (1 - e) / (1 + e)
     return tl.where(x < 0, -t, t)
@@ -35,7 +44,10 @@ def tanh_over(x, cap):
 
 @triton.jit
 def scaled(x, scale2, exists):
-    """x2 of capped logits: -inf becomes EMPTY (NaN and +inf stay), columns that do not exist ABSENT."""
+    """x2 of capped logits.
+
+    -inf becomes EMPTY (NaN and +inf stay), columns that do not exist ABSENT.
+    """
     x2 = x * scale2
     x2 = tl.where(x2 < EMPTY, EMPTY, x2)
     return tl.where(exists, x2, ABSENT)
@@ -43,7 +55,10 @@ def scaled(x, scale2, exists):
 
 @triton.jit
 def update(m, s, u, z, x2, hit):
-    """Statistics [R] of some columns, joined by the columns of x2[R, C]; hit[R, C] marks the target."""
+    """Statistics [R] of some columns, joined by the columns of x2[R, C].
+
+    hit[R, C] marks the target.
+    """
     top = tl.maximum(m, tl.max(x2, axis=1))
     shift = m - top
     weight = tl.exp2(shift)
@@ -83,7 +98,9 @@ def merge(m_a, s_a, u_a, z_a, m_b, s_b, u_b, z_b):
 def load_upstream(
     token, scale_ptr, m_ptr, log2s_ptr, p_factor_ptr, plogp_factor_ptr, d_logp_ptr, cap_ptr
 ):
-    """(scale, m, log2s, p_factor, plogp_factor, d_logp) [R] of the tokens and the cap, for `gradient`.
+    """What `gradient` takes of its tokens.
+
+    (scale, m, log2s, p_factor, plogp_factor, d_logp) [R] and the cap.
 
     Where plogp_factor_ptr or cap_ptr is None their values mean nothing: `gradient` is told so.
     """
@@ -123,9 +140,9 @@ def gradient(
 
     Per token [R]: scale … d_logp, as in kernels/linear_logprob/blocks.py.
 
-    g = p · (p_factor - plogp_factor · log2 p) + d_logp · hit, the target term added in float32.
-    G = scale · g · slope of the cap.
-    Two subtractions for log2 p: x2 - m is exact where p matters, x2 - (m + log2 s) rounds by the size of m.
+    g = p · (p_factor - plogp_factor · log2 p) + d_logp · hit, the target term added in float32. G =
+    scale · g · slope of the cap. Two subtractions for log2 p: x2 - m is exact where p matters, x2 -
+    (m + log2 s) rounds by the size of m.
     """
     if CAP:
         t = tanh_over(x, cap)

@@ -1,20 +1,24 @@
-"""Tile sizes per GPU architecture, and how a call is cut into launches. Plain integers: needs neither a GPU nor Triton.
+"""Tile sizes per GPU architecture, and how a call is cut into launches.
 
-The tables are static on purpose: a run-time autotuner may choose differently from one run to the next, and the last bits
-change with the tile. `bench/gpu/aot_report.py` compiles every entry and refuses spills and too much shared memory.
+Plain integers: needs neither a GPU nor Triton.
+
+The tables are static on purpose: a run-time autotuner may choose differently from one run to the
+next, and the last bits change with the tile. `bench/gpu/aot_report.py` compiles every entry and
+refuses spills and too much shared memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-UNIT = 1024  # columns per slot of statistics in deterministic mode: one canonical cut of the vocabulary
-# Bounds for the statistics of one launch. Longer batches are taken in blocks of tokens, which costs a second read of the
-# head per block and is nothing beside the product.
+# columns per slot of statistics in deterministic mode: one canonical cut of the vocabulary
+UNIT = 1024
+# Bounds for the statistics of one launch. Longer batches are taken in blocks of tokens, which costs
+# a second read of the head per block and is nothing beside the product.
 STATS_BYTES = 80_000_000
 STATS_TOKENS = 32_768
-# The strip of gradients that backward holds, 256 MiB in 16 bits, and the float32 logits (32 MiB, they stay in L2) that a
-# library product writes at once.
+# The strip of gradients that backward holds, 256 MiB in 16 bits, and the float32 logits (32 MiB,
+# they stay in L2) that a library product writes at once.
 GRADIENT_TOKENS, GRADIENT_COLUMNS = 32_768, 4_096
 LOGIT_TOKENS, LOGIT_BYTES = 2_048, 32 << 20
 
@@ -23,8 +27,10 @@ LOGIT_TOKENS, LOGIT_BYTES = 2_048, 32 << 20
 class Tile:
     """A tile of `rows` tokens × `columns` of the vocabulary, summed over H in steps of `depth`.
 
-    pieces   the epilogue takes the columns in this many pieces, so that fewer registers are alive at once
-    group    token blocks that neighbouring programs share: their hidden states stay in L2 while the head streams by
+    pieces   the epilogue takes the columns in this many pieces, so that fewer registers are alive
+             at once
+    group    token blocks that neighbouring programs share: their hidden states stay in L2 while the
+             head streams by
     tma      read operands by tensor descriptor where their strides allow it
     """
 
@@ -38,7 +44,8 @@ class Tile:
     tma: bool = False
 
 
-# What every other call gets: float32 (exact products, no tensor cores), odd strides, H that is no multiple of the depth.
+# What every other call gets: float32 (exact products, no tensor cores), odd strides, H that is no
+# multiple of the depth.
 SMALL = Tile(64, 64, 32, warps=4, stages=2)
 # "default" is every other GPU, sized for the 99 KB of shared memory of sm_86, sm_89 and sm_120.
 PARTIAL = {
@@ -77,7 +84,10 @@ def row(device_type: str) -> Row:
 
 
 def pick(table: dict[str, Tile], arch: str, regular: bool) -> Tile:
-    """The tile for an architecture; `regular`: 16-bit operands whose layout and depth need no masks (see launch.regular)."""
+    """The tile for an architecture.
+
+    `regular`: 16-bit operands whose layout and depth need no masks (see launch.regular).
+    """
     if arch == "interpret":
         return INTERPRET
     return table.get(arch, table["default"]) if regular else SMALL
@@ -93,7 +103,8 @@ class Walk:
     stages: int = 2
 
 
-# (longest head, bytes per number) → tile; the first that fits is taken. "default" is every other GPU.
+# (longest head, bytes per number) → tile; the first that fits is taken. "default" is every other
+# GPU.
 WalkTable = dict[str, dict[tuple[int, int], Walk]]
 TREE_FORWARD: WalkTable = {
     "gfx942": {(64, 2): Walk(128, 64), (128, 2): Walk(128, 32), (128, 4): Walk(32, 32)},
@@ -148,9 +159,9 @@ class Cut:
 def cut(n: int, v: int, tile: Tile, deterministic: bool, processors: int) -> Cut:
     """How N tokens × V columns are cut.
 
-    deterministic: a slot is UNIT columns whatever N is, so the bits of a token do not depend on the batch around it.
-    Otherwise a few wide slots: enough for four programs per processor (a single token still uses all of them), and for
-    one group of token blocks to fill the GPU.
+    deterministic: a slot is UNIT columns whatever N is, so the bits of a token do not depend on the
+    batch around it. Otherwise a few wide slots: enough for four programs per processor (a single
+    token still uses all of them), and for one group of token blocks to fill the GPU.
     """
     tiles = ceil_div(v, tile.columns)
     if deterministic:
@@ -169,12 +180,18 @@ def cut(n: int, v: int, tile: Tile, deterministic: bool, processors: int) -> Cut
 def stats_workspace_bytes(
     n: int, v: int, arch: str, *, deterministic: bool = True, processors: int = 132
 ) -> int:
-    """What the forward pass of backend "triton" allocates beside its result, for regular 16-bit inputs."""
+    """What the forward pass of backend "triton" allocates beside its result.
+
+    For regular 16-bit inputs.
+    """
     return cut(n, v, pick(PARTIAL, arch, True), deterministic, processors).workspace_bytes
 
 
 def logit_block(n: int, v: int) -> tuple[int, int]:
-    """(tokens, columns) of a block of float32 logits of at most LOGIT_BYTES; few tokens get wide blocks."""
+    """(tokens, columns) of a block of float32 logits of at most LOGIT_BYTES.
+
+    Few tokens get wide blocks.
+    """
     tokens = min(n, LOGIT_TOKENS)
     return tokens, min(v, LOGIT_BYTES // (4 * tokens))
 
@@ -186,13 +203,19 @@ def logit_workspace_bytes(n: int, v: int) -> int:
 
 
 def gradient_block(n: int, v: int) -> tuple[int, int]:
-    """(tokens, columns) of the strip of gradients. dW is summed over N / tokens blocks, dh over V / columns."""
+    """(tokens, columns) of the strip of gradients.
+
+    dW is summed over N / tokens blocks, dh over V / columns.
+    """
     return min(n, GRADIENT_TOKENS), min(v, GRADIENT_COLUMNS)
 
 
 def gradient_workspace_bytes(
     n: int, v: int, hidden: int, *, itemsize: int = 2, need_h: bool = True, need_w: bool = True
 ) -> int:
-    """What backward allocates beside its results and gathered rows: the strip, dh[N, H] float32, a float32 block of dW."""
+    """What backward allocates beside its results and gathered rows.
+
+    The strip, dh[N, H] float32, a float32 block of dW.
+    """
     tokens, columns = gradient_block(n, v)
     return tokens * columns * itemsize + 4 * hidden * (n * need_h + columns * need_w)

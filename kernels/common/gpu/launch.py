@@ -1,4 +1,7 @@
-"""What every launcher needs to know: is there a device for this tensor, which one, and how operands are handed over."""
+"""What every launcher needs to know.
+
+Is there a device for this tensor, which one, and how operands are handed over.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,16 @@ except ImportError as error:
     ) from error
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-# A product and the subtraction after it stay two roundings: x2 - m is then exactly 0 at the maximum, hence s ≥ 1,
-# logp ≤ 0 and entropy ≥ 0; and backward rebuilds the x2 that forward saw.
+# A product and the subtraction after it stay two roundings: x2 - m is then exactly 0 at the
+# maximum, hence s ≥ 1, logp ≤ 0 and entropy ≥ 0; and backward rebuilds the x2 that forward saw.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
 
 def interpreted() -> bool:
-    """True when kernels run in Triton's CPU interpreter (TRITON_INTERPRET=1 before the first import)."""
+    """True when kernels run in Triton's CPU interpreter.
+
+    TRITON_INTERPRET=1 before the first import.
+    """
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -76,7 +82,10 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def regular(h: Tensor, w: Tensor, depth: int) -> bool:
-    """True when operands are read in whole, aligned vectors: one 16-bit type, rows at multiples of 32 bytes, H % depth == 0."""
+    """True when operands are read in whole, aligned vectors.
+
+    One 16-bit type, rows at multiples of 32 bytes, H % depth == 0.
+    """
     aligned = all(
         x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(0) >= x.shape[1]
         for x in (h, w)

@@ -1,7 +1,10 @@
-"""Gradients of the head from strips of logit gradients: two matrix products of the vendor's library per strip.
+"""Gradients of the head from strips of logit gradients.
 
-A strip G is at most GRADIENT_TOKENS × GRADIENT_COLUMNS. The outer loop runs over columns, so the float32 sum of dW is one
-strip high and is rounded once; dh is summed in float32 over all strips. With N ≤ GRADIENT_TOKENS nothing is summed twice.
+Two matrix products of the vendor's library per strip.
+
+A strip G is at most GRADIENT_TOKENS × GRADIENT_COLUMNS. The outer loop runs over columns, so the
+float32 sum of dW is one strip high and is rounded once; dh is summed in float32 over all strips.
+With N ≤ GRADIENT_TOKENS nothing is summed twice.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from torch import Tensor
 from appo._kernels.common.gpu.config import gradient_block
 from appo._kernels.linear_logprob.blocks import LinearCall, Upstream
 
-# fill(h[N, H], w[V, H], t, v0, out[t, V], weighted[t] or None): out = G of the columns v0 … v0+V-1, weighted += Σ g log2 p
+# fill(h[N, H], w[V, H], t, v0, out[t, V], weighted[t] or None): out = G of the columns v0 … v0+V-1,
+# weighted += Σ g log2 p
 Fill = Callable[[Tensor, Tensor, slice, int, Tensor, Tensor | None], None]
 
 
@@ -23,21 +27,30 @@ ADDMM_WIDENS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 10
 
 
 def widening_products(x: Tensor) -> bool:
-    """Whether torch multiplies 16-bit matrices into float32 ones on the device of x: on NVIDIA GPUs."""
+    """Whether torch multiplies 16-bit matrices into float32 ones on the device of x.
+
+    On NVIDIA GPUs.
+    """
     return x.is_cuda and torch.version.hip is None
 
 
 def product_dtype(h: Tensor, w: Tensor) -> torch.dtype:
-    """What G and its partners are multiplied in: bfloat16 for 16-bit operands, float32 otherwise and on a CPU.
+    """What G and its partners are multiplied in.
 
-    float16 operands are converted: a small p · upstream is below the range of float16, not of bfloat16.
+    bfloat16 for 16-bit operands, float32 otherwise and on a CPU.
+
+    float16 operands are converted: a small p · upstream is below the range of float16, not of
+    bfloat16.
     """
     half = max(h.element_size(), w.element_size()) == 2 and widening_products(h)
     return torch.bfloat16 if half else torch.float32
 
 
 def multiply_add(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (float32) += a @ b; = on the `first` strip. 16-bit operands are summed in float32, never in 16 bits."""
+    """total (float32) += a @ b; = on the `first` strip.
+
+    16-bit operands are summed in float32, never in 16 bits.
+    """
     if a.dtype == torch.float32:
         torch.addmm(total, a, b, beta=0.0 if first else 1.0, out=total)
     elif first:
@@ -57,7 +70,9 @@ def gradients(
     dh_dtype: torch.dtype,
     block: tuple[int, int] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dh[T, H] in dh_dtype, dw[V, H] in the dtype of w, Σ_j g_j log2 p_j [N]); None for what was not asked.
+    """(dh[T, H] in dh_dtype, dw[V, H] in the dtype of w, Σ_j g_j log2 p_j [N]).
+
+    None for what was not asked.
 
     block  (tokens, columns) of a strip, default `config.gradient_block`
     Workspace: `config.gradient_workspace_bytes`, and with `rows` a copy of the hidden states they name.
@@ -91,7 +106,10 @@ def gradients(
 
 
 def _back_to_rows(dh: Tensor | None, call: LinearCall, dtype: torch.dtype) -> Tensor | None:
-    """Sum over the targets of a row. By sorting: an index_add on a GPU would add repeats in any order."""
+    """Sum over the targets of a row.
+
+    By sorting: an index_add on a GPU would add repeats in any order.
+    """
     if dh is None or call.rows is None:
         return None if dh is None else dh.to(dtype)
     return dh.new_zeros(call.h.shape).index_put_((call.rows,), dh, accumulate=True).to(dtype)

@@ -1,4 +1,7 @@
-"""A strip of logits recomputed tile by tile and turned into its gradient, which is rounded once, on its way out."""
+"""A strip of logits recomputed tile by tile and turned into its gradient.
+
+The gradient is rounded once, on its way out.
+"""
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ def dlogits_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """out[N, V] = G of the columns v0 … v0+V-1, whose head is w[V, H]; weighted[tiles, N] = Σ g log2 p of each tile.
+    """out[N, V] = G of the columns v0 … v0+V-1, whose head is w[V, H].
+
+    weighted[tiles, N] = Σ g log2 p of each tile.
 
     Per token [N] float32: scale, m, log2s, p_factor, plogp_factor (or None), d_logp; column int64.
     cap[1] or None; weighted or None.
@@ -66,7 +71,10 @@ def dlogits(
     h: Tensor, w: Tensor, column: Tensor, scale: Tensor, cap: Tensor | None, up: Upstream, v0: int,
     out: Tensor, weighted: Tensor | None, tile: Tile,
 ) -> None:  # fmt: skip
-    """Launch on h[N, H], w[V, H] (unit stride in a row); fills out[N, V] and weighted[ceil(V / tile.columns), N]."""
+    """Launch on h[N, H], w[V, H] (unit stride in a row).
+
+    Fills out[N, V] and weighted[ceil(V / tile.columns), N].
+    """
     n, hidden = h.shape
     v = w.shape[0]
     a = launch.descriptor(h, tile.rows, tile.depth) if tile.tma else h

@@ -48,7 +48,10 @@ def merge_kernel(
 
 
 def merge_slots_into(out: Tensor, stats: Tensor) -> None:
-    """out[4, N] (unit stride in a row) = the statistics of all slots of stats[slots, 4, N], contiguous."""
+    """The statistics of all slots joined.
+
+    out[4, N] (unit stride in a row) is made from stats[slots, 4, N], contiguous.
+    """
     slots, _, n = stats.shape
     with launch.on(stats.device):
         merge_kernel[(ceil_div(n, TOKENS),)](
@@ -57,7 +60,10 @@ def merge_slots_into(out: Tensor, stats: Tensor) -> None:
 
 
 def traffic(n: int, slots: int) -> tuple[int, int]:
-    """(bytes, FLOP): 16·slots·N in, 16·N out; about 12 operations per slot and token, exponentials included."""
+    """(bytes, FLOP): 16·slots·N in, 16·N out.
+
+    About 12 operations per slot and token, exponentials included.
+    """
     return 16 * (slots + 1) * n, 12 * slots * n
 
 

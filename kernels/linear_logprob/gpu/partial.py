@@ -1,7 +1,8 @@
 """Hidden states and head in, softmax statistics out. No logit ever leaves the registers.
 
-A program owns one block of tokens and one slot of columns. It walks the slot tile by tile: matrix product, then the
-tile joins the statistics of the slot, which are stored once. Nobody else writes there: no atomics, no locks.
+A program owns one block of tokens and one slot of columns. It walks the slot tile by tile: matrix
+product, then the tile joins the statistics of the slot, which are stored once. Nobody else writes
+there: no atomics, no locks.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -33,9 +34,12 @@ def partial_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr,
     H_TMA: tl.constexpr, W_TMA: tl.constexpr, EVEN: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """stats[slots, 4, N] float32: (m, s, u, z) of every slot of tiles_per_slot · COLUMNS columns; see kernels/common/stats.py.
+    """stats[slots, 4, N] float32: (m, s, u, z) of every slot of tiles_per_slot · COLUMNS columns.
 
-    column[N] int64, rows[N] int64 or None, scale[N] float32, cap[1] float32 or None; grid: token blocks · slots
+    See kernels/common/stats.py.
+
+    column[N] int64, rows[N] int64 or None, scale[N] float32, cap[1] float32 or None; grid: token
+    blocks · slots
     """
     block, slot = grouped(tl.program_id(0), tl.cdiv(N, ROWS), slots, GROUP)
     row = block * ROWS + tl.arange(0, ROWS)
@@ -76,7 +80,10 @@ def partial(
     h: Tensor, w: Tensor, column: Tensor, rows: Tensor | None, scale: Tensor, cap: Tensor | None,
     stats: Tensor, tiles_per_slot: int, tile: Tile,
 ) -> None:  # fmt: skip
-    """Launch on h[·, H], w[V, H] (unit stride in a row), column[N], rows[N], scale[N]; fills stats[slots, 4, N]."""
+    """Launch on h[·, H], w[V, H] (unit stride in a row), column[N], rows[N], scale[N].
+
+    Fills stats[slots, 4, N].
+    """
     slots, _, n = stats.shape
     vocab, hidden = w.shape
     h_tma = tile.tma and rows is None
@@ -99,7 +106,10 @@ def traffic(n: int, v: int, hidden: int, slots: int, itemsize: int = 2) -> tuple
 
 
 def aot_cases(arch: str) -> list[AotCase]:
-    """The shipped tile, also with gathered rows (h by pointers) and with a cap; and the tile of every other call."""
+    """The shipped tile, also with gathered rows (h by pointers) and with a cap.
+
+    And the tile of every other call.
+    """
     return [
         _case("partial", PARTIAL[arch], "bf16"),
         _case("partial rows", PARTIAL[arch], "bf16", rows=True),

@@ -1,4 +1,7 @@
-"""K4r: the gradient of a block of float32 logits that a library's matrix product left in memory; one read, one write."""
+"""K4r: the gradient of a block of float32 logits that a library's matrix product left in memory.
+
+One read, one write.
+"""
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ def rowgrads_kernel(
     """out[N, V] = G of logits[N, V], the columns v0 … v0+V-1; weighted[N] += Σ g log2 p over them.
 
     Per token [N] float32: scale, m, log2s, p_factor, plogp_factor (or None), d_logp; column int64.
-    cap[1] or None; weighted or None.
-    out may be the logits themselves when it is float32: a program reads a block before it writes it. Grid: blocks of ROWS
+    cap[1] or None; weighted or None. out may be the logits themselves when it is float32: a program
+    reads a block before it writes it. Grid: blocks of ROWS
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
@@ -58,7 +61,10 @@ def rowgrads(
     logits: Tensor, column: Tensor, scale: Tensor, cap: Tensor | None, up: Upstream, v0: int,
     out: Tensor, weighted: Tensor | None,
 ) -> None:  # fmt: skip
-    """Launch on logits[N, V] float32; fills out[N, V] and adds to weighted[N]. All with unit stride in a row."""
+    """Launch on logits[N, V] float32; fills out[N, V] and adds to weighted[N].
+
+    All with unit stride in a row.
+    """
     n, v = logits.shape
     size = row(logits.device.type)
     with launch.on(logits.device):
@@ -71,7 +77,10 @@ def rowgrads(
 
 
 def traffic(n: int, v: int, itemsize: int = 2) -> tuple[int, int]:
-    """(bytes, FLOP): 4·N·V in, itemsize·N·V out, 36·N beside them; about 12 operations per logit."""
+    """(bytes, FLOP): 4·N·V in, itemsize·N·V out, 36·N beside them.
+
+    About 12 operations per logit.
+    """
     return (4 + itemsize) * n * v + 36 * n, 12 * n * v
 
 

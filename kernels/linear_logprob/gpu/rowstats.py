@@ -1,6 +1,9 @@
-"""Statistics of a block of float32 logits that a library's matrix product left in memory; one read, nothing else.
+"""Statistics of a block of float32 logits that a library's matrix product left in memory.
 
-Blocks of columns come one after another; the statistics of the columns before are carried in stats[4, N].
+One read, nothing else.
+
+Blocks of columns come one after another; the statistics of the columns before are carried in
+stats[4, N].
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -31,7 +34,9 @@ def rowstats_kernel(
     logits_ptr, column_ptr, scale_ptr, cap_ptr, stats_ptr, stride, stride_stats, N, V, v0,
     FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """stats[4, N] joined by logits[N, V] (rows `stride` apart), the columns v0 … v0+V-1; FIRST: there is nothing yet.
+    """stats[4, N] joined by logits[N, V] (rows `stride` apart), the columns v0 … v0+V-1.
+
+    FIRST: there is nothing yet.
 
     column[N] int64, scale[N] float32, cap[1] float32 or None; grid: blocks of ROWS tokens
     """
@@ -65,7 +70,10 @@ def rowstats_kernel(
 def rowstats(
     logits: Tensor, column: Tensor, scale: Tensor, cap: Tensor | None, v0: int, stats: Tensor
 ) -> None:
-    """Join stats[4, N] by the columns of logits[N, V] float32; v0 = 0 starts afresh. All with unit stride in a row."""
+    """Join stats[4, N] by the columns of logits[N, V] float32; v0 = 0 starts afresh.
+
+    All with unit stride in a row.
+    """
     n, v = logits.shape
     size = row(logits.device.type)
     with launch.on(logits.device):
@@ -76,7 +84,10 @@ def rowstats(
 
 
 def traffic(n: int, v: int) -> tuple[int, int]:
-    """(bytes, FLOP): 4·N·V logits once, 44·N beside them (12 + carried statistics both ways); about 10 per logit."""
+    """(bytes, FLOP): 4·N·V logits once, 44·N beside them (12 + carried statistics both ways).
+
+    About 10 per logit.
+    """
     return 4 * n * v + 44 * n, 10 * n * v
 
 

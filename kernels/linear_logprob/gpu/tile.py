@@ -1,4 +1,7 @@
-"""One tile of logits: the only matrix product of the package that is written in Triton, used forward and backward."""
+"""One tile of logits.
+
+The only matrix product of the package that is written in Triton, used forward and backward.
+"""
 # mypy: disable-error-code="no-untyped-def, misc"
 
 from __future__ import annotations
@@ -9,9 +12,12 @@ import triton.language as tl
 
 @triton.jit
 def grouped(program, blocks, slots, GROUP: tl.constexpr):
-    """(token block, slot) of a program: token blocks run fastest inside a group of them, then slots, then groups.
+    """(token block, slot) of a program.
 
-    What runs at once then covers few token blocks, whose hidden states stay in L2, and neighbouring parts of the head.
+    Token blocks run fastest inside a group of them, then slots, then groups.
+
+    What runs at once then covers few token blocks, whose hidden states stay in L2, and neighbouring
+    parts of the head.
     """
     first = program // (GROUP * slots) * GROUP
     size = tl.minimum(blocks - first, GROUP)
@@ -25,9 +31,12 @@ def logit_tile(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     H_TMA: tl.constexpr, W_TMA: tl.constexpr, EVEN: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """acc[ROWS, COLUMNS] float32 = h[h_rows] @ w[w_rows].T, summed in float32 (float32 inputs: exact products).
+    """acc[ROWS, COLUMNS] float32 = h[h_rows] @ w[w_rows].T, summed in float32.
 
-    h, w     pointers, or tensor descriptors (H_TMA, W_TMA) that read rows from row0, col0 on, zeros past the end
+    float32 inputs: exact products.
+
+    h, w     pointers, or tensor descriptors (H_TMA, W_TMA) that read rows from row0, col0 on, zeros
+             past the end
     h_rows, w_rows  int64 rows for the pointer path, all of them inside the tensor
     EVEN     H is a multiple of DEPTH: no masks      TYPE     what both operands are converted to
     """

@@ -1,10 +1,13 @@
-"""The fused policy loss: discounted future, ratio, clipped surrogate, its gradient and the metric sums, in float64.
+"""The fused policy loss.
 
-With a future term: the first two launches of the discounted scan (branching/gpu/scan.py) over logp - old_logp, then
-one that finishes the scan of its block and does the rest of the work on the values it holds. Without: that launch alone. Sums leave as one row per block and are
-added in a second step, so there are no atomics and the bits depend on N only.
-Reads 13 bytes a token (float32 logp, old_logp, advantage, mask) and 9 more for the first launch of the scan, writes the
-gradient and the future factor, 8.
+Discounted future, ratio, clipped surrogate, its gradient and the metric sums, in float64.
+
+With a future term: the first two launches of the discounted scan (branching/gpu/scan.py) over logp
+- old_logp, then one that finishes the scan of its block and does the rest of the work on the values
+it holds. Without: that launch alone. Sums leave as one row per block and are added in a second
+step, so there are no atomics and the bits depend on N only. Reads 13 bytes a token (float32 logp,
+old_logp, advantage, mask) and 9 more for the first launch of the scan, writes the gradient and the
+future factor, 8.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -44,7 +47,10 @@ SUMS = 6  # loss, tokens, clipped, kl, |d|, scale
 
 @triton.jit
 def surrogate(d, advantage, clip_low, clip_high, dual_clip):
-    """(value, its derivative by d, ratio) of max(-A r, -A clip(r)), capped at -A·dual_clip where A < 0."""
+    """(value, its derivative by d, ratio) of max(-A r, -A clip(r)).
+
+    The value is capped at -A·dual_clip where A < 0.
+    """
     ratio = tl.exp(clip(d, -CLAMP, CLAMP))
     plain = -advantage * ratio
     bounded = -advantage * clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
@@ -61,7 +67,10 @@ def policy_loss_kernel(
     sums_ptr, N, segments, steps, blocks, gamma: tl.float64, future_low: tl.float64, future_high: tl.float64,
     future_weight: tl.float64, clip_low: tl.float64, clip_high: tl.float64, dual_clip: tl.float64, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """gradient[N], sums[6, blocks] float64; with state[blocks] (of the scan) also future[N]. weight[B] float64."""
+    """gradient[N], sums[6, blocks] float64; with state[blocks] (of the scan) also future[N].
+
+    weight[B] float64.
+    """
     at = reversed_positions(N, BLOCK)
     inside = at >= 0
     d, keep = load_difference(logp_ptr, old_logp_ptr, mask_ptr, at)
@@ -99,8 +108,10 @@ def policy_loss(
     weight: Tensor,
     rules: Rules,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sums[6], future, gradient) as kernels/policy_loss/op.py wants them; float32 or float64 vectors. Waits for the
-    device only where offsets or groups lie on the CPU."""
+    """(sums[6], future, gradient) as kernels/policy_loss/op.py wants them.
+
+    float32 or float64 vectors. Waits for the device only where offsets or groups lie on the CPU.
+    """
     launch.check_tensors("triton", mask)
     n, with_future = logp.shape[0], rules.gamma is not None
     size = block_size() if with_future else min(block_size(), ALONE)
@@ -124,7 +135,10 @@ def policy_loss(
 
 
 def traffic(n: int, future: bool = True) -> tuple[int, int]:
-    """(bytes, FLOP) for float32: 13·N in and 4·N out; with the future term 9·N in and 4·N out more, and two scans."""
+    """(bytes, FLOP) for float32: 13·N in and 4·N out.
+
+    With the future term 9·N in and 4·N out more, and two scans.
+    """
     return (30 if future else 17) * n, (170 if future else 60) * n
 
 

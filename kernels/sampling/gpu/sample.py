@@ -1,10 +1,13 @@
-"""Tokens drawn from logits, with their logprobs and the entropies of their rows; one read of the logits.
+"""Tokens drawn from logits, with their logprobs and the entropies of their rows.
 
-An exponential race over counter-based noise: the same uniforms, bit for bit, and the same tokens as the definition in
-appo/rollout/native/sampling/definition.py. Per token a 32-bit hash, one product and one comparison; only a block that holds a token
-which could still win takes logarithms, in float64.
-Two launches: a program per row and UNIT columns, then a program per row that joins them. The cut depends on V alone, so
-the bits of a row do not depend on the rows beside it. Nothing waits for the device.
+One read of the logits.
+
+An exponential race over counter-based noise: the same uniforms, bit for bit, and the same tokens as
+the definition in appo/rollout/native/sampling/definition.py. Per token a 32-bit hash, one product
+and one comparison; only a block that holds a token which could still win takes logarithms, in
+float64. Two launches: a program per row and UNIT columns, then a program per row that joins them.
+The cut depends on V alone, so the bits of a row do not depend on the rows beside it. Nothing waits
+for the device.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -40,7 +43,10 @@ def splitmix(x):
 
 @triton.jit
 def keys_of(seed, position):
-    """The two 64-bit keys of a draw, int64 → uint64: for the upper and the lower 32 bits of every token's noise."""
+    """The two 64-bit keys of a draw, int64 → uint64.
+
+    For the upper and the lower 32 bits of every token's noise.
+    """
     of_seed = splitmix(seed.to(tl.uint64, bitcast=True) + GOLDEN)
     upper = splitmix(of_seed + (position + 1).to(tl.uint64, bitcast=True) * GOLDEN)
     return upper, splitmix(upper + GOLDEN)
@@ -58,7 +64,10 @@ def mixed(key, ids):
 
 @triton.jit
 def log_exponential(upper, lower):
-    """log E in float64, E = -log(1 - u); log(1 - u) as Kahan takes it, for there is no log1p here."""
+    """log E in float64, E = -log(1 - u).
+
+    log(1 - u) as Kahan takes it, for there is no log1p here.
+    """
     u = upper.to(tl.float64) * (2.0**-32) + (lower.to(tl.float64) + 0.5) * (2.0**-64)
     u = tl.minimum(u, BELOW_ONE)
     w = 1.0 - u
@@ -71,9 +80,12 @@ def sample_kernel(
     logits_ptr, seed_ptr, position_ptr, inv_temp_ptr, greedy_ptr, stats_ptr, value_ptr, id_ptr,
     stride, V, splits, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, k): stats[row, k, 3] (m, s, u), value[row, k] and id[row, k] of the best of columns k·UNIT …
+    """Program (row, k) writes stats[row, k, 3] (m, s, u), value[row, k] and id[row, k].
 
-    m is the largest logit, s = Σ e, u = Σ e log2 e with e = 2^((x - m) scale2); value = log E - z, for greedy rows -x.
+    They are of the best of columns k·UNIT …
+
+    m is the largest logit, s = Σ e, u = Σ e log2 e with e = 2^((x - m) scale2); value = log E - z,
+    for greedy rows -x.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     upper_key, lower_key = keys_of(tl.load(seed_ptr + row), tl.load(position_ptr + row))
@@ -130,7 +142,10 @@ def sample_merge_kernel(
     logits_ptr, inv_temp_ptr, stats_ptr, value_ptr, id_ptr, out_ptr,
     stride, splits, R, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """out[3, R] float64: token (-1: NaN or +inf among the logits, or nothing but -inf), logp, entropy."""
+    """out[3, R] float64.
+
+    Token (-1: NaN or +inf among the logits, or nothing but -inf), logp, entropy.
+    """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, SPLITS)
     here = lane < splits
@@ -161,9 +176,12 @@ def sample_merge_kernel(
 def sample(
     logits: Tensor, seeds: Tensor, positions: Tensor, inv_temp: Tensor, greedy: Tensor
 ) -> Tensor:
-    """logits[R, V] float32 or 16-bit → [3, R] float64: token, logp, entropy of each row; token -1: none can be drawn.
+    """logits[R, V] float32 or 16-bit → [3, R] float64: token, logp, entropy of each row.
 
-    seeds, positions int64[R], inv_temp float32[R] above 0, greedy uint8[R], all on the device of the logits.
+    Token -1: none can be drawn.
+
+    seeds, positions int64[R], inv_temp float32[R] above 0, greedy uint8[R], all on the device of
+    the logits.
     """
     launch.check_tensors("triton", logits)
     logits = launch.contiguous_rows(logits)
@@ -191,7 +209,10 @@ def sample(
 
 
 def traffic(rows: int, vocab: int, itemsize: int = 4) -> tuple[int, int]:
-    """(bytes, operations): the logits once; about 35 per logit, 13 of them the hash, and 150 where a block is raced."""
+    """(bytes, operations): the logits once.
+
+    About 35 per logit, 13 of them the hash, and 150 where a block is raced.
+    """
     return rows * (itemsize * vocab + 24 * ceil_div(vocab, UNIT)), 35 * rows * vocab
 
 

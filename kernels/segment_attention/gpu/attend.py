@@ -1,13 +1,17 @@
-"""Segment attention: a program streams the keys of one item of the work list once, for all query rows of its tile.
+"""Segment attention.
+
+A program streams the keys of one item of the work list once, for all query rows of its tile.
 
     k[blocks, 16, Hkv, D] --block table--> scores of (row, head of the group) pairs --> partial o, lse per row
 
-What comes out per item, row and head is the attention over the item's keys alone, o[D] float32, and its log-sum-exp in
-units of log 2; attend_merge.py joins those of a row. A tall tile is for reads that many rows share and for chunks of a
-prompt (limits that differ from row to row are a causal mask), a low one for a row's own keys.
+What comes out per item, row and head is the attention over the item's keys alone, o[D] float32, and
+its log-sum-exp in units of log 2; attend_merge.py joins those of a row. A tall tile is for reads
+that many rows share and for chunks of a prompt (limits that differ from row to row are a causal
+mask), a low one for a row's own keys.
 
-Keys that every row of the tile reads are taken without a mask. In the blocks where limits end, values that a row does not
-read are kept from it even if they are not numbers; what no row of the tile reads is not loaded.
+Keys that every row of the tile reads are taken without a mask. In the blocks where limits end,
+values that a row does not read are kept from it even if they are not numbers; what no row of the
+tile reads is not loaded.
 """
 # mypy: disable-error-code="no-untyped-def, misc"
 
@@ -32,7 +36,10 @@ BLOCK = tl.constexpr(16)  # positions of a block of the pool
 
 @triton.jit
 def keys_of(pool, blocks_ptr, first, key, kv_head, HKV, D: tl.constexpr, DIM: tl.constexpr, here):
-    """[KEYS, DIM] of positions key[KEYS] of the segment whose block table starts at `first`; `here` None or [KEYS]."""
+    """[KEYS, DIM] of positions key[KEYS] of the segment whose block table starts at `first`.
+
+    `here` None or [KEYS].
+    """
     table = blocks_ptr + first + key // BLOCK
     block = tl.load(table) if here is None else tl.load(table, mask=here, other=0)
     d = tl.arange(0, DIM)[None, :]
@@ -47,7 +54,9 @@ def keys_of(pool, blocks_ptr, first, key, kv_head, HKV, D: tl.constexpr, DIM: tl
 
 @triton.jit
 def absorb(m, s, acc, q, k, v, scale2, read, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Softmax statistics m, s[R] and acc[R, DIM] = Σ 2^(x2 - m) v, joined by the keys k, v[KEYS, DIM].
+    """Softmax statistics joined by the keys k, v[KEYS, DIM].
+
+    m, s[R] and acc[R, DIM] = Σ 2^(x2 - m) v.
 
     read[R, KEYS]: what each row reads; None: everything.
     """
@@ -76,9 +85,12 @@ def attend_kernel(
     D: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr, TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o[P, Hq, D], lse[P, Hq] float32: the partials of one item's rows; grid: (items, Hkv · tiles of heads).
+    """o[P, Hq, D], lse[P, Hq] float32: the partials of one item's rows.
 
-    q[·, Hq, D] with rows stride_q apart; items[·, 8] as attend_work.COLUMNS; PAIRS rows × heads of a tile.
+    grid: (items, Hkv · tiles of heads).
+
+    q[·, Hq, D] with rows stride_q apart; items[·, 8] as attend_work.COLUMNS; PAIRS rows × heads of
+    a tile.
     """
     item = items_ptr + tl.program_id(0).to(tl.int64) * 8
     first, start = tl.load(item), tl.load(item + 1).to(tl.int32)
@@ -130,7 +142,10 @@ def attend_items(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, items: Tensor, blocks: Tensor, limits: Tensor,
     o: Tensor, lse: Tensor, pairs: int,
 ) -> None:  # fmt: skip
-    """One launch over items[·, 8], all tables int64 on the device of q[·, Hq, D]; fills o[P, Hq, D], lse[P, Hq]."""
+    """One launch over items[·, 8], all tables int64 on the device of q[·, Hq, D].
+
+    Fills o[P, Hq, D], lse[P, Hq].
+    """
     heads, dim = q.shape[1:]
     kv_heads = k_pool.shape[2]
     group = heads // kv_heads
@@ -153,7 +168,9 @@ def padded(dim: int) -> int:
 
 
 def traffic(work: Work, heads: int, kv_heads: int, dim: int, itemsize: int = 2) -> tuple[int, int]:
-    """(bytes, FLOP) of one layer: keys and values of every item once, q per item and row, partials written in float32.
+    """(bytes, FLOP) of one layer.
+
+    Keys and values of every item once, q per item and row, partials written in float32.
 
     FLOP: both products for the live pairs alone; a tile multiplies all of its pairs.
     """
@@ -165,7 +182,10 @@ def traffic(work: Work, heads: int, kv_heads: int, dim: int, itemsize: int = 2) 
 
 
 def aot_cases(arch: str) -> list[AotCase]:
-    """Both tiles at the dimensions models have; groups of 4 heads, and of 3 and 7, which do not divide the tile."""
+    """Both tiles at the dimensions models have.
+
+    Groups of 4 heads, and of 3 and 7, which do not divide the tile.
+    """
     tall, low = HEIGHTS[2]
     return [
         _case(arch, "attend", "bf16", 128, 4, tall),

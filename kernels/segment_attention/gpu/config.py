@@ -1,6 +1,9 @@
-"""Heights of tiles, keys per step, warps and pipeline stages of segment attention, per architecture and head dimension.
+"""Heights of tiles, keys per step, warps and pipeline stages of segment attention.
 
-Static like the tables of config.py, and for the same reason. A height is a number of (row, head of the group) pairs.
+Per architecture and head dimension.
+
+Static like the tables of config.py, and for the same reason. A height is a number of (row, head of
+the group) pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ class Stream:
     stages: int = 3
 
 
-# By the largest head dimension that an entry is for. "default" is every other GPU, sized for 99 KB of shared memory.
+# By the largest head dimension that an entry is for. "default" is every other GPU, sized for 99 KB
+# of shared memory.
 TALL = {
     "sm_90": {64: Stream(64, 8), 128: Stream(64, 8), 256: Stream(32, 8, 2)},
     "sm_100": {64: Stream(64, 8), 128: Stream(64, 8), 256: Stream(32, 8)},
@@ -50,6 +54,9 @@ def stream(arch: str, itemsize: int, dim: int, pairs: int) -> Stream:
 
 
 def precision(arch: str, itemsize: int) -> str:
-    """How float32 is multiplied: exactly on AMD's float32 matrix units, as three products of TF32 halves on NVIDIA's
-    tensor cores (what is dropped is below 2^-21 of a product); exact products there are scalar ones and spill."""
+    """How float32 is multiplied.
+
+    Exactly on AMD's float32 matrix units, as three products of TF32 halves on NVIDIA's tensor cores
+    (what is dropped is below 2^-21 of a product); exact products there are scalar ones and spill.
+    """
     return "tf32x3" if itemsize == 4 and arch.startswith("sm_") else "ieee"

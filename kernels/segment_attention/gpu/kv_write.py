@@ -1,7 +1,10 @@
-"""Keys and values of a batch into the block pool: row i of k and v becomes slot slots[i] of one layer, -1: nowhere.
+"""Keys and values of a batch into the block pool.
 
-A slot is block·16 + offset, and in the pool [L, 2, blocks, 16, Hkv, D] a slot is one run of Hkv·D numbers, as is a row of
-k and v. The rotary embedding is not part of this: it turns q together with k, in one product, before it gets here.
+Row i of k and v becomes slot slots[i] of one layer, -1: nowhere.
+
+A slot is block·16 + offset, and in the pool [L, 2, blocks, 16, Hkv, D] a slot is one run of Hkv·D
+numbers, as is a row of k and v. The rotary embedding is not part of this: it turns q together with
+k, in one product, before it gets here.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -23,7 +26,10 @@ INTERPRET = 1 << 14
 def kv_write_kernel(
     k_ptr, v_ptr, slots_ptr, k_pool, v_pool, stride_k, stride_v, N, WIDTH: tl.constexpr
 ):
-    """k[M, N], v[M, N] (rows stride_k, stride_v apart) → pool[slot, N]; grid: (M, blocks of WIDTH)."""
+    """k[M, N], v[M, N] (rows stride_k, stride_v apart) → pool[slot, N].
+
+    grid: (M, blocks of WIDTH).
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     slot = tl.load(slots_ptr + row)
@@ -35,9 +41,13 @@ def kv_write_kernel(
 
 
 def kv_write(k: Tensor, v: Tensor, slots: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
-    """k, v[M, Hkv, D] (any stride between rows) into k_pool, v_pool[blocks, 16, Hkv, D] (contiguous), slots[M] int64.
+    """Write the rows of k and v into the pool.
 
-    No slot may appear twice, and each must lie inside the pool: neither is checked, the table is on the device.
+    k, v[M, Hkv, D] (any stride between rows) into k_pool, v_pool[blocks, 16, Hkv, D] (contiguous),
+    slots[M] int64.
+
+    No slot may appear twice, and each must lie inside the pool: neither is checked, the table is on
+    the device.
     """
     launch.check_tensors("triton", k, v, k_pool)
     rows, numbers = k.shape[0], k.shape[1] * k.shape[2]

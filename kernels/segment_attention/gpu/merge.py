@@ -1,6 +1,9 @@
-"""The partial results of a row joined into one: o = Σ 2^(lse_p - lse) o_p, lse = log2 Σ 2^lse_p, in the order of its list.
+"""The partial results of a row joined into one.
 
-Nothing here depends on which program made a partial, or on the rows beside it. A row without partials reads nothing: zeros.
+O = Σ 2^(lse_p - lse) o_p, lse = log2 Σ 2^lse_p, in the order of its list.
+
+Nothing here depends on which program made a partial, or on the rows beside it. A row without
+partials reads nothing: zeros.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -24,7 +27,10 @@ INTERPRET = 1 << 14
 def attend_merge_kernel(
     o_ptr, lse_ptr, starts_ptr, entries_ptr, out_ptr, H, D: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
-    """o[P, H, D], lse[P, H] float32, entries[starts[i]] … of row i → out[M, H, D]; grid: (M, blocks of HEADS)."""
+    """o[P, H, D], lse[P, H] float32, entries[starts[i]] … of row i → out[M, H, D].
+
+    grid: (M, blocks of HEADS).
+    """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, DIM)
@@ -48,7 +54,10 @@ def attend_merge_kernel(
 
 
 def attend_merge(o: Tensor, lse: Tensor, starts: Tensor, entries: Tensor, out: Tensor) -> None:
-    """out[M, Hq, D] (contiguous) from partials o[P, Hq, D], lse[P, Hq] (in units of log 2); starts[M+1], entries[·]."""
+    """out[M, Hq, D] (contiguous) from partials o[P, Hq, D], lse[P, Hq] (in units of log 2).
+
+    starts[M+1], entries[·].
+    """
     rows, heads, dim = out.shape
     count = max(1, (INTERPRET if launch.interpreted() else NUMBERS) // padded(dim))
     with launch.on(out.device):
@@ -59,7 +68,10 @@ def attend_merge(o: Tensor, lse: Tensor, starts: Tensor, entries: Tensor, out: T
 
 
 def traffic(rows: int, entries: int, heads: int, dim: int, itemsize: int = 2) -> tuple[int, int]:
-    """(bytes, FLOP): every partial once, 4·(D + 1) per head and 8 for its number; out once. 4 operations per number."""
+    """(bytes, FLOP): every partial once, 4·(D + 1) per head and 8 for its number; out once.
+
+    4 operations per number.
+    """
     moved = entries * (4 * heads * (dim + 1) + 8) + rows * (heads * dim * itemsize + 16)
     return moved, 4 * entries * heads * dim
 

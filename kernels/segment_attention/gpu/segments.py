@@ -1,7 +1,9 @@
-"""Attention over lists of segments, launched: items of both heights, then the merge. Three launches whatever the tree is.
+"""Attention over lists of segments, launched: items of both heights, then the merge.
 
-The definition is attention.attend_segments_torch of the rollout engine. Tables and workspace are the caller's, so that a
-captured graph finds them where they were.
+Three launches whatever the tree is.
+
+The definition is attention.attend_segments_torch of the rollout engine. Tables and workspace are
+the caller's, so that a captured graph finds them where they were.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from appo._kernels.segment_attention.gpu.merge import attend_merge
 
 @dataclass(frozen=True)
 class Tables:
-    """A work list (attend_work.Work) and the block table it points into, int64 on the device. Padding: zeros."""
+    """A work list (attend_work.Work) and the block table it points into, int64 on the device.
+
+    Padding: zeros.
+    """
 
     tall: Tensor  # [·, 8]
     low: Tensor  # [·, 8]
@@ -30,7 +35,10 @@ class Tables:
 
 
 def heights(dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """Pairs of a tall and of a low tile. The interpreter takes those of 16 bits: they are what a device mostly runs."""
+    """Pairs of a tall and of a low tile.
+
+    The interpreter takes those of 16 bits: they are what a device mostly runs.
+    """
     return HEIGHTS[2 if device.type == "cpu" else dtype.itemsize]
 
 
@@ -58,11 +66,14 @@ def workspace(
 def attend_segments(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, tables: Tables, o: Tensor, lse: Tensor, out: Tensor
 ) -> None:
-    """out[M, Hq, D] = attention of q[M, Hq, D] over what the tables say, scores scaled by 1/√D; zeros for no keys.
+    """out[M, Hq, D] = attention of q[M, Hq, D] over what the tables say, scores scaled by 1/√D.
 
-    k_pool, v_pool [blocks, 16, Hkv, D] contiguous, of q's dtype · q any stride between rows · out contiguous ·
-    o, lse: workspace, in which partials that come from elsewhere are already filled in.
-    Raises ValueError or TypeError (see `unavailable`); what the tables say is not checked, they are on the device.
+    Zeros for no keys.
+
+    k_pool, v_pool [blocks, 16, Hkv, D] contiguous, of q's dtype · q any stride between rows · out
+    contiguous · o, lse: workspace, in which partials that come from elsewhere are already filled
+    in. Raises ValueError or TypeError (see `unavailable`); what the tables say is not checked, they
+    are on the device.
     """
     launch.check_tensors("triton", q, k_pool)
     if (reason := unavailable(q.dtype, q.shape[2], q.device)) is not None:

@@ -1,12 +1,16 @@
-"""The work list of segment attention: which program streams which keys for which rows. Plain integers, no GPU needed.
+"""The work list of segment attention: which program streams which keys for which rows.
 
-A read (rows a … b-1 of a segment) is cut into tiles of rows and into splits of its keys. Each (tile, split) is an item:
-one program per key head streams the keys of the split once for all rows of the tile and leaves a partial result for each
-of them; the partials of a row are then merged in the order of its path. A prefix that many rows share is hence read once
-per tile of rows, not once per row. Splits start at multiples of their length, counted from the segment's own start.
+Plain integers, no GPU needed.
 
-Two heights of tile: a read with more (row, head) pairs than a low tile holds takes tall ones. `deterministic` takes one
-height and one length of split for all, so a row's bits depend on its query and its own (segment, count) list alone.
+A read (rows a … b-1 of a segment) is cut into tiles of rows and into splits of its keys. Each
+(tile, split) is an item: one program per key head streams the keys of the split once for all rows
+of the tile and leaves a partial result for each of them; the partials of a row are then merged in
+the order of its path. A prefix that many rows share is hence read once per tile of rows, not once
+per row. Splits start at multiples of their length, counted from the segment's own start.
+
+Two heights of tile: a read with more (row, head) pairs than a low tile holds takes tall ones.
+`deterministic` takes one height and one length of split for all, so a row's bits depend on its
+query and its own (segment, count) list alone.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from torch import Tensor
 # What an item is, in this order; an item with 0 rows does nothing.
 COLUMNS = (
     "first",  # index into the block table of the segment's first block
-    "start", "full", "end",  # keys: every row that counts reads start … full-1, none reads end or further
+    # keys: every row that counts reads start … full-1, none reads end or further
+    "start", "full", "end",
     "row", "rows",  # query rows
     "limits",  # index of the first row's limit
     "partial",  # number of the first row's partial result
@@ -36,7 +41,10 @@ _END = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Cut:
-    """What decides how work is cut. group: query heads per key head. heights: pairs of a tall and of a low tile."""
+    """What decides how work is cut.
+
+    group: query heads per key head. heights: pairs of a tall and of a low tile.
+    """
 
     group: int
     kv_heads: int
@@ -45,15 +53,20 @@ class Cut:
     deterministic: bool
 
     def rows(self, height: int) -> int:
-        """Query rows of a tile; one row if even its heads do not fit (they are then cut, see attend.py)."""
+        """Query rows of a tile; one row if even its heads do not fit.
+
+        They are then cut, see attend.py.
+        """
         return max(1, height // self.group)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Items of both heights, limits[·] as their columns index them, and per row the partials to merge: row i's are
-    entries[starts[i]] … entries[starts[i+1] - 1]. partials: how many there are room for. split: keys per split.
-    Tables are int64 on the CPU."""
+    """Items of both heights, limits[·] as their columns index them, and the partials to merge.
+
+    Those of row i are entries[starts[i]] … entries[starts[i+1] - 1]. partials: how many there are
+    room for. split: keys per split. Tables are int64 on the CPU.
+    """
 
     tall: Tensor  # [·, 8]
     low: Tensor  # [·, 8]
@@ -78,8 +91,9 @@ def work(
 ) -> Work:
     """The items of rows[0] … rows[1]-1 of a layout, in which row rows[0] is number 0.
 
-    segments [S, 2], reads [R, 4], limits [·] as a Layout has them. extra [·]: rows (numbered in the same way) that bring
-    a partial of their own, from elsewhere: extra[i]'s is number partials - len(extra) + i, merged after its others.
+    segments [S, 2], reads [R, 4], limits [·] as a Layout has them. extra [·]: rows (numbered in the
+    same way) that bring a partial of their own, from elsewhere: extra[i]'s is number partials -
+    len(extra) + i, merged after its others.
     """
     first, last = rows
     tiles = _tiles(reads, limits, first, last, cut)
@@ -116,8 +130,11 @@ def work(
 
 @dataclass
 class _Tiles:
-    """Per tile: segment, first row, rows, where its limits start, largest limit, smallest one above 0, height.
-    limit: of every row of every tile, tile by tile."""
+    """The tiles of a pass.
+
+    Per tile: segment, first row, rows, where its limits start, largest limit, smallest one above 0,
+    height. limit: of every row of every tile, tile by tile.
+    """
 
     segment: Tensor
     row: Tensor
@@ -161,6 +178,9 @@ def _before(count: Tensor) -> Tensor:
 
 
 def _spread(count: Tensor) -> tuple[Tensor, Tensor]:
-    """i repeated countᵢ times, for all i in turn; and the number of each repetition: 0 … countᵢ-1."""
+    """i repeated countᵢ times, for all i in turn.
+
+    And the number of each repetition: 0 … countᵢ-1.
+    """
     owner = torch.repeat_interleave(count)
     return owner, torch.arange(len(owner)) - _before(count)[owner]

@@ -1,7 +1,10 @@
-"""Tree attention, backward: dq by programs that own queries, dk and dv by programs that own keys. No atomics.
+"""Tree attention, backward: dq by programs that own queries, dk and dv by programs that own keys.
 
-Both compute the weights again from lse: p = 2^(s - lse2), ds = p (g vᵀ - delta). The first also leaves delta = Σ g o - d_lse
-for the second. A block of keys is seen by queries from its own first token to the largest `subtree_end` in it, nobody else.
+No atomics.
+
+Both compute the weights again from lse: p = 2^(s - lse2), ds = p (g vᵀ - delta). The first also
+leaves delta = Σ g o - d_lse for the second. A block of keys is seen by queries from its own first
+token to the largest `subtree_end` in it, nobody else.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -25,7 +28,10 @@ def tree_query_grads_kernel(
     heads, kv_heads, N, scale: tl.float32,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
-    """dq[N, heads, DIM] and delta[N, heads]; grid: query blocks · heads. q, k, v, g finite; d_lse may be None."""
+    """dq[N, heads, DIM] and delta[N, heads]; grid: query blocks · heads. q, k, v, g finite.
+
+    d_lse may be None.
+    """
     row0 = (tl.cdiv(N, ROWS) - 1 - tl.program_id(0) // heads) * ROWS
     head = tl.program_id(0) % heads
     kv = head // (heads // kv_heads)
@@ -64,7 +70,10 @@ def tree_key_grads_kernel(
     heads, kv_heads, N, scale: tl.float32,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv[N, kv_heads, DIM], summed over the heads that share them; grid: key blocks · kv_heads, the longest first."""
+    """dk, dv[N, kv_heads, DIM], summed over the heads that share them.
+
+    grid: key blocks · kv_heads, the longest first.
+    """
     block = tl.program_id(0) // kv_heads
     kv = tl.program_id(0) % kv_heads
     group = heads // kv_heads
@@ -103,8 +112,11 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float, g: Tensor, o: Tensor, lse: Tensor,
     d_lse: Tensor | None, tiles: tuple[Walk, Walk] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv). Contiguous q, g, o[N, Hq, D], k, v[N, Hkv, D], finite but for o; lse and d_lse[N, Hq] float32, NaN in
-    lse for rows that are to have NaN gradients. tiles: (dq, dk and dv)."""
+    """(dq, dk, dv).
+
+    Contiguous q, g, o[N, Hq, D], k, v[N, Hkv, D], finite but for o; lse and d_lse[N, Hq] float32,
+    NaN in lse for rows that are to have NaN gradients. tiles: (dq, dk and dv).
+    """
     n, heads, dim = q.shape
     arch, width = launch.arch(q.device), triton.next_power_of_2(max(dim, 16))
     rows, keys = tiles or (

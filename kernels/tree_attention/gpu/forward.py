@@ -1,7 +1,10 @@
-"""Tree attention, forward: a program owns a block of queries of one head and walks the blocks of keys that it sees.
+"""Tree attention, forward.
 
-`subtree_end` and its least and largest per block of keys are all there is of a mask. Runs of blocks that nobody here sees are
-stepped over by scalar loads; only a block seen in part compares positions.
+A program owns a block of queries of one head and walks the blocks of keys that it sees.
+
+`subtree_end` and its least and largest per block of keys are all there is of a mask. Runs of blocks
+that nobody here sees are stepped over by scalar loads; only a block seen in part compares
+positions.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -20,7 +23,10 @@ from appo._kernels.common.stats import LN2, LOG2E
 
 @triton.jit
 def heads_tile(x, token, heads, head, N, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """x[token, head, :] of a contiguous [N, heads, DIM] as [tokens, WIDTH]; tokens past the end repeat the last one."""
+    """x[token, head, :] of a contiguous [N, heads, DIM] as [tokens, WIDTH].
+
+    Tokens past the end repeat the last one.
+    """
     d = tl.arange(0, WIDTH)[None, :]
     at = x + (tl.minimum(token, N - 1).to(tl.int64)[:, None] * heads + head) * DIM + d
     return tl.load(at) if WIDTH == DIM else tl.load(at, mask=d < DIM, other=0.0)
@@ -43,7 +49,9 @@ def sees(row, key, ends_ptr, N):
 
 @triton.jit
 def next_run(block, stop, max_end_ptr, row0):
-    """(first, last + 1) of the next run of key blocks, from `block` on, of which a query from row0 on may see a part.
+    """(first, last + 1) of the next run of key blocks, from `block` on.
+
+    A query from row0 on may see a part of them.
 
     max_end[blocks + 1] ends with a 0.
     """
@@ -61,7 +69,9 @@ def tree_forward_kernel(
     heads, kv_heads, N, scale2: tl.float32,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
-    """o[N, heads, DIM], lse[N, heads] from q, k, v contiguous; grid: query blocks · heads, the longest first.
+    """o[N, heads, DIM], lse[N, heads] from q, k, v contiguous.
+
+    grid: query blocks · heads, the longest first.
 
     k and v are finite; hurt[kv_heads, N] float32 is NaN where they were not, else 0
     min_end, max_end[blocks]  of ends per KEYS keys (max_end[blocks + 1], 0 at the end)
@@ -101,7 +111,10 @@ def tree_forward_kernel(
 
 
 def bounds(subtree_end: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """(min_end, max_end) of subtree_end[N] int32 per block of `keys`; max_end has one more entry, 0."""
+    """(min_end, max_end) of subtree_end[N] int32 per block of `keys`.
+
+    max_end has one more entry, 0.
+    """
     n = subtree_end.shape[0]
     short = -n % keys
     min_end = torch.nn.functional.pad(subtree_end, (0, short), value=n).view(-1, keys).amin(1)
@@ -113,7 +126,10 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, hurt: Tensor, scale: float,
     tile: Walk | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launch on contiguous q[N, Hq, D], k and v[N, Hkv, D] (finite), hurt[N, Hkv] float32 → (o, lse[N, Hq] float32)."""
+    """Launch on contiguous q[N, Hq, D], k and v[N, Hkv, D] (finite), hurt[N, Hkv] float32 →.
+
+    O, lse[N, Hq] float32.
+    """
     n, heads, dim = q.shape
     size = tile or walk(TREE_FORWARD, launch.arch(q.device), dim, q.element_size())
     min_end, max_end = bounds(subtree_end, size.keys)

@@ -101,7 +101,7 @@ def test_same_bits_on_every_run():
         assert torch.equal(a, b)
 
 
-# -- on a device: sizes that the interpreter cannot run ----------------------------------------------------------------
+# -- on a device: sizes that the interpreter cannot run --------------------------------------------
 
 on_device = [
     pytest.mark.gpu,

@@ -300,7 +300,7 @@ def test_what_the_kernels_do_not_take():
             kv_write.kv_write(k.to(BF16), v, layout.slots, pool.arena[0, 0], pool.arena[0, 1])
 
 
-# -- the work list -----------------------------------------------------------------------------------------------------
+# -- the work list ---------------------------------------------------------------------------------
 
 
 def siblings(count, shared, own=5):

@@ -1,3 +1,4 @@
-"""Algorithms over independent rollouts: every leaf is a root, and a group is all rollouts of one
-prompt.
+"""Algorithms over independent rollouts.
+
+Every leaf is a root, and a group is all rollouts of one prompt.
 """

@@ -1,4 +1,5 @@
-"""GRPO: every rollout against all rollouts of its prompt. docs/algorithms.md, section 9;
+"""GRPO: every rollout against all rollouts of its prompt. docs/algorithms.md, section 9.
+
 DeepSeekMath, section 4.1.
 """
 
@@ -11,8 +12,9 @@ from appo.types import Credit, RolloutTree
 
 
 def group_credit(tree: RolloutTree, graded: list[int], algo: Algorithm) -> list[Credit]:  # noqa: ARG001
-    """A = (R - mean R) / (std R + 1e-6) over the graded leaves, the same on every token that the
-    leaf drew.
+    """A = (R - mean R) / (std R + 1e-6) over the graded leaves.
+
+    It is the same on every token that the leaf drew.
     """
     rewards = [reward_of(tree, i) for i in graded]
     advantage = group_advantage(rewards, [0] * len(graded), std="sample")

@@ -1,5 +1,6 @@
-"""APPO: branches probe the prefixes of roots, and roots are trained. docs/algorithms.md, sections 3
-to 5; the paper.
+"""APPO: branches probe the prefixes of roots, and roots are trained.
+
+See docs/algorithms.md, sections 3 to 5; the paper.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Parts of the authors' released code (docs/algorithms.md, section 8). **No preset runs them.**
+"""Parts of the authors' released code (docs/algorithms.md, section 8).
+
+**No preset runs them.**
 
 They are tested against golden vectors that were computed with the released functions, so that a
 preset `variant: released` can be put together of them. What it needs beside them is there already:
@@ -32,6 +34,7 @@ def released_scale(
     safety: float = 6.0,
 ) -> Tensor:
     """f = clip(exp(S), *clip), S = Σ_{k ≥ t} γ^(k-t) clamp(d_k, ±20) over the tokens with d ≤ ln c.
+
     [E] → [E]
 
     Where A < 0 and r > safety, f is clipped to [0.8, 1].
@@ -47,15 +50,16 @@ def released_scale(
 def sequence_filter(
     log_ratio: Tensor, advantage: Tensor, mask: Tensor, offsets: Tensor, *, c: float
 ) -> Tensor:
-    """Rows that stay: those with at most one dual-clipped token, A < 0 and r > c. → bool[R]"""
+    """Rows that stay: those with at most one dual-clipped token, A < 0 and r > c. → bool[R]."""
     hit = mask & (advantage < 0) & (log_ratio.exp() > c)
     hits = torch.cat([hit.new_zeros(1, dtype=torch.int64), hit.cumsum(0)])  # before each token
     return hits[offsets[1:]] - hits[offsets[:-1]] <= 1
 
 
 def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
-    """Per-token estimate of KL(policy ‖ reference), d = ℓ - ℓ_ref. Schulman, "Approximating KL
-    divergence". [E] → [E]
+    """Per-token estimate of KL(policy ‖ reference), d = ℓ - ℓ_ref.
+
+    Schulman, "Approximating KL divergence". [E] → [E]
 
     k1 = d, k2 = d²/2, k3 = exp(-d) - 1 + d; for k3, d is clamped to ±20 and the result to ±10
     (gradient 0 beyond).

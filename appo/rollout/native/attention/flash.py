@@ -42,7 +42,10 @@ def unavailable(dtype: torch.dtype, head_dim: int, device: torch.device) -> str 
 def find(
     asked: bool | None, dtype: torch.dtype, head_dim: int, device: torch.device
 ) -> Callable[..., Any] | None:
-    """flash_attn_varlen_func, or None. asked: False never, None where it runs, True or EngineError."""
+    """flash_attn_varlen_func, or None.
+
+    asked: False never, None where it runs, True or EngineError.
+    """
     if asked is False:
         return None
     if (reason := unavailable(dtype, head_dim, device)) is not None:

@@ -52,7 +52,10 @@ def available(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
 
 
 class KVPool:
-    """Blocks 0 … blocks-1 of keys and values. `ensure` before use; nothing is freed but by `trim`."""
+    """Blocks 0 … blocks-1 of keys and values.
+
+    `ensure` before use; nothing is freed but by `trim`.
+    """
 
     def __init__(
         self,

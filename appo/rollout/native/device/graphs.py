@@ -50,7 +50,10 @@ class Graphs:
         return sum(known is not None for known in self._seen.values())
 
     def run(self, key: Hashable, body: Callable[[], Tensor]) -> Tensor:
-        """The result of `body`: run at a key's first call, captured at its second, replayed after."""
+        """The result of `body`.
+
+        Run at a key's first call, captured at its second, replayed after.
+        """
         if self.why_not is not None:
             return body()
         if key not in self._seen:

@@ -38,7 +38,7 @@ class Linear:
             self.ready = torch.ops.mkldnn._reorder_linear_weight(self.ready, 32)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x Wᵀ + bias, and the adapter's part where there is one. [n, in] → [n, out]"""
+        """x Wᵀ + bias, and the adapter's part where there is one. [n, in] → [n, out]."""
         if self.packed:
             y = torch.ops.mkldnn._linear_pointwise(x, self.ready, self.bias, "none", [], "")
         else:

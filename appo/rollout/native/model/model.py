@@ -191,7 +191,10 @@ class Model:
 
 
 def _targets(m: Model) -> dict[str, Target]:
-    """Name in the checkpoint -> place, for every tensor of the model. Written here as Llama has them."""
+    """Name in the checkpoint -> place, for every tensor of the model.
+
+    Written here as Llama has them.
+    """
     c = m.config
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     out: dict[str, Target] = {}

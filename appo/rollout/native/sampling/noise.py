@@ -2,10 +2,10 @@
 
 A counter-based generator, so that it depends on (seed, position, token id) and nothing else.
 
-Not on the batch, not on how the vocabulary is cut, not on the device: C++ (csrc/sampling/) and Triton
-(kernels/sampling/gpu/sample.py) compute the same 64 bits. Two words of splitmix64 from (seed,
-position) are the key of a 32-bit mixer of the id: the upper 32 bits, which are all that most tokens
-need, cost three multiplications, and the lower 32 take the same again.
+Not on the batch, not on how the vocabulary is cut, not on the device: C++ (csrc/sampling/) and
+Triton (kernels/sampling/gpu/sample.py) compute the same 64 bits. Two words of splitmix64 from
+(seed, position) are the key of a 32-bit mixer of the id: the upper 32 bits, which are all that most
+tokens need, cost three multiplications, and the lower 32 take the same again.
 
     u = upper / 2³² + (lower + ½) / 2⁶⁴, in (0, 1)        E = -log(1 - u), exponential with mean 1
 """

@@ -38,9 +38,9 @@ def future_value(
              `packed`
     threads  upper bound for the native code (default torch's); it uses one per 65,536 tokens at
              most
-    Returns [N] in the dtype of log_ratio. No gradient. NaN spreads to the earlier tokens of its segment, unless masked.
-    Raises ValueError for shapes, offsets or a gamma that do not fit; "triton" trusts offsets that lie on
-    the GPU, because to look at them would wait for it.
+    Returns [N] in the dtype of log_ratio. No gradient. NaN spreads to the earlier tokens of its
+    segment, unless masked. Raises ValueError for shapes, offsets or a gamma that do not fit;
+    "triton" trusts offsets that lie on the GPU, because to look at them would wait for it.
     """
     packed.check_gamma(gamma)
     packed.check_vectors(offsets, log_ratio=log_ratio, mask=mask)
@@ -105,8 +105,9 @@ def tree_future_value(
     weights[B]     w_c, finite, of each node in its parent's sum; None: the mean over the children.
                    With all weights 1 and no forks this is `future_value` of the joined segments. A
                    child of weight 0 does not count, NaN or not.
-    The rest is as in `future_value`. "cpu" runs in one thread; "triton" looks at parents and offsets on the host, so it
-    waits for the device, and again for the copy of each level of the tree.
+    The rest is as in `future_value`. "cpu" runs in one thread; "triton" looks at parents and
+    offsets on the host, so it waits for the device, and again for the copy of each level of the
+    tree.
     """
     how = packed.choose(backend, log_ratio)
     packed.check_gamma(gamma)

@@ -28,7 +28,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
 
     backend  "auto" | "torch" | "cpu" (float32, bfloat16 and float16 on a CPU; RuntimeError without
              the native library)
-    Gradients flow to x and weight. Same bits for any number of threads. Raises ValueError for shapes that do not fit.
+    Gradients flow to x and weight. Same bits for any number of threads. Raises ValueError for
+    shapes that do not fit.
     """
     if weight.ndim != 1 or not x.ndim or x.shape[-1:] != weight.shape:
         raise ValueError(

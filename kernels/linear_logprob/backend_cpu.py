@@ -56,8 +56,8 @@ def partial_stats(
              fit, for `gradients` of the same call; not used for float32 inputs or with a softcap
     isa      "avx512_bf16", "avx512", "avx2" or None, the best for these inputs
     threads  upper bound, default torch's
-    Workspace: 256 B per target and, per thread, 1,024 rows of h, one tile of w and 192 B per target of those rows.
-    Raises RuntimeError without the native library, TypeError for float64.
+    Workspace: 256 B per target and, per thread, 1,024 rows of h, one tile of w and 192 B per target
+    of those rows. Raises RuntimeError without the native library, TypeError for float64.
     """
     order, users = _users(call)
     out = torch.empty(4, call.column.shape[0])

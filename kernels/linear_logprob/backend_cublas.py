@@ -35,7 +35,8 @@ def partial_stats(call: LinearCall, block: tuple[int, int] | None = None) -> Ten
     block  (tokens, columns) of logits at once, default `logit_block`. Workspace: one block of
            float32 logits (32 MiB) and with `rows` the hidden states of one block of tokens. Never
            waits for the device.
-    Raises TypeError for float64, or for bfloat16 in the interpreter; ValueError for tensors that are not on a GPU.
+    Raises TypeError for float64, or for bfloat16 in the interpreter; ValueError for tensors that
+    are not on a GPU.
     """
     launch.check_tensors("cublas32", call.h, call.w)
     column, scale, cap = call.column.contiguous(), call.scale.contiguous(), softcap_tensor(call)

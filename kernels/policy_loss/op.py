@@ -77,9 +77,9 @@ def policy_loss(
     gamma            None: no future term (future_weight must be 0)
     backend          "auto" | "torch" | "cpu" | "triton"; see `packed`. "triton" trusts offsets on
                      the GPU
-    Arithmetic in float64 for every dtype: the sums are O(N), and the loss is a small difference of large parts.
-    Not twice differentiable. NaN or infinite inputs in the mask show in the loss and in their own gradient.
-    Raises ValueError for shapes, devices and numbers that do not fit.
+    Arithmetic in float64 for every dtype: the sums are O(N), and the loss is a small difference of
+    large parts. Not twice differentiable. NaN or infinite inputs in the mask show in the loss and
+    in their own gradient. Raises ValueError for shapes, devices and numbers that do not fit.
     """
     packed.check_vectors(offsets, logp=logp, old_logp=old_logp, advantage=advantage, mask=mask)
     rows = offsets.shape[0] - 1

@@ -25,8 +25,9 @@ def forward(
 
     isa      "avx512_bf16", "avx512", "avx2" or None, the best for these inputs
     threads  upper bound, default torch's
-    Workspace: as much as k and v hold (twice that where 16-bit numbers are widened) and under 1 MiB per thread.
-    Raises RuntimeError without the native library, TypeError for float64, ValueError for heads over 256.
+    Workspace: as much as k and v hold (twice that where 16-bit numbers are widened) and under 1 MiB
+    per thread. Raises RuntimeError without the native library, TypeError for float64, ValueError
+    for heads over 256.
     """
     o = torch.empty(call.q.shape, dtype=call.q.dtype)
     lse = torch.empty(call.q.shape[:2])

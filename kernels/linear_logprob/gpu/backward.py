@@ -75,7 +75,8 @@ def gradients(
     None for what was not asked.
 
     block  (tokens, columns) of a strip, default `config.gradient_block`
-    Workspace: `config.gradient_workspace_bytes`, and with `rows` a copy of the hidden states they name.
+    Workspace: `config.gradient_workspace_bytes`, and with `rows` a copy of the hidden states they
+    name.
     """
     h = call.h if call.rows is None else call.h.index_select(0, call.rows)
     n, v = call.scale.shape[0], call.w.shape[0]

@@ -10,10 +10,8 @@ with anything not finite in it changes no weight.
 from __future__ import annotations
 
 import itertools
-import json
 import random
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,26 +23,18 @@ from torch import Tensor, nn
 
 from appo.config import LearnerConfig, RunContext, check_learner
 from appo.dist.ranks import Ranks
-from appo.errors import CheckpointError
 from appo.kernels import LogProbEntropy
 from appo.learner import zero
+from appo.learner.accumulate import LossFunction, accumulate, means
 from appo.learner.export import export
-from appo.learner.guards import (
-    NonFiniteGuard,
-    default_dump_dir,
-    nan_unless_finite,
-    non_finite_counts,
-    why_not_finite,
-)
+from appo.learner.guards import NonFiniteGuard, default_dump_dir
+from appo.learner.identity import fingerprint, identity, read_state, write_state
 from appo.learner.lora import CastRetention, adapter_tensors, add_lora, merged_tensors
 from appo.learner.policy import Policy, load_model
 from appo.learner.shards import load_shards, save_shard
 from appo.models.shape import ModelFamily
 from appo.packing.pack import PackedBatch, pack_sequences
 from appo.types import Counts
-
-Metrics = Mapping[str, tuple[float | Tensor, float | Tensor]]  # name → (sum, count)
-LossFunction = Callable[[LogProbEntropy, PackedBatch, Counts], tuple[Tensor, Metrics]]
 
 
 class Learner:
@@ -82,7 +72,7 @@ class Learner:
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)  # decides the adapters
         lm = load_model(model_dir, getattr(torch, context.dtype), family)
-        self._base = _fingerprint(lm)
+        self._base = fingerprint(lm)
         self._peft = None
         if cfg.mode == "lora":
             self._peft = add_lora(
@@ -145,7 +135,7 @@ class Learner:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         applied, norm = self._apply()
-        metrics = self._means({"learner/loss": (loss, 0.0)} | sums)
+        metrics = means(self.ranks, {"learner/loss": (loss, 0.0)} | sums)
         metrics |= {"learner/grad_norm": norm, "learner/lr": lr}
         metrics |= {"learner/empty": 0.0, "learner/nonfinite": float(not applied)}
         metrics |= {"learner/micro_batches": float(micro_batches)}
@@ -180,29 +170,14 @@ class Learner:
         meet. Returns this rank's loss, its metric sums and what was not finite, if anything. On a
         device nothing is waited for before the last micro-batch was handed over.
         """
-        losses: list[Tensor] = []
-        wrong: list[Tensor] = []
-        sums: dict[str, list[float | Tensor]] = {}
-        for i in range(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(i == micro_batches - 1)
-            idle = i >= len(batches)
-            batch, stats = self._forward(None if idle else batches[i])
-            loss, metrics = loss_fn(stats, batch, counts)
-            if idle:  # through the same outputs: ZeRO-3 compares the order of modules between ranks
-                loss = loss * 0.0
-            else:
-                losses.append(loss.detach().double())
-                wrong.append(non_finite_counts(loss, stats, batch))
-                loss = nan_unless_finite(loss, stats, wrong[-1])
-                for name, pair in metrics.items():
-                    a, b = sums.get(name, (0.0, 0.0))
-                    sums[name] = [a + _alone(pair[0]), b + _alone(pair[1])]
-            # DeepSpeed averages over ranks; our denominators are global, so the sum is what we want
-            self.engine.backward(loss * self.world, scale_wrt_gas=False)
-            self.on_micro_batch(i, micro_batches)
-        total, *flat = _read([sum(losses), *(x for pair in sums.values() for x in pair)])
-        pairs = dict(zip(sums, zip(flat[::2], flat[1::2])))
-        return total, pairs, why_not_finite(wrong)
+        return accumulate(
+            self.engine,
+            self._forward,
+            [*batches, *[None] * (micro_batches - len(batches))],
+            counts,
+            loss_fn,
+            lambda i: self.on_micro_batch(i, micro_batches),
+        )
 
     def _apply(self) -> tuple[bool, float]:
         """The optimiser step, unless the gradient is not finite.
@@ -227,16 +202,6 @@ class Learner:
     def _most(self, batches: int) -> int:
         """The largest number of batches on any rank."""
         return int(self.ranks.reduce({"batches": batches}, "max", "micro-batches")["batches"])
-
-    def _means(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
-        """Sum over ranks / count over ranks of each name.
-
-        A count of 0 everywhere leaves the sum (a loss, an empty mean).
-        """
-        flat = {f"{name}|{k}": x for name, pair in sums.items() for k, x in enumerate(pair)}
-        total = self.ranks.sum(flat, "metrics")  # names differ where a rank was idle
-        names = dict.fromkeys(key.rpartition("|")[0] for key in total)
-        return {n: total[f"{n}|0"] / (total[f"{n}|1"] or 1.0) for n in names}
 
     # -- reading the policy
 
@@ -322,9 +287,7 @@ class Learner:
         path.mkdir(parents=True, exist_ok=True)
         save_shard(path, self.engine, self.lm, self.rank)
         if self.rank == 0:
-            (path / "learner.json").write_text(
-                json.dumps(self._identity() | self._progress(), indent=1)
-            )
+            write_state(path, self._identity() | self._progress())
 
     def load(self, path: Path | str) -> None:
         """Continue where `save` stopped, bit by bit with the same number of ranks.
@@ -336,33 +299,13 @@ class Learner:
         parameters, or when a part is missing.
         """
         path = Path(path)
-        try:
-            saved = json.loads((path / "learner.json").read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} holds no learner state: {error}") from error
-        for name, mine in self._identity().items():
-            if saved.get(name) != mine:
-                raise CheckpointError(
-                    f"{path}: {name} is {_difference(saved.get(name), mine)}; "
-                    "resume with the settings the checkpoint was made with, or start a new run"
-                )
+        saved = read_state(path, self._identity())
         load_shards(path, self.engine, self.lm, self.rank, saved["world_size"])
         self.step = saved["step"]
         self.guard.in_a_row, self.guard.total = saved["nonfinite"]
 
     def _identity(self) -> dict[str, Any]:
-        """What must agree between a checkpoint and the run that loads it."""
-        c = self.cfg.lora
-        lora = None
-        if self.cfg.mode == "lora":
-            lora = [c.r, c.alpha, sorted(c.targets), c.layers]
-        return {
-            "dtype": self.context.dtype,  # first: it changes the checksum of the base model too
-            "base_model": self._base,
-            "mode": self.cfg.mode,
-            "lora": lora,
-            "trained": {n: list(s) for n, s in self._trained.items()},
-        }
+        return identity(self.cfg, self.context, self._base, self._trained)
 
     def _progress(self) -> dict[str, Any]:
         return {
@@ -402,37 +345,3 @@ class Learner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _difference(saved: Any, mine: Any) -> str:
-    """Both values in words; of two dicts the entries that differ."""
-    if isinstance(saved, dict) and isinstance(mine, dict):
-        keys = [k for k in saved.keys() | mine.keys() if saved.get(k) != mine.get(k)]
-        saved, mine = ({k: d.get(k) for k in sorted(keys)[:3]} for d in (saved, mine))
-    return f"{saved!r} in the checkpoint and {mine!r} in this run"
-
-
-def _alone(x: float | Tensor) -> float | Tensor:
-    """A number, or a scalar that stays where it is: in float64 and without its graph."""
-    return x.detach().double() if isinstance(x, Tensor) else float(x)
-
-
-def _read(values: Sequence[float | Tensor]) -> list[float]:
-    """Numbers and scalars as numbers, with one wait for the device."""
-    scalars = [x for x in values if isinstance(x, Tensor)]
-    read = iter(torch.stack(scalars).tolist() if scalars else [])
-    return [next(read) if isinstance(x, Tensor) else float(x) for x in values]
-
-
-def _fingerprint(lm: nn.Module) -> str:
-    """A checksum of the weights as loaded.
-
-    Names, shapes and about a thousand values of each tensor.
-    """
-    crc = 0
-    for name, p in lm.named_parameters():
-        sample = p.detach().flatten()[:: max(1, p.numel() // 1000)].float().contiguous()
-        crc = zlib.crc32(
-            sample.numpy().tobytes(), zlib.crc32(f"{name}{tuple(p.shape)}".encode(), crc)
-        )
-    return f"{crc:08x}"

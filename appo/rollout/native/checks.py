@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from appo.errors import EngineError
+from appo.errors import EngineError, StaleWeightsError
 from appo.rollout.engine import SamplingParams
 from appo.rollout.native.tree.block_list import BLOCK
 
@@ -52,4 +52,21 @@ def check_fits(operation: str, length: int, more: int, max_context: int) -> None
     if length + more > max_context:
         raise EngineError(
             f"{operation}: {length} + {more} tokens need {length + more}, which does not fit max_context={max_context}"
+        )
+
+
+def check_fresh(operation: str, seq: int, stale: bool, version: int) -> None:
+    """Raise StaleWeightsError for a sequence with KV of older weights than `version`."""
+    if stale:
+        raise StaleWeightsError(
+            f"{operation}: its KV was computed before version {version}; "
+            f"call score([{seq}]) first, or start again from add_prompt"
+        )
+
+
+def check_none_decodes(operation: str, decoding: int) -> None:
+    """Raise EngineError while `decoding` sequences have still to stop."""
+    if decoding > 0:
+        raise EngineError(
+            f"{operation}: {decoding} sequences are decoding; let them stop or cancel them first"
         )

@@ -22,13 +22,15 @@ from typing import Literal
 
 import torch
 
-from appo.errors import EngineError, ModelError, StaleWeightsError
+from appo.errors import EngineError, ModelError
 from appo.models.shape import ModelFamily
 from appo.rollout.engine import SamplingParams, Scored, SequenceStopped
 from appo.rollout.native.checks import (
     DTYPES,
     check_context,
     check_fits,
+    check_fresh,
+    check_none_decodes,
     check_params,
     check_settings,
 )
@@ -201,11 +203,7 @@ class NativeEngine:
         self.loader.check_whole(f"submit(seq={seq})")
         self._check_idle(seq, "submit")
         check_params(params)
-        if self.tree.stale(seq):
-            raise StaleWeightsError(
-                f"submit(seq={seq}): its KV was computed before version {self.policy_version}; call score([{seq}]) first, "
-                "or start again from add_prompt"
-            )
+        check_fresh(f"submit(seq={seq})", seq, self.tree.stale(seq), self.policy_version)
         check_fits(f"submit(seq={seq})", length, 1, self.max_context)
         end = min(length + params.max_new_tokens, self.max_context)
         self.scheduler.submit(seq, params, int(seed), length, end)
@@ -285,10 +283,7 @@ class NativeEngine:
         breaks off after the first weight was written, nothing can be submitted or scored until all
         weights have been loaded again.
         """
-        if self.loop.has_work():
-            raise EngineError(
-                f"load_weights: {self.loop.decoding} sequences are decoding; let them stop or cancel them first"
-            )
+        check_none_decodes("load_weights", self.loop.decoding)
         start = time.perf_counter()
         try:
             self.loader.load(named_tensors)

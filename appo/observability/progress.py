@@ -102,8 +102,7 @@ class Console:
             (f"{self.sign}{label}: ", style), (text, "red" if label == "warning" else "")
         )
         with self._lock:
-            # While a bar is on screen everything must pass through its console, or the two
-            # overwrite each other.
+            # A bar and other output overwrite each other unless both pass through its console.
             console = self._rich if self._live else _rich_console(self.err, stderr=True)
             console.print(line)
 
@@ -191,8 +190,7 @@ class Phase:
         """Start the clock after which the bar appears; a quiet or plain console draws none."""
         if self.console.quiet or self.console.plain:
             return
-        # A timer, not `update`, brings up the bar: a phase that hangs is the one that should be
-        # seen.
+        # A timer, not `update`, brings up the bar: a phase that hangs is the one to see.
         self._timer = threading.Timer(SHOW_AFTER_S, self._show)
         self._timer.daemon = True
         self._timer.start()
@@ -243,10 +241,7 @@ class Phase:
 
 
 def step_parts(record: Mapping[str, Any], steps: int | None = None) -> tuple[str, list[Part]]:
-    """(head, [(label, value), …]) of the one line of a record.
-
-    What the record lacks is left out.
-    """
+    """(head, [(label, value), …]) of the line of a record, without what the record lacks."""
     total = record.get("steps", steps)
     width = len(str(total)) if total else 0
     is_eval = record.get("kind") == "eval"

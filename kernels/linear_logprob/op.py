@@ -1,7 +1,5 @@
 """Log-probability and entropy of sampled tokens straight from hidden states.
 
-No [T, V] tensor, forward or backward.
-
 Two operators do the work, `appo::linear_stats` and `appo::linear_grads`; both are opaque to
 torch.compile and have fake implementations, so a compiled graph does not break at them. Between
 them lie a few lines on vectors of N tokens: the merge over ranks, logp, entropy and lse from the
@@ -36,10 +34,7 @@ SAVED_BYTES = 128 << 20
 
 
 class LogProbEntropy(NamedTuple):
-    """logp, entropy (nats, ≥ 0) and log-sum-exp of the scaled logits.
-
-    Each [N], float32 (float64 for float64 inputs).
-    """
+    """logp, entropy (nats, ≥ 0), log-sum-exp of scaled logits: [N] float32 (float64 for such)."""
 
     logp: Tensor
     entropy: Tensor
@@ -47,10 +42,7 @@ class LogProbEntropy(NamedTuple):
 
 
 class HeadOptions(NamedTuple):
-    """What both operators are told beside tensors.
-
-    The meaning of each is told at `linear_logprob_entropy`.
-    """
+    """What both operators are told beside tensors; see `linear_logprob_entropy`."""
 
     softcap: float | None
     vocab_start: int
@@ -74,9 +66,7 @@ def linear_logprob_entropy(
     saved_bytes: int = SAVED_BYTES,
     block: tuple[int, int] | None = None,
 ) -> LogProbEntropy:
-    """Statistics of softmax(inv_temp · cap(h @ w.T)) at `targets`.
-
-    No [T, V] tensor is made, forward or backward.
+    """Statistics of softmax(inv_temp · cap(h @ w.T)) at `targets`; no [T, V] tensor is made.
 
     h[T, H], w[V, H]  hidden states and output head: float32, bfloat16, float16 (statistics in
                       float32) or float64
@@ -84,10 +74,10 @@ def linear_logprob_entropy(
     rows[N]           which rows of h belong to the targets (repeats allowed); None: all, N = T
     inv_temp          1/temperature > 0: a number, or a tensor [] or [N] (differentiable)
     softcap           logits become softcap · tanh(logits / softcap) before the temperature
-    vocab_start, group  w is this rank's contiguous slice of the vocabulary; statistics are merged
-                        over the process group
-                      in rank order, h and the upstream gradients must be the same on all its ranks, and the gradient of
-                      h comes back summed
+    vocab_start       where the rows of w begin in the vocabulary; with `group` they are this
+    group             rank's contiguous slice of it. Statistics are merged over the process group in
+                      rank order, h and the upstream gradients must be the same on all its ranks,
+                      and the gradient of h comes back summed
     backend           "auto" | "torch" | "cpu" | "triton" | "cublas32"; see `backends`
     deterministic     the bits of a token's results do not depend on the batch around it (same bits
                       on every run in any case; gradients are sums over the batch)
@@ -101,8 +91,7 @@ def linear_logprob_entropy(
     (a frozen head costs no dW). They are summed in float32 and rounded once. A logit of -inf lies
     outside the support; a row with a NaN or +inf logit gets NaN for all three, other rows are not
     touched. IGNORE gets 0 for all three. Raises ValueError or TypeError for shapes, dtypes, devices
-    and ids that do not fit (ids on a GPU: in `debug` only, because looking at them waits for the
-    device).
+    and ids that do not fit (ids on a GPU: in `debug` only, as looking at them waits for it).
     """
     backends.check_name(backend)
     check_inputs(h, w, targets, rows, softcap)
@@ -116,8 +105,7 @@ def linear_logprob_entropy(
     vocabulary = (vocab_start, vocab_start + w.shape[0])
     if group is not None:
         vocabulary = check_shards(vocab_start, w.shape[0], targets.device, group)
-    # A gradient of the temperature sums over all logits: half-precision probabilities would show in
-    # it.
+    # The temperature's gradient sums over all logits: half-precision probabilities would show.
     wanted = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
     saved_bytes = saved_bytes if wanted and not scale.requires_grad else 0
     options = HeadOptions(softcap, vocab_start, backend, deterministic, block)
@@ -132,7 +120,6 @@ def logprob_entropy(
     """The same statistics for logits[N, V] that exist anyway (a sampler's).
 
     -inf logits are outside the support (as a target they get a logp near -7e29, never NaN).
-
     targets[N] integer ids or IGNORE (0 for all three); inv_temp a number, [] or [N]. No gradient;
     logits are not changed. Works in row blocks. On a GPU ids are looked at in `debug` only.
     """
@@ -159,7 +146,7 @@ def logprob_entropy(
 
 
 class _Fused(torch.autograd.Function):
-    """Forward saves h, w, four numbers per token and a cache of at most `saved_bytes` bytes of probabilities.
+    """Forward saves h, w, four numbers per token and at most `saved_bytes` of probabilities.
 
     Backward computes the logits that the cache does not hold again, block by block.
     """

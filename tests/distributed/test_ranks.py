@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -90,9 +91,18 @@ def questions(folder: Path) -> None:
     assert ranks.all_to_all(out) == (["to 0"] if me == 0 else ["to 1", b"\0" * 100_000, "own"])
     assert ranks.all_to_all([[], []]) == []
 
-    # A late rank: the other waits, and says for what.
-    import threading
+    late(ranks, me)
+    astray(ranks)
 
+    # A word that is left is read by the other without a meeting.
+    if me == 1:
+        ranks.report_exit("ToolError: no")
+    ranks.barrier()
+    assert ranks.exit_reasons() == {1: "ToolError: no"}
+
+
+def late(ranks, me: int) -> None:
+    """One rank waits for the other, and says for what."""
     if me == 0:
         seen: list = []
         spy = threading.Timer(0.5, lambda: seen.append(ranks.waiting))
@@ -105,25 +115,21 @@ def questions(folder: Path) -> None:
         ranks.barrier("the late one")
     assert ranks.waiting is None
 
-    # Another thread would meet the others in another order; it is stopped before it can.
+
+def astray(ranks) -> None:
+    """Another thread would meet the others in another order; it is stopped before it can."""
     failed: list = []
 
-    def astray() -> None:
+    def meet() -> None:
         try:
             ranks.barrier()
         except AssertionError as error:
             failed.append(str(error))
 
-    thread = threading.Thread(target=astray)
+    thread = threading.Thread(target=meet)
     thread.start()
     thread.join()
     assert failed and "main thread" in failed[0]
-
-    # A word that is left is read by the other without a meeting.
-    if me == 1:
-        ranks.report_exit("ToolError: no")
-    ranks.barrier()
-    assert ranks.exit_reasons() == {1: "ToolError: no"}
 
 
 def death(folder: Path) -> None:

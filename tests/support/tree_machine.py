@@ -251,10 +251,7 @@ class Operations(RuleBasedStateMachine):
     @closed
     @rule(number=NUMBER, end=NUMBER)
     def score_the_beginning(self, number, end):
-        """Positions before `end` of a sequence.
-
-        What stands on later ones stays as stale as it was.
-        """
+        """Positions before `end` of a sequence; what stands on later ones stays as stale."""
         seq = self.seq(number)
         end, ranges = 1 + end % len(self.shadow.seqs[seq]), []
         for node, count in self.tree.path(seq):

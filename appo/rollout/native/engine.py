@@ -165,10 +165,7 @@ class NativeEngine:
         self.log.write("append", seq, ids=ids)
 
     def release(self, seq: int) -> None:
-        """Give the handle back (a decoding sequence is cancelled).
-
-        Frees what no descendant needs.
-        """
+        """Give the handle back, cancelling what decodes; frees what no descendant needs."""
         self.tree.length(seq)  # known and live
         if self.loop.is_late(seq):
             self.cancel(seq)

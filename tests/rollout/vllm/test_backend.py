@@ -685,28 +685,30 @@ def test_a_prompt_whose_forks_ran_is_stale_with_them(folder):
     run(engine)
 
 
+def turn(tree, ours, seq, drawn):
+    """A prefill and some drawn tokens."""
+    for _ in range(drawn):
+        tree.commit(tree.plan([seq], 10**6))
+        tree.extend(seq, [1])
+        ours.get(seq).tokens.append(1)
+        ours.get(seq).computed(len(ours.get(seq).tokens) - 1)
+
+
+def score(tree, ours, seq):
+    """All positions but the last."""
+    *path, (leaf, own) = tree.path(seq)
+    ranges = [(node, 0, count) for node, count in [*path, (leaf, own - 1)] if count]
+    if ranges:
+        tree.commit(tree.layout(ranges))
+    ours.get(seq).computed(len(ours.get(seq).tokens) - 1)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_staleness_is_that_of_the_native_tree(seed):
     """Random forks, turns, cancels, scores and loads: both say the same of every live sequence."""
     rng = np.random.default_rng(seed)
     tree, ours = SegmentTree(), Sequences()
     live = []
-
-    def turn(seq):
-        """A prefill and up to three drawn tokens."""
-        for _ in range(rng.integers(1, 4)):
-            tree.commit(tree.plan([seq], 10**6))
-            tree.extend(seq, [1])
-            ours.get(seq).tokens.append(1)
-            ours.get(seq).computed(len(ours.get(seq).tokens) - 1)
-
-    def score(seq):
-        *path, (leaf, own) = tree.path(seq)
-        ranges = [(node, 0, count) for node, count in [*path, (leaf, own - 1)] if count]
-        if ranges:
-            tree.commit(tree.layout(ranges))
-        ours.get(seq).computed(len(ours.get(seq).tokens) - 1)
-
     for _ in range(120):
         action = rng.choice(["add", "fork", "append", "turn", "cancel", "score", "release", "load"],
                             p=[0.1, 0.25, 0.1, 0.2, 0.1, 0.1, 0.07, 0.08])  # fmt: skip
@@ -730,13 +732,13 @@ def test_staleness_is_that_of_the_native_tree(seed):
             tree.extend(seq, [1, 1])
             ours.get(seq).tokens += [1, 1]
         elif action == "turn" and not tree.stale(seq):
-            turn(seq)
+            turn(tree, ours, seq, rng.integers(1, 4))
         elif action == "cancel" and not tree.stale(seq):
-            turn(seq)
+            turn(tree, ours, seq, rng.integers(1, 4))
             tree.truncate(seq, length)
             ours.truncate(seq, length)
         elif action == "score":
-            score(seq)
+            score(tree, ours, seq)
         elif action == "release":
             live.remove(seq)
             tree.release(seq)

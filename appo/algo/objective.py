@@ -22,11 +22,11 @@ class TokenStats(Protocol):
 
     @property
     def logp(self) -> Tensor:
-        """[E] float32"""
+        """Log-prob of each edge's token, nats. [E] float32."""
 
     @property
     def entropy(self) -> Tensor:
-        """[E] float32"""
+        """Entropy of the distribution it was drawn from, nats. [E] float32."""
 
 
 class LossRows(Protocol):

@@ -114,7 +114,7 @@ def _head() -> str:
     """What backend="auto" of linear_logprob_entropy means here."""
     from appo._kernels.common import backends
 
-    isa, triton = backends.linear_isa(), backends.triton_version()
+    isa, triton = backends.native_isa(), backends.triton_version()
     on_cpu = f"CPU: cpu ({isa})" if isa else "CPU: torch (no native matrix kernels here)"
     on_gpu = f"triton {triton}" if triton else "torch (pip install 'appo[triton]' for the kernels)"
     return f"{on_cpu}; CUDA: {on_gpu}"

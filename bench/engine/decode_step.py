@@ -106,8 +106,8 @@ class Products:
     def __init__(self, m: Model, threads: int):
         self.threads, self.head = threads, m.native.head
         self.hidden = m.config.hidden
-        make, pack = (native.require(f"layer_head{f}") for f in ("", "_pack"))
-        self.product = native.require("layer_head_logits")
+        make, pack = (native.require(f"decoder_head{f}") for f in ("", "_pack"))
+        self.product = native.require("decoder_head_logits")
         self.linears = []
         for layer in m.layers:
             for part in PARTS:

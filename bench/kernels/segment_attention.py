@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from appo.rollout.native.attention.pool import KVPool, available
-from appo.rollout.native.attention.segments import attend_segments
+from appo.rollout.native.attention.segments import segment_attention
 from appo.rollout.native.tree.block_list import BLOCK
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the checkout, for `bench`
@@ -134,7 +134,7 @@ class Sequences:
 
         def run() -> None:
             for layer in range(self.layers):
-                attend_segments(self.q, self.k, self.v, reads, self.pool, layer, self.out)
+                segment_attention(self.q, self.k, self.v, reads, self.pool, layer, self.out)
 
         return run
 

@@ -37,7 +37,7 @@ struct Work {
 
 struct Moments {
   double mean, divisor;
-  bool flat;
+  bool constant;
 };
 
 APPO_VECTOR void drop_masked(const Work& w, int64_t n) {
@@ -61,7 +61,7 @@ APPO_VECTOR Moments moments(const double* x, const double* keep, int64_t n, doub
   });
   const double largest = max_of(n, 1.0, [&](int64_t i) { return keep[i] * std::fabs(x[i]); });
   const double deviation = std::sqrt(square / count);
-  return {mean, deviation + kZEps, deviation <= kFlat * largest};  // NaN: unknown is not flat
+  return {mean, deviation + kZEps, deviation <= kFlat * largest};  // NaN: unknown is not constant
 }
 
 APPO_VECTOR void standardise(double* x, const double* keep, int64_t n, const Moments& m) {
@@ -77,7 +77,7 @@ void store(const double* x, int64_t n, T* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(x[i]);
 }
 
-// Returns whether Ω says nothing. A flat vector is standardised to 0 in the paper's variant.
+// Returns whether Ω says nothing. A constant vector is standardised to 0 in the paper's variant.
 template <typename T>
 bool score_segment(const Scores<T>& s, int64_t begin, int64_t n, double gamma, double low,
                    double high, bool paper, const Work& w) {
@@ -92,24 +92,24 @@ bool score_segment(const Scores<T>& s, int64_t begin, int64_t n, double gamma, d
 
   const double count = std::max(1.0, sum_of(n, [&](int64_t i) { return w.keep[i]; }));
   const Moments e = moments(w.entropy, w.keep, n, count), o = moments(w.omega, w.keep, n, count);
-  paper&& e.flat ? std::fill(w.entropy, w.entropy + n, 0.0) : standardise(w.entropy, w.keep, n, e);
-  paper&& o.flat ? std::fill(w.omega, w.omega + n, 0.0) : standardise(w.omega, w.keep, n, o);
+  paper&& e.constant ? std::fill(w.entropy, w.entropy + n, 0.0) : standardise(w.entropy, w.keep, n, e);
+  paper&& o.constant ? std::fill(w.omega, w.omega + n, 0.0) : standardise(w.omega, w.keep, n, o);
   store(w.entropy, n, s.z_entropy + begin);
   store(w.omega, n, s.z_omega + begin);
   for (int64_t i = 0; i < n; ++i) s.score[begin + i] = static_cast<T>(w.entropy[i] * w.omega[i]);
-  return o.flat;
+  return o.constant;
 }
 
 template <typename T>
 void score_all(const Scores<T>& s, const int64_t* offsets, int64_t segments, double gamma,
-               double low, double high, bool paper, uint8_t* flat, int64_t threads) {
+               double low, double high, bool paper, uint8_t* omega_uninformative, int64_t threads) {
   for_segments(offsets, segments, threads, [&](int64_t first, int64_t last) {
     std::vector<double> work;
     for (int64_t b = first; b < last; ++b) {
       const int64_t n = offsets[b + 1] - offsets[b];
       if (work.size() < static_cast<size_t>(3 * n)) work.resize(static_cast<size_t>(3 * n));
       const Work w{work.data(), work.data() + n, work.data() + 2 * n};
-      flat[b] = score_segment(s, offsets[b], n, gamma, low, high, paper, w);
+      omega_uninformative[b] = score_segment(s, offsets[b], n, gamma, low, high, paper, w);
     }
   });
 }
@@ -117,7 +117,7 @@ void score_all(const Scores<T>& s, const int64_t* offsets, int64_t segments, dou
 void branch_scores(ffi::TensorView entropy, ffi::TensorView log_ratio, ffi::TensorView mask,
                    ffi::TensorView offsets, double gamma, double low, double high, bool paper,
                    ffi::TensorView omega, ffi::TensorView z_entropy, ffi::TensorView z_omega,
-                   ffi::TensorView score, ffi::TensorView flat, int64_t threads) {
+                   ffi::TensorView score, ffi::TensorView omega_uninformative, int64_t threads) {
   TVM_FFI_CHECK(log_ratio.ndim() == 1, ValueError) << "log_ratio must be [N]";
   const int64_t tokens = log_ratio.size(0);
   const uint8_t bits = check_floats(log_ratio, "log_ratio", tokens);
@@ -130,13 +130,13 @@ void branch_scores(ffi::TensorView entropy, ffi::TensorView log_ratio, ffi::Tens
   check_gamma(gamma);
   const int64_t* o = check_offsets(offsets, tokens);
   const int64_t segments = offsets.size(0) - 1;
-  check_vector(flat, "flat", kDLUInt, 8, segments);
+  check_vector(omega_uninformative, "omega_uninformative", kDLUInt, 8, segments);
   auto go = [&](auto zero) {
     using T = decltype(zero);
     const Scores<T> s{data<const T>(entropy), data<const T>(log_ratio), data<const uint8_t>(mask),
                       data<T>(omega),         data<T>(z_entropy),       data<T>(z_omega),
                       data<T>(score)};
-    score_all(s, o, segments, gamma, low, high, paper, data<uint8_t>(flat), threads);
+    score_all(s, o, segments, gamma, low, high, paper, data<uint8_t>(omega_uninformative), threads);
   };
   bits == 32 ? go(0.0f) : go(0.0);
 }

@@ -8,7 +8,7 @@ namespace appo {
 namespace {
 
 // Raised whenever a signature changes; kernels/common/native.py refuses a library of another version.
-int64_t abi_version() { return 6; }
+int64_t abi_version() { return 7; }
 
 }  // namespace
 

@@ -11,7 +11,7 @@ namespace appo {
 namespace {
 
 // "": none, because of the processor or because the library was built without kernels.
-tvm::ffi::String linear_isa() {
+tvm::ffi::String native_isa() {
 #ifdef APPO_LINEAR_KERNELS
   return best_isa();
 #else
@@ -21,6 +21,6 @@ tvm::ffi::String linear_isa() {
 
 }  // namespace
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_isa, linear_isa);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(native_isa, native_isa);
 
 }  // namespace appo

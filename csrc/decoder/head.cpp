@@ -86,10 +86,10 @@ void head_sample(Head head, Tensor hidden, Tensor seeds, Tensor positions, Tenso
 
 }  // namespace
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_head, head_new);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_head_bytes, head_bytes);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_head_pack, head_pack);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_head_logits, head_logits);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_head_sample, head_sample);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decoder_head, head_new);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decoder_head_bytes, head_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decoder_head_pack, head_pack);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decoder_head_logits, head_logits);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decoder_head_sample, head_sample);
 
 }  // namespace appo

@@ -83,10 +83,10 @@ void stack_adapt(Stack stack, int64_t layer, ffi::String part, MaybeTensor down,
 
 }  // namespace
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_stack, stack_new);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_stack_bytes, stack_bytes);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_stack_norms, stack_norms);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_stack_pack, stack_pack);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_stack_adapt, stack_adapt);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decoder_stack, stack_new);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decoder_stack_bytes, stack_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decoder_stack_norms, stack_norms);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decoder_stack_pack, stack_pack);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decoder_stack_adapt, stack_adapt);
 
 }  // namespace appo

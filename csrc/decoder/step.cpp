@@ -59,6 +59,6 @@ void step(Stack stack, Tensor embed, Tensor turn, Tensor norm, Tensor ids, Tenso
 
 }  // namespace
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_step, step);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decoder_step, step);
 
 }  // namespace appo

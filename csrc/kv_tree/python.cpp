@@ -180,30 +180,30 @@ void tree_check(Tree tree, ffi::Bytes slots) {
 
 }  // namespace
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_new, tree_new);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_add, tree_add);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_fork, tree_fork);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_extend, tree_extend);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_truncate, tree_truncate);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_release, tree_release);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_evict, tree_evict);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_evict_path, tree_evict_path);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_new_version, tree_new_version);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_length, tree_length);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_base, tree_base);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_kv, tree_kv);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_stale, tree_stale);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_tokens, tree_tokens);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_path, tree_path);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_blocks_of, tree_blocks_of);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_free_blocks, tree_free_blocks);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_counts, tree_counts);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_plan, tree_plan);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_layout, tree_layout);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_tables, tree_tables);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_commit, tree_commit);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_abort, tree_abort);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_need, tree_need);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(tree_check, tree_check);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_new, tree_new);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_add, tree_add);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_fork, tree_fork);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_extend, tree_extend);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_truncate, tree_truncate);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_release, tree_release);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_evict, tree_evict);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_evict_path, tree_evict_path);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_new_version, tree_new_version);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_length, tree_length);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_base, tree_base);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_kv, tree_kv);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_stale, tree_stale);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_tokens, tree_tokens);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_path, tree_path);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_blocks_of, tree_blocks_of);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_free_blocks, tree_free_blocks);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_counts, tree_counts);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_plan, tree_plan);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_layout, tree_layout);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_tables, tree_tables);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_commit, tree_commit);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_abort, tree_abort);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_need, tree_need);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kv_tree_check, tree_check);
 
 }  // namespace appo

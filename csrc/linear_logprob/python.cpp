@@ -117,7 +117,7 @@ LinearProblem problem_of(const ffi::TensorView& h, const ffi::TensorView& w,
 }
 
 // out[4, N] = (m, s, u, z) per target; see kernels/linear_logprob/backend_cpu.py for the arguments.
-void linear_stats(ffi::TensorView h, ffi::TensorView w, MaybeTensor rows, ffi::TensorView users,
+void linear_logprob_stats(ffi::TensorView h, ffi::TensorView w, MaybeTensor rows, ffi::TensorView users,
                   ffi::TensorView column, ffi::TensorView scale, double softcap,
                   ffi::TensorView out, MaybeTensor prob_cache, ffi::String isa, int64_t threads) {
   const LinearProblem p =
@@ -127,7 +127,7 @@ void linear_stats(ffi::TensorView h, ffi::TensorView w, MaybeTensor rows, ffi::T
   linear_forward(p, reinterpret_cast<float*>(output(out, "out", 4, column.size(0))));
 }
 
-void linear_grads(ffi::TensorView h, ffi::TensorView w, MaybeTensor rows, ffi::TensorView users,
+void linear_logprob_grads(ffi::TensorView h, ffi::TensorView w, MaybeTensor rows, ffi::TensorView users,
                   ffi::TensorView column, ffi::TensorView scale, double softcap, ffi::TensorView m,
                   ffi::TensorView log2s, ffi::TensorView p_factor, MaybeTensor plogp_factor,
                   ffi::TensorView d_logp, MaybeTensor dh, MaybeTensor dh_low, MaybeTensor dw,
@@ -169,7 +169,7 @@ void linear_grads(ffi::TensorView h, ffi::TensorView w, MaybeTensor rows, ffi::T
 
 }  // namespace
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_stats, linear_stats);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_grads, linear_grads);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_logprob_stats, linear_logprob_stats);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_logprob_grads, linear_logprob_grads);
 
 }  // namespace appo

@@ -33,7 +33,7 @@ struct Rules {
 
 template <typename T>
 struct Tokens {
-  const T *logp, *behaviour, *advantage;
+  const T *logp, *old_logp, *advantage;
   const uint8_t* mask;
   T *future, *gradient;
 };
@@ -49,7 +49,7 @@ template <typename T>
 void load(const Tokens<T>& t, int64_t begin, int64_t n, Block& b) {
   for (int64_t i = 0; i < n; ++i) b.keep[i] = static_cast<int32_t>(t.mask[begin + i]);
   for (int64_t i = 0; i < n; ++i)
-    b.d[i] = static_cast<double>(t.logp[begin + i]) - t.behaviour[begin + i];
+    b.d[i] = static_cast<double>(t.logp[begin + i]) - t.old_logp[begin + i];
   for (int64_t i = 0; i < n; ++i) b.own[i] = t.advantage[begin + i];
   for (int64_t i = 0; i < n; ++i) b.scale[i] = 1.0;
 }
@@ -140,12 +140,12 @@ void rows(const Tokens<T>& t, const Rules& rule, const int64_t* offsets, const d
 }
 
 template <typename T>
-void run(const ffi::TensorView& logp, const ffi::TensorView& behaviour,
+void run(const ffi::TensorView& logp, const ffi::TensorView& old_logp,
          const ffi::TensorView& advantage, const ffi::TensorView& mask,
          const ffi::TensorView& future, const ffi::TensorView& gradient, const Rules& rule,
          const int64_t* offsets, const double* weight, int64_t count, double* sums,
          int64_t threads) {
-  const Tokens<T> t{data<const T>(logp),       data<const T>(behaviour), data<const T>(advantage),
+  const Tokens<T> t{data<const T>(logp),       data<const T>(old_logp), data<const T>(advantage),
                     data<const uint8_t>(mask), data<T>(future),          data<T>(gradient)};
   std::vector<double> row_sums(static_cast<size_t>(count * kSums), 0.0);
   std::fill(sums, sums + kSums, 0.0);
@@ -154,7 +154,7 @@ void run(const ffi::TensorView& logp, const ffi::TensorView& behaviour,
 
 // gamma < 0: no future term, `future` has no items; dual_clip infinite: none. sums[6]: see enum
 // Sum.
-void policy_loss(ffi::TensorView logp, ffi::TensorView behaviour, ffi::TensorView advantage,
+void policy_loss(ffi::TensorView logp, ffi::TensorView old_logp, ffi::TensorView advantage,
                  ffi::TensorView mask, ffi::TensorView offsets, ffi::TensorView row_weight,
                  double gamma, double future_low, double future_high, double future_weight,
                  double clip_low, double clip_high, double dual_clip, ffi::TensorView future,
@@ -164,7 +164,7 @@ void policy_loss(ffi::TensorView logp, ffi::TensorView behaviour, ffi::TensorVie
   const Rules rule{gamma,    future_low, future_high, future_weight,
                    clip_low, clip_high,  dual_clip,   gamma >= 0.0};
   const uint8_t bits = check_floats(logp, "logp", tokens);
-  check_vector(behaviour, "behaviour", kDLFloat, bits, tokens);
+  check_vector(old_logp, "old_logp", kDLFloat, bits, tokens);
   check_vector(advantage, "advantage", kDLFloat, bits, tokens);
   check_vector(gradient, "gradient", kDLFloat, bits, tokens);
   check_vector(future, "future", kDLFloat, bits, rule.future ? tokens : 0);
@@ -175,7 +175,7 @@ void policy_loss(ffi::TensorView logp, ffi::TensorView behaviour, ffi::TensorVie
   check_vector(row_weight, "row_weight", kDLFloat, 64, count);
   const auto* w = data<const double>(row_weight);
   auto go = bits == 32 ? run<float> : run<double>;
-  go(logp, behaviour, advantage, mask, future, gradient, rule, o, w, count, data<double>(sums),
+  go(logp, old_logp, advantage, mask, future, gradient, rule, o, w, count, data<double>(sums),
      threads);
 }
 

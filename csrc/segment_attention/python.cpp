@@ -143,7 +143,7 @@ int64_t check_heads(const ffi::TensorView& t, const char* name, int64_t rows, in
   return t.stride(0);
 }
 
-void attend_segments(ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, ffi::TensorView slots,
+void segment_attention(ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, ffi::TensorView slots,
                      ffi::TensorView segments, ffi::TensorView blocks, ffi::TensorView reads,
                      ffi::TensorView limits, ffi::TensorView addresses, int64_t layers,
                      int64_t layer, ffi::TensorView out, int64_t tile_rows, ffi::String isa,
@@ -177,6 +177,6 @@ void attend_segments(ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, ff
 
 }  // namespace
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(attend_segments, attend_segments);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(segment_attention, segment_attention);
 
 }  // namespace appo

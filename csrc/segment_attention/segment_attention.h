@@ -1,7 +1,7 @@
 // Attention over KV segments in a pool of blocks, on a CPU: what its parts share. Compiled with
 // wide instructions too: nothing here may become an external symbol (see common/matrix.h).
 //
-//   tables.h   checks what Python hands over (python.cpp, which also exports attend_segments)
+//   tables.h   checks what Python hands over (python.cpp, which also exports segment_attention)
 //   work.cpp   the order of the work, threads, scratch memory
 //   write.cpp  new keys and values into their blocks
 //   kernels.h  the arithmetic of a few query rows and a chunk of keys, templates that

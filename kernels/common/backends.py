@@ -15,12 +15,12 @@ from appo._kernels.common import native
 TRITON_NEEDED = (3, 7)
 
 
-def linear_isa() -> str | None:
+def native_isa() -> str | None:
     """The instruction set of the native matrix kernels on this machine.
 
     None: they cannot run here.
     """
-    run = native.function("linear_isa")
+    run = native.function("native_isa")
     return (str(run()) or None) if run is not None else None
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import appo
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 

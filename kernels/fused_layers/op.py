@@ -80,7 +80,7 @@ def choose(backend: str, x: Tensor) -> str:
             f"backend='cpu' takes float32, bfloat16 and float16 on a CPU, not {x.dtype} on {x.device}; use backend='auto'"
         )
     if backend == "auto":
-        return "cpu" if runs and backends.linear_isa() is not None else "torch"
+        return "cpu" if runs and backends.native_isa() is not None else "torch"
     return backend
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from appo._kernels.common import native
-from appo._kernels.common.backends import linear_isa as isa
+from appo._kernels.common.backends import native_isa as isa
 from appo._kernels.linear_logprob.blocks import LinearCall, Upstream
 
 _WIDE_SUMS = 1 << 23  # numbers of dh up to which its float32 sums are simply kept (32 MiB)
@@ -62,7 +62,7 @@ def partial_stats(
     order, users = _users(call)
     out = torch.empty(4, call.column.shape[0])
     arguments = _arguments(call, order, users)
-    _native("linear_stats")(*arguments, out, prob_cache, isa or "", _threads(threads))
+    _native("linear_logprob_stats")(*arguments, out, prob_cache, isa or "", _threads(threads))
     return out if order is None else _unsort(out, order)
 
 
@@ -105,7 +105,9 @@ def gradients(
     dw = torch.empty(call.w.shape, dtype=call.w.dtype) if need_w else None
     d_scale = torch.empty_like(up.m) if need_scale else None
     given += [dh, low, dw, d_scale, prob_cache]
-    _native("linear_grads")(*_arguments(call, order, users), *given, isa or "", _threads(threads))
+    _native("linear_logprob_grads")(
+        *_arguments(call, order, users), *given, isa or "", _threads(threads)
+    )
     if d_scale is not None and order is not None:
         d_scale = _unsort(d_scale, order)
     return None if dh is None else dh.to(dh_dtype), dw, d_scale
@@ -158,6 +160,6 @@ def _threads(threads: int | None) -> int:
 
 def _native(name: str) -> Any:
     if isa() is None:
-        native.require("linear_isa")  # says why there is no library
+        native.require("native_isa")  # says why there is no library
         raise RuntimeError("backend='cpu' needs a machine with AVX2 and a library built for it")
     return native.require(name)

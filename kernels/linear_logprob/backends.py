@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from appo._kernels.common.backends import linear_isa, triton_runs
+from appo._kernels.common.backends import native_isa, triton_runs
 
 BACKENDS = ("torch", "cpu", "triton", "cublas32")
 
@@ -48,6 +48,6 @@ def choose(name: str, h: Tensor, w: Tensor) -> str:
         return "torch"
     if h.device.type == "cuda":
         return "triton" if triton_runs(h.device) else "torch"
-    if h.device.type == "cpu" and linear_isa() is not None:
+    if h.device.type == "cpu" and native_isa() is not None:
         return "cpu"
     return "torch"

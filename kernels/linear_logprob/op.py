@@ -1,6 +1,6 @@
 """Log-probability and entropy of sampled tokens straight from hidden states.
 
-Two operators do the work, `appo::linear_stats` and `appo::linear_grads`; both are opaque to
+Two operators do the work, `appo::linear_logprob_stats` and `appo::linear_logprob_grads`; both are opaque to
 torch.compile and have fake implementations, so a compiled graph does not break at them. Between
 them lie a few lines on vectors of N tokens: the merge over ranks, logp, entropy and lse from the
 statistics, and the upstream factors of backward.
@@ -203,7 +203,7 @@ class _Fused(torch.autograd.Function):
         return dh if need_h else None, dw if need_w else None, None, d_inv_temp, *([None] * 5)
 
 
-def linear_stats(
+def linear_logprob_stats(
     h: Tensor,
     w: Tensor,
     targets: Tensor,
@@ -266,7 +266,7 @@ def _fake_stats(
     return scale.new_empty(4, n), prob_cache
 
 
-def linear_grads(
+def linear_logprob_grads(
     h: Tensor,
     w: Tensor,
     targets: Tensor,
@@ -323,8 +323,8 @@ def _fake_grads(
     )
 
 
-stats_op = operator("linear_stats", linear_stats, _fake_stats)
-grads_op = operator("linear_grads", linear_grads, _fake_grads)
+stats_op = operator("linear_logprob_stats", linear_logprob_stats, _fake_stats)
+grads_op = operator("linear_logprob_grads", linear_logprob_grads, _fake_grads)
 
 
 def _call(

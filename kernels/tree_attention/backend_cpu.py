@@ -66,7 +66,7 @@ def _native(name: str, call: TreeCall) -> Any:
             f"backend='cpu' takes float32, bfloat16 and float16 on a CPU, not {call.q.dtype} on {call.q.device}; "
             "use backend='auto'"
         )
-    if backends.linear_isa() is None:
-        native.require("linear_isa")  # says why there is no library
+    if backends.native_isa() is None:
+        native.require("native_isa")  # says why there is no library
         raise RuntimeError("backend='cpu' needs a machine with AVX2 and a library built for it")
     return native.require(name)

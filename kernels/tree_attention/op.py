@@ -229,7 +229,7 @@ def module(backend: str, q: Tensor) -> Any:
             q.dtype != torch.float64
             and q.device.type == "cpu"
             and q.shape[2] <= 256
-            and backends.linear_isa() is not None
+            and backends.native_isa() is not None
         ):
             name = "cpu"
     return import_module(f"appo._kernels.tree_attention.backend_{name}")

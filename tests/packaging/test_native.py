@@ -120,13 +120,13 @@ def test_library_exports_only_its_functions():
     lines = [line.split() for line in listed.splitlines()]
     exported = {words[-1] for words in lines if words[-2] == "T"}
     functions = ("abi_version", "future_value", "tree_future_value", "branch_scores", "select_branch_points",
-                 "policy_loss", "linear_isa", "linear_stats", "linear_grads", "attend_segments",
+                 "policy_loss", "native_isa", "linear_logprob_stats", "linear_logprob_grads", "segment_attention",
                  "tree_attention_forward", "tree_attention_backward",
                  "rms_norm_forward", "rms_norm_backward", "swiglu_forward", "swiglu_backward", "rotary",
-                 "layer_stack", "layer_stack_bytes", "layer_stack_norms", "layer_stack_pack", "layer_stack_adapt",
-                 "layer_step", "layer_head", "layer_head_bytes", "layer_head_pack",
-                 "layer_head_logits", "layer_head_sample", "sample_logits", "sample_bits")  # fmt: skip
-    functions += tuple(f"tree_{name}" for name in TREE.split())
+                 "decoder_stack", "decoder_stack_bytes", "decoder_stack_norms", "decoder_stack_pack", "decoder_stack_adapt",
+                 "decoder_step", "decoder_head", "decoder_head_bytes", "decoder_head_pack",
+                 "decoder_head_logits", "decoder_head_sample", "sample_logits", "sample_bits")  # fmt: skip
+    functions += tuple(f"kv_tree_{name}" for name in TREE.split())
     assert exported == {f"__tvm_ffi_{name}" for name in functions}
     wanted = " ".join(words[-1] for words in lines if words[-2] == "U")
     assert not any(

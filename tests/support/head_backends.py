@@ -15,7 +15,7 @@ import os
 import pytest
 import torch
 
-from appo._kernels.common.backends import linear_isa, triton_version
+from appo._kernels.common.backends import native_isa, triton_version
 from appo.kernels import linear_logprob_entropy
 
 ON_DEVICE = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
@@ -39,7 +39,7 @@ def marks_of(name):
 
 def why_not(name):
     """Why a backend cannot run here; empty if it can."""
-    if name == "cpu" and linear_isa() is None:
+    if name == "cpu" and native_isa() is None:
         return "the native matrix kernels do not run on this machine"
     if name in INTERPRETED and triton_version() is None:
         return "Triton is not installed"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from appo.models.shape import ModelShape
-from appo.rollout.native.attention.attention import attend_segments_torch
+from appo.rollout.native.attention.attention import segment_attention_torch
 from appo.rollout.native.attention.pool import KVPool
 from appo.rollout.native.model.layers import NativeLayers
 from appo.rollout.native.model.model import Model
@@ -84,7 +84,7 @@ def run(m: Model, layout: Layout, pool: KVPool, rows: Tensor | None = None) -> T
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype)
-        attend_segments_torch(q, k, v, layout, pool, layer, out)
+        segment_attention_torch(q, k, v, layout, pool, layer, out)
         return out.flatten(1)
 
     return m.forward(layout.ids, layout.positions, attention, rows)

@@ -217,7 +217,7 @@ def test_native_calls_let_other_threads_run():
     """Learner and engine spend their time in native code: with Python's lock held they would take turns."""
     if native.load()[0] is None:
         pytest.skip("no native library")
-    assert all(native.function(name).release_gil for name in ("policy_loss", "attend_segments"))
+    assert all(native.function(name).release_gil for name in ("policy_loss", "segment_attention"))
 
 
 # -- dealing and metrics over ranks ----------------------------------------------------------------

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from appo.errors import EngineError
-from appo.rollout.native.attention.attention import attend_segments_torch
+from appo.rollout.native.attention.attention import segment_attention_torch
 from appo.rollout.native.attention.pool import KVPool
-from appo.rollout.native.attention.segments import attend_segments
+from appo.rollout.native.attention.segments import segment_attention
 from appo.rollout.native.model.model import Model
 from appo.rollout.native.tree.layout import Layout
 
@@ -82,14 +82,14 @@ class HostRunner:
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int, out: Tensor
     ) -> None:
         if self.pool.layout == "packed":
-            attend_segments(q, k, v, layout, self.pool, layer, out)
+            segment_attention(q, k, v, layout, self.pool, layer, out)
         elif not self.deterministic:
-            attend_segments_torch(q, k, v, layout, self.pool, layer, out)
+            segment_attention_torch(q, k, v, layout, self.pool, layer, out)
         else:  # the definition's products depend on what else they are given: one row at a time
             self.pool.write(layer, k, v, layout.slots)
             for i, one in enumerate(_rows(layout)):
                 row = slice(i, i + 1)
-                attend_segments_torch(q[row], k[row], v[row], one, self.pool, layer, out[row])
+                segment_attention_torch(q[row], k[row], v[row], one, self.pool, layer, out[row])
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Three launches whatever the tree is.
 
-The definition is attention.attend_segments_torch of the rollout engine. Tables and workspace are
+The definition is attention.segment_attention_torch of the rollout engine. Tables and workspace are
 the caller's, so that a captured graph finds them where they were.
 """
 
@@ -63,7 +63,7 @@ def workspace(
     return o, torch.empty(partials, heads, device=device)
 
 
-def attend_segments(
+def segment_attention(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, tables: Tables, o: Tensor, lse: Tensor, out: Tensor
 ) -> None:
     """out[M, Hq, D] = attention of q[M, Hq, D] over what the tables say, scores scaled by 1/√D.

@@ -10,7 +10,7 @@ from appo._kernels.fused_layers import op as fused_layers
 BACKENDS = [
     "torch",
     pytest.param(
-        "cpu", marks=pytest.mark.skipif(backends.linear_isa() is None, reason="no native kernels")
+        "cpu", marks=pytest.mark.skipif(backends.native_isa() is None, reason="no native kernels")
     ),
 ]
 # relative L2 error: a few roundings of float32, one of the 16-bit formats
@@ -91,7 +91,7 @@ def test_not_finite_numbers_stay_in_their_rows(backend):
     assert out[2:4].abs().max() < 1e-30
 
 
-@pytest.mark.skipif(backends.linear_isa() is None, reason="no native kernels")
+@pytest.mark.skipif(backends.native_isa() is None, reason="no native kernels")
 def test_threads_and_instruction_sets():
     """The same bits for 1 and 3 threads; AVX2 agrees with the best up to the order of a sum."""
     from appo._kernels.common import native

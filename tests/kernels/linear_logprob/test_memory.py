@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from appo._kernels.common.backends import linear_isa
+from appo._kernels.common.backends import native_isa
 from appo._kernels.linear_logprob.backends import module
 from appo._kernels.linear_logprob.blocks import BLOCK, LinearCall, Upstream
 
@@ -33,7 +33,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_no_logit_matrix(backend):
     """The backend is called as the operator calls it: a dispatch mode does not see inside an operator."""
-    if backend == "cpu" and linear_isa() is None:
+    if backend == "cpu" and native_isa() is None:
         pytest.skip("the native matrix kernels do not run here")
     t, hidden, vocab = 600, 16, 8192
     generator = torch.Generator().manual_seed(0)

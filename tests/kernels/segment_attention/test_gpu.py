@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.head_backends import ON_DEVICE, marks_of
 
-from appo.rollout.native.attention.attention import attend_segments_torch
+from appo.rollout.native.attention.attention import segment_attention_torch
 from appo.rollout.native.attention.pool import KVPool
 from appo.rollout.native.tree.segment_tree import SegmentTree
 
@@ -21,8 +21,8 @@ from appo._kernels.segment_attention.gpu import attend, kv_write  # noqa: E402
 from appo._kernels.segment_attention.gpu import merge as attend_merge  # noqa: E402
 from appo._kernels.segment_attention.gpu.segments import (  # noqa: E402
     Tables,
-    attend_segments,
     heights,
+    segment_attention,
     unavailable,
     workspace,
 )
@@ -97,7 +97,7 @@ def run_work(what, layout, q, pool, fill=None):
     if fill:
         fill(o, lse)
     out = torch.full((len(what.starts) - 1, *q.shape[1:]), torch.nan, dtype=q.dtype, device=DEVICE)
-    attend_segments(q, pool.arena[LAYER, 0], pool.arena[LAYER, 1], tables, o, lse, out)
+    segment_attention(q, pool.arena[LAYER, 0], pool.arena[LAYER, 1], tables, o, lse, out)
     return out
 
 
@@ -169,7 +169,7 @@ def test_agrees_with_the_definition():
     layout, pool, q, k, v = grow(8)
     out = run(layout, pool, q, k, v, cut_of(q, pool))
     want = torch.empty_like(out)
-    attend_segments_torch(q, k, v, layout, pool, LAYER, want)
+    segment_attention_torch(q, k, v, layout, pool, LAYER, want)
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
 
 

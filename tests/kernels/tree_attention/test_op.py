@@ -21,7 +21,7 @@ from support.attention_problems import (
 )
 from support.head_backends import backend_params, dtype_of, relative
 
-from appo._kernels.common.backends import linear_isa
+from appo._kernels.common.backends import native_isa
 from appo._kernels.tree_attention import backend_cpu as attention_cpu
 from appo._kernels.tree_attention import backend_torch as attention_torch
 from appo._kernels.tree_attention.op import Saved, TreeCall, backward_op, check_tree, forward_op
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in
 
 BENCH = Path(__file__).parents[2] / "bench"
 backends = pytest.mark.parametrize("backend", backend_params("torch", "cpu", "triton"))
-native = pytest.mark.skipif(linear_isa() is None, reason="the native kernels do not run here")
+native = pytest.mark.skipif(native_isa() is None, reason="the native kernels do not run here")
 
 
 # -- the definition
@@ -136,8 +136,8 @@ ISAS = ["avx512_bf16", "avx512", "avx2"]
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_and_number_of_threads(isa, dtype):
     """Within the rounding of the dtype, and the same bits with 1, 2 and 5 threads."""
-    if ISAS.index(isa) < ISAS.index(linear_isa()):
-        pytest.skip(f"this machine has {linear_isa()}")
+    if ISAS.index(isa) < ISAS.index(native_isa()):
+        pytest.skip(f"this machine has {native_isa()}")
     if isa == "avx512_bf16" and dtype != torch.bfloat16:
         pytest.skip("for bfloat16 only")
     subtree_end = random_ends(1100, 5)

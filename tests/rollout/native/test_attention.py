@@ -15,15 +15,15 @@ import torch
 
 from appo._kernels.common import native
 from appo.errors import EngineError
-from appo.rollout.native.attention.attention import attend_segments_torch
+from appo.rollout.native.attention.attention import segment_attention_torch
 from appo.rollout.native.attention.pool import KVPool, available
-from appo.rollout.native.attention.segments import attend_segments
+from appo.rollout.native.attention.segments import segment_attention
 
 pytestmark = pytest.mark.skipif(
     not available(torch.float32, 64, torch.device("cpu")), reason="no native attention"
 )
 F32, BF16 = torch.float32, torch.bfloat16
-BEST = native.function("linear_isa")() if native.function("linear_isa") else ""
+BEST = native.function("native_isa")() if native.function("native_isa") else ""
 LAYERS, LAYER = 2, 1  # attended on the second layer, so that a wrong layer stride shows
 COUNTS = (0, 1, 2, 15, 16, 17, 63, 64, 127, 128, 129, 300)
 # Half a unit in the last place of the weights, the same of their sum, and of the result.
@@ -129,7 +129,7 @@ def run(tree: Tree, layout=None, q: torch.Tensor | None = None, **how) -> torch.
     none = torch.zeros(len(q), tree.pool.kv_heads, q.shape[2], dtype=q.dtype)
     out = torch.full_like(q, torch.nan)
     layout = layout or tables(tree)
-    attend_segments(q, none, none, layout, tree.pool, LAYER, out, **{"threads": 1, **how})
+    segment_attention(q, none, none, layout, tree.pool, LAYER, out, **{"threads": 1, **how})
     return out
 
 
@@ -179,8 +179,8 @@ def test_the_definition_agrees(dtype, layout):
         pool.write(LAYER, *kv[LAYER].transpose(1, 2), slots)
     plan.slots[3] = tree.blocks[0][0] * 16  # the first key of the root is replaced
     out, ours = torch.empty(2, *tree.q.shape, dtype=dtype)
-    attend_segments_torch(tree.q, k, v, plan, pool, LAYER, out)
-    attend_segments(tree.q, k, v, plan, tree.pool, LAYER, ours)
+    segment_attention_torch(tree.q, k, v, plan, pool, LAYER, out)
+    segment_attention(tree.q, k, v, plan, tree.pool, LAYER, ours)
     torch.testing.assert_close(ours, out, rtol=0, atol=2e-2 if dtype == BF16 else 1e-5)
     tree.kv[0][LAYER, 0, :, 0], tree.kv[0][LAYER, 1, :, 0] = k[3], v[3]
     check(tree, out)
@@ -314,7 +314,7 @@ def test_rows_are_written_before_they_are_read(dtype, dim):
                         torch.tensor([blocks[(9 + a) // 16] * 16 + (9 + a) % 16]),
                     )
                 q, k, v = x[layer, a:b].split((heads, kv_heads, kv_heads), dim=1)
-                attend_segments(q, k, v, layout, tree.pool, layer, out[a:b, :heads])
+                segment_attention(q, k, v, layout, tree.pool, layer, out[a:b, :heads])
         assert out[:, heads:].isnan().all()
         outs.append(out[:, :heads])
         pools.append(tree.pool.read(blocks, 79))
@@ -337,7 +337,7 @@ def test_misuse_is_an_error_that_says_what_was_expected():
         layout = {name: torch.tensor(how.pop(name, table)) for name, table in layout.items()}
         args = how.pop("q", q), how.pop("k", k), how.pop("v", how.pop("k", k))
         out = how.pop("out", torch.zeros(3, heads, dim))
-        attend_segments(*args, SimpleNamespace(**layout), pool, how.pop("layer", 0), out, **how)
+        segment_attention(*args, SimpleNamespace(**layout), pool, how.pop("layer", 0), out, **how)
 
     call()
     k, beyond = torch.zeros(3, 2, 64), 1 << 40

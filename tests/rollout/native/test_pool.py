@@ -108,7 +108,7 @@ def test_no_memory_is_taken_ahead_beyond_the_limit(layout):
 
 
 def test_the_default_layout_is_what_the_machine_can_use():
-    packed = native.function("linear_isa") is not None and native.function("linear_isa")()
+    packed = native.function("native_isa") is not None and native.function("native_isa")()
     assert KVPool(1, 1, 64, BF16).layout == ("packed" if packed else "plain")
     assert KVPool(1, 1, 64, torch.float16).layout == "plain"
     assert KVPool(1, 1, 7, BF16).layout == "plain"

@@ -38,10 +38,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, limits: Tensor) -> tuple[Tensor, Ten
     return torch.einsum("mhn,hnd->mhd", (scores - lse[..., None]).exp(), v), lse
 
 
-def attend_segments_torch(
+def segment_attention_torch(
     q: Tensor, k: Tensor, v: Tensor, layout: Reads, pool: KVPool, layer: int, out: Tensor
 ) -> None:
-    """`segments.attend_segments` on any device, for packed and plain pools, all dtypes.
+    """`segments.segment_attention` on any device, for packed and plain pools, all dtypes.
 
     Sums in float32.
 

@@ -40,7 +40,7 @@ def available(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
 
     float32, or bfloat16 with an even head dimension.
     """
-    isa = native.function("linear_isa")
+    isa = native.function("native_isa")
     return (
         isa is not None
         and bool(isa())

@@ -3,7 +3,7 @@
 Each shared segment is read once for all rows below it.
 
 A `Layout` (layout.py) says where each row's keys and values go and which rows read how much of
-which segments; `attend_segments` runs it for one layer over the blocks of a packed pool. The
+which segments; `segment_attention` runs it for one layer over the blocks of a packed pool. The
 definition is attention.py.
 
 The bits of a row depend on its query and on its own list of (segment, count) alone: not on the rows
@@ -41,7 +41,7 @@ class Reads(Protocol):
     limits: Tensor
 
 
-def attend_segments(
+def segment_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -78,7 +78,7 @@ def attend_segments(
             f"k has shape {tuple(k.shape)} and dtype {k.dtype}; the pool has (heads, head dimension, dtype) {like}"
         )
     limit = torch.get_num_threads() if threads is None else threads
-    native.require("attend_segments")(
+    native.require("segment_attention")(
         q, k, v, layout.slots, layout.segments, layout.blocks, layout.reads, layout.limits, pool.addresses,
         pool.layers, layer, out, tile_rows, isa, limit,
     )  # fmt: skip

@@ -23,8 +23,8 @@ from torch import Tensor
 from appo._kernels.common.gpu import launch
 from appo._kernels.segment_attention.gpu.kv_write import kv_write
 from appo._kernels.segment_attention.gpu.segments import (
-    attend_segments,
     heights,
+    segment_attention,
     unavailable,
     workspace,
 )
@@ -169,7 +169,7 @@ class DeviceRunner:
             if causal is not None:
                 assert self.flash is not None, "only flash-attn takes causal parts"
                 causal.attend(self.flash, q, k, v, o, lse)
-            attend_segments(q, keys, values, given.tables, o, lse, out)
+            segment_attention(q, keys, values, given.tables, o, lse, out)
             return out.view(rows, -1)
 
         return self.model.forward(given.ids, given.positions, attention, given.out)

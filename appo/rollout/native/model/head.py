@@ -35,13 +35,16 @@ class NativeHead:
         threads: int | None = None,
     ):
         self.vocab, self.threads = vocab, threads
-        self._head = _function("layer_head")(vocab, hidden, dtype == torch.bfloat16, isa)
-        self.packed_bytes: int = _function("layer_head_bytes")(self._head)
-        self._logits, self._sample = _function("layer_head_logits"), _function("layer_head_sample")
+        self._head = _function("decoder_head")(vocab, hidden, dtype == torch.bfloat16, isa)
+        self.packed_bytes: int = _function("decoder_head_bytes")(self._head)
+        self._logits, self._sample = (
+            _function("decoder_head_logits"),
+            _function("decoder_head_sample"),
+        )
 
     def pack(self, weight: Tensor) -> None:
         """Copy weight[vocab, hidden]; to be called after every change of it."""
-        _function("layer_head_pack")(self._head, weight, self.thread_count())
+        _function("decoder_head_pack")(self._head, weight, self.thread_count())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, V] float32 of hidden[R, d], which may be float32 beside bfloat16 weights.

@@ -82,13 +82,13 @@ class NativeLayers:
         c = self.config = config
         self.dtype, self.threads = dtype, threads
         low = dtype == torch.bfloat16
-        self._step = _function("layer_step")
-        self._stack = _function("layer_stack")(
+        self._step = _function("decoder_step")
+        self._stack = _function("decoder_stack")(
             c.layers, c.hidden, c.ff, c.heads, c.kv_heads, c.head_dim, c.eps, low, isa
         )
         self.head = NativeHead(c.vocab, c.hidden, dtype, isa, threads)
         self._adapters: dict[tuple[int, str], tuple[Tensor, Tensor] | None] = {}
-        self.packed_bytes: int = _function("layer_stack_bytes")(self._stack)
+        self.packed_bytes: int = _function("decoder_stack_bytes")(self._stack)
         self.packed_bytes += self.head.packed_bytes
         self.pack_seconds = 0.0
         self._packed = False
@@ -114,11 +114,13 @@ class NativeLayers:
         self.pack_seconds = time.perf_counter() - start
 
     def _pack_layer(self, index: int, layer: Layer) -> None:
-        _function("layer_stack_norms")(self._stack, index, layer.norm1, layer.norm2, layer.qk_norm)
+        _function("decoder_stack_norms")(
+            self._stack, index, layer.norm1, layer.norm2, layer.qk_norm
+        )
         for part in PARTS:
             linear: Linear = getattr(layer, part)
             bias = None if linear.bias is None else linear.bias.float()
-            _function("layer_stack_pack")(
+            _function("decoder_stack_pack")(
                 self._stack, index, part, linear.weight, bias, self._threads()
             )
 
@@ -128,7 +130,9 @@ class NativeLayers:
             for part in PARTS:
                 adapter = getattr(layer, part).adapter
                 if adapter is not self._adapters.get((i, part)):
-                    _function("layer_stack_adapt")(self._stack, i, part, *(adapter or (None, None)))
+                    _function("decoder_stack_adapt")(
+                        self._stack, i, part, *(adapter or (None, None))
+                    )
                     self._adapters[i, part] = adapter
 
     def forward(

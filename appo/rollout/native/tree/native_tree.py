@@ -39,7 +39,7 @@ def make_tree(max_blocks: int | None = None) -> Tree:
 @functools.cache
 def _library() -> SimpleNamespace:
     """The functions tree_* of the native library, which raise EngineError and StaleWeightsError."""
-    functions = {name: native.require(f"tree_{name}") for name in _FUNCTIONS}
+    functions = {name: native.require(f"kv_tree_{name}") for name in _FUNCTIONS}
     from tvm_ffi import register_error
 
     register_error("EngineError", EngineError)

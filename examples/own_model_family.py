@@ -22,14 +22,10 @@ FAMILY = ModelFamily("renamed", "RenamedForCausalLM", keys=KEYS, mlp_bias=False,
 
 
 class RenamedConfig(Qwen3Config):
-    """Qwen3's configuration under other key names."""
-
     model_type, attribute_map = FAMILY.model_type, KEYS
 
 
 class RenamedForCausalLM(Qwen3ForCausalLM):
-    """Qwen3's model, made from such a configuration."""
-
     config_class = RenamedConfig
 
 

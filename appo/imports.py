@@ -61,7 +61,14 @@ def resolve(
     module = _import(module_name, text, where, expected)
     found: Any = module
     for i, name in enumerate(path.split(".")):
-        if not hasattr(found, name):
+        try:
+            there = hasattr(found, name)
+        except Exception as error:  # a property or a module's __getattr__ of the user
+            raise ConfigError(
+                f"{where} is {text!r}: reading {name!r} of {module_name} ({_place(module)}) raised "
+                f"{type(error).__name__}: {error}; expected: {expected}"
+            ) from error
+        if not there:
             owner = ".".join([module_name, *path.split(".")[:i]])
             public = [n for n in dir(found) if n[:2] != "__"]
             raise ConfigError(
@@ -111,6 +118,14 @@ def call_problem(function: Any, *args: Any, **kwargs: Any) -> str:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         return f"has the signature {signature}, which does not fit ({error})"
+    return deferred(function)
+
+
+def deferred(function: Any) -> str:
+    """What a call of `function` gives in place of its result, in words for after its name, or ""."""
+    for code in (function, type(function).__call__):
+        if inspect.iscoroutinefunction(code) or inspect.isasyncgenfunction(code):
+            return "is an async function, which nothing here awaits; write it with def"
     return ""
 
 

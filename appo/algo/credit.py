@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from appo.algo.algorithm import Algorithm
+from appo.errors import ConfigError
 from appo.types import Counts, Credit, RolloutTree, Trajectory
 
 
@@ -46,6 +48,7 @@ def assign(
         graded = [i for i, leaf in enumerate(tree.leaves) if leaf.reward is not None]
         ungraded += len(tree.leaves) - len(graded)
         credits = algo.advantage(tree, graded, algo)
+        _check_credits(credits, graded, algo.name)
         signal = [c for c in credits if np.any(c.advantage[c.loss_mask])]
         zero_groups += not signal
         kept.append(credits if keep_all else signal)
@@ -53,6 +56,20 @@ def assign(
         rows += len(credits)
         rollouts += len(graded)
     return MiniBatchCredit(kept, Counts(tokens, rows, rollouts), zero_groups, ungraded)
+
+
+def _check_credits(credits: Any, graded: Sequence[int], name: str) -> None:
+    """Refuse what the learner could not read, or would train twice. Raises ConfigError."""
+    if not isinstance(credits, list) or not all(isinstance(c, Credit) for c in credits):
+        kinds = sorted({type(c).__name__ for c in credits}) if isinstance(credits, list) else []
+        found = f"a list of {', '.join(kinds)}" if kinds else type(credits).__name__
+        raise ConfigError(f"the advantage rule of {name!r} returned {found}; return list[Credit]")
+    leaves = [c.leaf for c in credits]
+    if len(set(leaves)) < len(leaves) or not set(leaves) <= set(graded):
+        raise ConfigError(
+            f"the advantage rule of {name!r} returned credits for the leaves {leaves}, of the graded "
+            f"leaves {list(graded)}; return at most one Credit for each of them"
+        )
 
 
 def token_credit(

@@ -8,7 +8,7 @@ def capitals(*, split, seed, tools):
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from appo.data.rl_records import question_text
@@ -90,4 +90,21 @@ def _checked(tasks: Any, where: str) -> Sequence[Task]:
             raise DataError(
                 f"{where}: element {i} is of type {type(task).__name__}; expected: appo.types.Task"
             )
+        if not _are_messages(task.messages):
+            raise DataError(
+                f"{where}: element {i} ({task.task_id!r}) has the messages {str(task.messages)[:80]!r}; "
+                "expected: [{'role': 'user', 'content': text}]"
+            )
     return tasks
+
+
+def _are_messages(found: Any) -> bool:
+    """Whether this is a list of at least one message whose role and content are text."""
+    return (
+        isinstance(found, list | tuple)
+        and len(found) > 0
+        and all(
+            isinstance(m, Mapping) and all(isinstance(m.get(k), str) for k in ("role", "content"))
+            for m in found
+        )
+    )

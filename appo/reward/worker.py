@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 from importlib import import_module
+from numbers import Real
 from typing import Any
 
 MEMORY = 4 << 30  # bytes of address space; `10**10**10` must hit a wall
@@ -34,9 +35,12 @@ def resolve_grader(name: str) -> Any:
 
 
 def _grade(message: dict[str, Any]) -> float:
-    score = resolve_grader(message["grader"])(message["answer"], message["gold"], message["meta"])
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+    name = message["grader"]
+    score = resolve_grader(name)(message["answer"], message["gold"], message["meta"])
+    if isinstance(score, bool) or not isinstance(score, Real) or not math.isfinite(score):
         raise ValueError(f"grader returned {score!r}, expected a finite number")
+    if ":" in name and not 0 <= float(score) <= 1:
+        raise ValueError(f"grader {name!r} returned {score!r}, expected a number from 0 to 1")
     return float(score)
 
 

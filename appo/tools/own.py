@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from appo.errors import ConfigError
-from appo.imports import call_problem
+from appo.imports import call_problem, deferred
 from appo.tools.base import ToolResult, ToolSpec
 from appo.tools.escape import TAGS, escape_tags, shorten
 
@@ -69,7 +69,9 @@ class OwnTool:
             if not isinstance(value, str | int | float):
                 raise TypeError(f"{self.name} returned {type(value).__name__}, expected str")
             value = ToolResult(str(value), True, time.monotonic() - started)
-        text, cut = shorten(escape_tags(value.output), self.max_chars)
+        # Half a surrogate pair is no character: the tokenizer would refuse the whole rollout.
+        output = value.output.encode("utf-8", "replace").decode()
+        text, cut = shorten(escape_tags(output), self.max_chars)
         return dataclasses.replace(value, output=text, truncated=cut or value.truncated)
 
     def close(self) -> None:
@@ -114,6 +116,8 @@ def problem(thing: Any) -> str:
         wrong = call_problem(thing)
         if wrong:
             return f"{wrong}: the class is made without arguments"
+    if late := deferred(thing.__call__ if inspect.isclass(thing) else thing):
+        return late
     name = _name(thing)
     if not _NAME.fullmatch(name):
         return f"has the name {name!r}, which must be made of a-z, 0-9 and _, as it is the tag <{name}>"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
@@ -165,8 +166,14 @@ class ToolPool:
                 call.settled = True
             self._open.clear()
             self._changed.notify_all()
-        for tool in self.tools.values():
-            tool.close()
+        for name, tool in self.tools.items():
+            try:
+                tool.close()
+            except Exception as error:  # a tool of the user: what was trained is not lost with it
+                warnings.warn(
+                    f"tool {name!r} could not be closed: {type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
 
     def __enter__(self) -> ToolPool:
         return self

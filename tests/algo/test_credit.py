@@ -9,6 +9,7 @@ from appo.algo.advantages import prefix_credit
 from appo.algo.branching import eligible_positions, plan_branches
 from appo.algo.credit import assign
 from appo.algo.presets import ALGORITHMS
+from appo.errors import ConfigError
 from appo.types import Leaf, Node, RolloutTree, Task
 
 TASK = Task("t", [{"role": "user", "content": "q"}], "1")
@@ -154,3 +155,21 @@ def test_positions_past_the_budget_are_not_eligible():
     ]
     closing = np.arange(9) == 3
     assert not eligible_positions(view, closing, drawable, 7)[3]
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (lambda *_: None, "'mine' returned NoneType"),
+        (lambda tree, graded, algo: [1.0 for _ in graded], "returned a list of float"),
+        (lambda *given: 2 * ALGORITHMS["grpo"].advantage(*given), "at most one Credit"),
+        (lambda tree, _, algo: ALGORITHMS["grpo"].advantage(tree, [0, 1], algo)[:1], ""),
+    ],
+)
+def test_what_an_advantage_rule_returns_is_checked(rule, said):
+    mine = replace(ALGORITHMS["grpo"], name="mine", advantage=rule)
+    if said:
+        with pytest.raises(ConfigError, match=said):
+            assign([tree()], mine)
+    else:  # fewer credits than leaves: the others are not trained
+        assert assign([tree()], mine).counts.rows == 1

@@ -56,6 +56,8 @@ def test_what_does_not_fit():
     [
         (lambda **_: 7, "split='train': returned int; expected: a sequence"),
         (lambda **_: [{"question": "?"}], "element 0 is of type dict; expected: appo.types.Task"),
+        (lambda **_: [Task("t", "why?", "1")], "element 0 .'t'. has the messages 'why"),
+        (lambda **_: [Task("t", [], "1")], "has the messages '.]'; expected: "),
         (lambda **_: 1 / 0, "raised for split='train': ZeroDivisionError"),
         (lambda **_: [], "the train split is empty"),
     ],

@@ -20,7 +20,7 @@ from support.golden_vectors import vector
 from appo.config import RewardSettings
 from appo.data.tasks import build_tasks
 from appo.errors import ConfigError, GraderError
-from appo.reward import GRADERS
+from appo.reward import GRADERS, worker
 from appo.reward.compose import RewardConfig, grade_item, score_leaf
 from appo.reward.format import extract_answer, format_ok, last_boxed
 from appo.reward.maths import canonical_number, quick_maths
@@ -491,3 +491,19 @@ def test_the_paper_rule_brings_its_own_format() -> None:
 def test_every_named_grader_is_callable() -> None:
     assert set(GRADERS) == {"maths", "exact", "qa_em", "qa_f1", "reasoning_gym", "paper"}
     assert all(callable(g) for g in GRADERS.values())
+
+
+@pytest.mark.parametrize(
+    ("score", "said"),
+    [("7.0", "from 0 to 1"), ("-0.1", "from 0 to 1"), ("True", "finite"), ("np.float32(0.5)", "")],
+)
+def test_the_range_of_a_graders_score(score, said, tmp_path, monkeypatch):
+    (tmp_path / "ranged_grader.py").write_text(
+        f"import numpy as np\n\ndef give(answer, gold, meta):\n    return {score}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ranged_grader", raising=False)
+    message = {"grader": "ranged_grader:give", "answer": "1", "gold": "1", "meta": {}}
+    message["timeout_s"] = 5
+    reply = worker._answer(message)
+    assert said in reply["error"] if said else reply == {"score": 0.5}

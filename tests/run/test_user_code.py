@@ -188,3 +188,14 @@ def test_what_is_an_import_string():
     assert not is_import("reasoning_gym:chain_sum", ["reasoning_gym"])
     assert resolve("os.path:join", "x", "join") is not None
     assert call_problem(print, 1) == "" and "cannot be called" in call_problem(3)
+
+
+def test_an_attribute_that_raises_and_an_async_function_are_refused(folder):
+    more = (
+        "def __getattr__(name): raise OSError('no disk')\nasync def late(answer, gold, meta): ...\n"
+    )
+    (folder / "mine.py").write_text(MINE + more)
+    with pytest.raises(ConfigError, match="tools.enabled is 'mine:far': reading 'far'.* OSError"):
+        planned("tools.enabled=[mine:far]")
+    with pytest.raises(ConfigError, match="reward.grader is 'mine:late': .* is an async function"):
+        planned("reward.grader=mine:late")

@@ -229,3 +229,51 @@ def test_the_table(tmp_path, monkeypatch):
         names("table_tools:a", "table_tools:b")
     with pytest.raises(ConfigError, match="no tool 'pythn', did you mean 'python'.*built in: py"):
         names("pythn")
+
+
+def test_all_tools_are_closed_though_one_cannot_be():
+    closed = []
+
+    class Stuck:
+        description = "Cannot be closed."
+
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, words: str):
+            return words
+
+        def close(self):
+            closed.append(self.name)
+            raise RuntimeError("no end")
+
+    tools = {n: own_spec(Stuck(n), "my:tool").make() for n in ("one", "two")}
+    with pytest.warns(UserWarning, match="tool '(one|two)' could not be closed: .*no end"):
+        ToolPool(tools, workers=1, timeout_s=1).close()
+    assert closed == ["one", "two"]
+
+
+def test_half_a_surrogate_pair_does_not_reach_the_tokenizer():
+    def half(term: str) -> str:
+        """Give back what is no character."""
+        return f"{term}\ud800é"
+
+    result, _ = run(half, "a")
+    assert result.ok and result.output == "a?é"
+
+
+def test_an_async_tool_is_refused():
+    async def late(term: str) -> str:
+        """Look up later."""
+        return term
+
+    class Late:
+        """Look up later."""
+
+        name = "late"
+
+        async def __call__(self, term: str) -> str:
+            return term
+
+    for thing in (late, Late, Late()):
+        assert "is an async function" in problem(thing)

@@ -216,5 +216,5 @@ def _tool_specs(p: Plan) -> dict[str, ToolSpec]:
     """The enabled tools, with the sandbox level that the plan has found to work."""
     cfg, python = p.cfg.tools, p.cfg.tools.python
     if "python" in cfg.enabled:
-        python = dataclasses.replace(python, level=cast(Level, p.tool_level))
+        python = dataclasses.replace(python, level=cast("Level", p.tool_level))
     return tool_specs(dataclasses.replace(cfg, python=python))

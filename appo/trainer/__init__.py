@@ -1,0 +1,1 @@
+"""The step loop: which part does what, when, and what is counted on the way."""

@@ -28,8 +28,11 @@ class Costs:
 
     @classmethod
     def of_model(cls, config: Any, parameters: int) -> Costs:
-        """In FLOP, from a Hugging Face config. Forward and backward take 6 per parameter and token; attention 4 per
-        pair, layer and channel forward, and 2.5 times that backward, where scores are computed again."""
+        """In FLOP, from a Hugging Face config.
+
+        Forward and backward take 6 per parameter and token. Attention takes 4 per pair, layer and
+        channel forward, and 2.5 times that backward, where scores are computed again.
+        """
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         return cls(token=6.0 * parameters, pair=14.0 * config.num_hidden_layers * width)

@@ -121,10 +121,10 @@ class RootPrefetcher(Generic[T]):
     def prefetching(
         self, step: int, prompts: Sequence[Prompt], log: StepMetrics, on_progress: Progress
     ) -> Iterator[None]:
-        """Roots of one mini-batch of a coming step are drawn while the block runs, and are complete
-        when it is left.
+        """Draw the roots of one mini-batch of a coming step while the block runs.
 
-        What the block raises ends the drawing; what the drawing raises is raised at the end of the block.
+        They are complete when the block is left. What the block raises ends the drawing; what the
+        drawing raises is raised at the end of the block.
         `log` gets the seconds of the drawing ("ahead") and of the wait for it ("rollout").
         """
         mine, theirs = self.threads or (None, None)
@@ -194,6 +194,7 @@ class BackgroundTask(threading.Thread, Generic[R]):
         self._error: BaseException | None = None
 
     def run(self) -> None:
+        """On the thread itself; `start` calls it."""
         log = StepMetrics()
         try:
             with log.clock("all"), _torch_threads(self._threads):

@@ -24,11 +24,13 @@ LAST_PUSH = ("push/crc32",)
 
 
 class Reduces(Protocol):
-    """What a sums needs of `appo.dist.ranks.Ranks`."""
+    """What `MetricSums` needs of `appo.dist.ranks.Ranks`."""
 
-    def sum(self, values: Mapping[str, float]) -> dict[str, float]: ...
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over ranks."""
 
-    def reduce(self, values: Mapping[str, float], how: Any) -> dict[str, float]: ...
+    def reduce(self, values: Mapping[str, float], how: Any) -> dict[str, float]:
+        """The sum, the largest or the smallest of each key over ranks."""
 
 
 class MetricSums:

@@ -229,7 +229,10 @@ class Trainer(Generic[T]):
     # -- learning ----------------------------------------------------------------------------------
 
     def _start(self, parts: Sequence[Sequence[RolloutTree]], log: StepMetrics) -> None:
-        """Before the first update: old log-probs of what will be trained after it. (Of the first they are its own forward.)"""
+        """Compute old log-probs, before the first update, of what will be trained after it.
+
+        Those of the first mini-batch are the log-probs of its own training forward.
+        """
         self.old_logp_version = self.version if self.old_logprobs == "learner" else None
         if self.old_logp_version is None or len(parts) == 1:
             return

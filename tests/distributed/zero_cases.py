@@ -23,8 +23,8 @@ from support.learner_forest import objective as forest_objective
 from appo.config import LearnerConfig, LoraConfig, RunContext
 from appo.dist.ranks import Ranks
 from appo.errors import CheckpointError, LearnerError
+from appo.learner import accumulate, zero
 from appo.learner import learner as backend
-from appo.learner import zero
 from appo.learner.learner import Learner
 from appo.learner.push_weights import push
 from appo.packing.pack import PackedBatch, pack
@@ -76,7 +76,7 @@ CONTINUED = [
 
 # In the source of the learner: what it says, what it says with the fault in it.
 FAULTS = {
-    "mean over ranks": ("backward(loss * self.world,", "backward(loss,"),
+    "mean over ranks": ("backward(loss * dist.get_world_size(),", "backward(loss,"),
     "denominators of one rank": (
         'Counts(**self.ranks.sum(asdict(counts), "loss denominators"))',
         "Counts(**{k: v * self.world for k, v in asdict(counts).items()})",
@@ -143,14 +143,19 @@ def everything_partitioned() -> Iterator[None]:
 
 
 def faulty_learner(fault: str) -> type[Learner]:
-    """The learner with one mistake in it."""
-    source = Path(backend.__file__).read_text()
+    """The learner with one mistake in it, or in how it accumulates."""
     right, wrong = FAULTS[fault]
-    assert source.count(right) == 1, f"{fault}: the learner has no {right!r}"
-    module = types.ModuleType("appo.learner.faulty")
-    sys.modules[module.__name__] = module
-    exec(compile(source.replace(right, wrong), fault, "exec"), vars(module))
-    return module.Learner
+    sources = {m: Path(m.__file__).read_text() for m in (accumulate, backend)}
+    assert sum(s.count(right) for s in sources.values()) == 1, f"{fault}: no single {right!r}"
+    made = {}
+    for original, source in sources.items():
+        module = types.ModuleType(f"{original.__name__}_faulty")
+        sys.modules[module.__name__] = module
+        exec(compile(source.replace(right, wrong), fault, "exec"), vars(module))
+        made[original] = module
+    made[backend].accumulate = made[accumulate].accumulate
+    made[backend].means = made[accumulate].means
+    return made[backend].Learner
 
 
 # -- what the ranks of a launch check among themselves

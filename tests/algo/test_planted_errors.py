@@ -8,6 +8,7 @@ import pytest
 from support.planted import functions_of, load_tests, plant, who_fails
 
 from appo.algo import advantages, branching, credit, objective
+from appo.algo.presets import ALGORITHMS
 from appo.algo.presets.flat import grpo
 from appo.algo.presets.tree import appo, appo_released
 
@@ -29,6 +30,10 @@ CREDIT = [
     (cred.test_equal_roots_with_unequal_branches_still_teach, ()),
     (cred.test_an_ungraded_leaf_is_left_out_and_counted, ()),
     (cred.test_grpo_trains_every_leaf_of_a_prompt, ()),
+    (
+        cred.test_what_an_advantage_rule_returns_is_checked,
+        (lambda *given: 2 * ALGORITHMS["grpo"].advantage(*given), "at most one Credit"),
+    ),
 ]
 BRANCHING = [
     (cred.test_unmoved_weights_rank_by_entropy_and_say_so, ()),
@@ -74,6 +79,7 @@ ERRORS = [
     (credit, "assign", "for c in credits)", "for c in signal)", CREDIT),
     (credit, "assign", "rows += len(credits)", "rows += len(signal)", CREDIT),
     (credit, "assign", "leaf.reward is not None", "leaf.is_root", CREDIT),
+    (credit, "_check_credits", "len(set(leaves)) < len(leaves)", "len(leaves) < 0", CREDIT),
     (credit, "token_credit", "mask[:trained_from] = False", "pass", CREDIT),
     (credit, "token_credit", "np.where(mask, advantage, 0.0)", "np.where(mask, 0.0, advantage)", CREDIT),
     (credit, "reward_of", "return reward", "return 1.0 - reward", CREDIT),

@@ -58,6 +58,6 @@ def who_fails(tests: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> st
     for function, arguments in tests:
         try:
             function(*arguments)
-        except AssertionError:
+        except (AssertionError, pytest.fail.Exception):  # the latter: "did not raise"
             return f"{function.__name__}{arguments}"
     return None

@@ -8,8 +8,6 @@ the weights: not on the batch it stands in, not on the number of threads.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -35,16 +33,16 @@ class NativeHead:
         threads: int | None = None,
     ):
         self.vocab, self.threads = vocab, threads
-        self._head = _function("decoder_head")(vocab, hidden, dtype == torch.bfloat16, isa)
-        self.packed_bytes: int = _function("decoder_head_bytes")(self._head)
+        self._head = native.require("decoder_head")(vocab, hidden, dtype == torch.bfloat16, isa)
+        self.packed_bytes: int = native.require("decoder_head_bytes")(self._head)
         self._logits, self._sample = (
-            _function("decoder_head_logits"),
-            _function("decoder_head_sample"),
+            native.require("decoder_head_logits"),
+            native.require("decoder_head_sample"),
         )
 
     def pack(self, weight: Tensor) -> None:
         """Copy weight[vocab, hidden]; to be called after every change of it."""
-        _function("decoder_head_pack")(self._head, weight, self.thread_count())
+        native.require("decoder_head_pack")(self._head, weight, self.thread_count())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, V] float32 of hidden[R, d], which may be float32 beside bfloat16 weights.
@@ -71,7 +69,3 @@ class NativeHead:
     def thread_count(self) -> int:
         """Threads of the next call: those asked for, or as many as torch uses."""
         return torch.get_num_threads() if self.threads is None else self.threads
-
-
-def _function(name: str) -> Any:
-    return native.require(name)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,13 +81,13 @@ class NativeLayers:
         c = self.config = config
         self.dtype, self.threads = dtype, threads
         low = dtype == torch.bfloat16
-        self._step = _function("decoder_step")
-        self._stack = _function("decoder_stack")(
+        self._step = native.require("decoder_step")
+        self._stack = native.require("decoder_stack")(
             c.layers, c.hidden, c.ff, c.heads, c.kv_heads, c.head_dim, c.eps, low, isa
         )
         self.head = NativeHead(c.vocab, c.hidden, dtype, isa, threads)
         self._adapters: dict[tuple[int, str], tuple[Tensor, Tensor] | None] = {}
-        self.packed_bytes: int = _function("decoder_stack_bytes")(self._stack)
+        self.packed_bytes: int = native.require("decoder_stack_bytes")(self._stack)
         self.packed_bytes += self.head.packed_bytes
         self.pack_seconds = 0.0
         self._packed = False
@@ -114,13 +113,13 @@ class NativeLayers:
         self.pack_seconds = time.perf_counter() - start
 
     def _pack_layer(self, index: int, layer: Layer) -> None:
-        _function("decoder_stack_norms")(
+        native.require("decoder_stack_norms")(
             self._stack, index, layer.norm1, layer.norm2, layer.qk_norm
         )
         for part in PARTS:
             linear: Linear = getattr(layer, part)
             bias = None if linear.bias is None else linear.bias.float()
-            _function("decoder_stack_pack")(
+            native.require("decoder_stack_pack")(
                 self._stack, index, part, linear.weight, bias, self._threads()
             )
 
@@ -130,7 +129,7 @@ class NativeLayers:
             for part in PARTS:
                 adapter = getattr(layer, part).adapter
                 if adapter is not self._adapters.get((i, part)):
-                    _function("decoder_stack_adapt")(
+                    native.require("decoder_stack_adapt")(
                         self._stack, i, part, *(adapter or (None, None))
                     )
                     self._adapters[i, part] = adapter
@@ -170,7 +169,3 @@ class NativeLayers:
 
     def _threads(self) -> int:
         return torch.get_num_threads() if self.threads is None else self.threads
-
-
-def _function(name: str) -> Any:
-    return native.require(name)

@@ -8,8 +8,6 @@ logits and its draw alone: not on the rows beside it, not on the number of threa
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,7 @@ def sample(
     "" is the best. threads: None: torch's.
     """
     out = Sampled.empty(len(logits))
-    _function("sample_logits")(
+    native.require("sample_logits")(
         logits.float().contiguous(),
         rows.seeds, rows.positions, rows.inv_temp, rows.greedy,
         out.tokens, out.logp, out.entropy,
@@ -43,9 +41,5 @@ def sample(
 def noise_bits(seed: int, position: int, count: int, isa: str = "") -> Tensor:
     """upper · 2³² + lower of tokens 0 … count-1 (see noise.halves), as int64."""
     out = torch.empty(count, dtype=torch.int64)
-    _function("sample_bits")(seed, position, 0, out, isa)
+    native.require("sample_bits")(seed, position, 0, out, isa)
     return out
-
-
-def _function(name: str) -> Any:
-    return native.require(name)
